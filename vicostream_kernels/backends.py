@@ -1,0 +1,198 @@
+"""Which implementations exist for an op on a device, and the reason when one does not.
+
+Each op declares its implementations as ``"module:function"`` strings; a module is imported when it
+is first used, so importing the package needs neither Triton nor the compiled module ``_C``.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+WORDS = ("prune", "attention", "reuse", "retrieve", "preprocess", "append")
+BACKENDS = ("cuda", "triton", "cpu", "reference")
+_AUTO_ORDER = {"cuda": ("cuda", "triton", "reference"), "cpu": ("cpu", "reference")}
+_FALLBACK_ORDER = ("reference",)
+#: Triton's interpreter decides when a kernel is decorated, so the variable counts at import.
+INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"
+_MIN_TRITON = (3, 2)
+
+
+class BackendUnavailable(RuntimeError):
+    """An explicitly requested backend can't serve an op; the message says why and what can."""
+
+
+@dataclass(frozen=True)
+class Op:
+    """An op, the word it belongs to and where each backend's implementation lives."""
+
+    word: str
+    name: str
+    implementations: dict[str, str] = field(default_factory=dict)
+
+
+OPS: dict[str, Op] = {}
+
+
+def declare(word: str, name: str, **implementations: str) -> Op:
+    """Registers the implementations of op ``name``: ``backend="module:function"`` each."""
+    if word not in WORDS or not set(implementations) <= set(BACKENDS):
+        raise ValueError(f"unknown word {word!r} or backend in {sorted(implementations)}")
+    OPS[name] = Op(word, name, implementations)
+    return OPS[name]
+
+
+def _read_environment() -> tuple[str, ...]:
+    names = tuple(n.strip() for n in os.environ.get("VICO_BACKEND", "auto").split(",") if n.strip())
+    for name in names:
+        if name not in (*BACKENDS, "auto"):
+            raise ValueError(
+                f"VICO_BACKEND={','.join(names)}: {name!r} is not one of auto, {', '.join(BACKENDS)}"
+            )
+    return names or ("auto",)
+
+
+#: What ``auto`` means, e.g. ("triton",) or ("triton", "auto"); read once at import.
+AUTO = _read_environment()
+
+
+@lru_cache(maxsize=1)
+def native() -> tuple[Any | None, str | None]:
+    """The compiled module ``_C`` and None, or None and the reason why it is missing."""
+    try:
+        return importlib.import_module("vicostream_kernels._C"), None
+    except ImportError as error:
+        return None, f"the compiled module _C is missing ({error}); build it with `make build`"
+
+
+@lru_cache(maxsize=1)
+def _triton_missing() -> str | None:
+    try:
+        triton = importlib.import_module("triton")
+    except ImportError as error:
+        return f"triton is not installed ({error}); pip install 'vicostream-kernels[triton]'"
+    version = tuple(int(p) for p in triton.__version__.split(".")[:2])
+    if version < _MIN_TRITON:
+        return f"triton {triton.__version__} is too old; {_MIN_TRITON[0]}.{_MIN_TRITON[1]} or newer"
+    return None
+
+
+def missing(backend: str, device_type: str) -> str | None:
+    """Why ``backend`` can't run on this kind of device here, or None when it can."""
+    if backend == "reference":
+        return None
+    if backend == "triton":
+        if device_type != "cuda" and not INTERPRET:
+            return (
+                "Triton runs on CUDA tensors; on the CPU only in its interpreter "
+                "(set TRITON_INTERPRET=1 before the import)"
+            )
+        return _triton_missing()
+    if backend != device_type:
+        return f"the {backend} backend takes {backend} tensors, got {device_type}"
+    module, reason = native()
+    if module is None:
+        return reason
+    if backend == "cuda" and not module.has_cuda:
+        return "_C was built without CUDA (no nvcc at build time, or VICO_CUDA=0)"
+    return None
+
+
+def why_not(op_name: str, backend: str, device_type: str) -> str | None:
+    """Why ``backend`` can't serve the op on this kind of device, or None when it can."""
+    if backend not in BACKENDS:
+        return f"no such backend; choose from auto, {', '.join(BACKENDS)}"
+    if backend not in OPS[op_name].implementations:
+        return f"{op_name} has no {backend} implementation yet"
+    return missing(backend, device_type)
+
+
+@lru_cache(maxsize=None)
+def _load(op_name: str, backend: str) -> Callable[..., Any]:
+    module, _, function = OPS[op_name].implementations[backend].partition(":")
+    return getattr(importlib.import_module(module), function)
+
+
+def served_by(op_name: str, device_type: str) -> tuple[str, ...]:
+    """The backends that can serve the op on this kind of device here, the fastest first."""
+    order = _AUTO_ORDER.get(device_type, _FALLBACK_ORDER)
+    rest = tuple(b for b in BACKENDS if b not in order)
+    return tuple(b for b in order + rest if why_not(op_name, b, device_type) is None)
+
+
+@lru_cache(maxsize=None)
+def choose(op_name: str, backend: str, device_type: str) -> str:
+    """The backend that serves this request; raises BackendUnavailable, ValueError."""
+    if backend not in (*BACKENDS, "auto"):
+        raise ValueError(
+            f"{op_name}: backend={backend!r} is not one of auto, {', '.join(BACKENDS)}"
+        )
+    order: tuple[str, ...] = ()
+    for name in AUTO if backend == "auto" else (backend,):
+        order += _AUTO_ORDER.get(device_type, _FALLBACK_ORDER) if name == "auto" else (name,)
+    reasons = {}
+    for name in order:
+        reasons[name] = why_not(op_name, name, device_type)
+        if reasons[name] is None:
+            return name
+    said = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+    source = f"VICO_BACKEND={','.join(AUTO)}" if backend == "auto" else f"backend={backend!r}"
+    raise BackendUnavailable(
+        f"{op_name}: {source} can't be served on {device_type} ({said}); "
+        f"what can: {', '.join(served_by(op_name, device_type)) or 'nothing'}"
+    )
+
+
+def resolve(op_name: str, backend: str, tensor: torch.Tensor) -> Callable[..., Any]:
+    """The function that serves ``op_name`` for tensors like ``tensor``."""
+    return _load(op_name, choose(op_name, backend, tensor.device.type))
+
+
+def table(device_type: str) -> list[dict[str, Any]]:
+    """One row per op: word, op, what auto takes, and per backend None (served) or the reason."""
+    rows = []
+    for op in sorted(OPS.values(), key=lambda op: (WORDS.index(op.word), op.name)):
+        reasons = {b: why_not(op.name, b, device_type) for b in BACKENDS}
+        try:
+            auto = choose(op.name, "auto", device_type)
+        except BackendUnavailable:
+            auto = None
+        rows.append({"word": op.word, "op": op.name, "auto": auto, "backends": reasons})
+    return rows
+
+
+def info() -> dict[str, Any]:
+    """What is installed here and what serves each op, as plain data (``vicostream info``)."""
+    module, reason = native()
+    triton = sys.modules.get("triton") or (
+        importlib.import_module("triton") if _triton_missing() is None else None
+    )
+    cuda = torch.cuda.is_available()
+    return {
+        "torch": torch.__version__,
+        "triton": getattr(triton, "__version__", None),
+        "triton_interpreter": INTERPRET,
+        "native": module.build_info() if module is not None else None,
+        "native_missing": reason,
+        "cuda_available": cuda,
+        "cuda_missing": None if cuda else _cuda_missing(),
+        "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+        if cuda
+        else [],
+        "threads": torch.get_num_threads(),
+        "auto": list(AUTO),
+        "ops": {kind: table(kind) for kind in ("cpu", "cuda")},
+    }
+
+
+def _cuda_missing() -> str:
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is a build without CUDA"
+    return f"torch was built for CUDA {torch.version.cuda} but finds no usable driver or device"

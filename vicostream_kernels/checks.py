@@ -1,0 +1,132 @@
+"""Argument checks that every op shares: they name the argument, what it got and what is allowed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+
+import torch
+
+#: Checks that must read device data (index ranges, uniqueness) run only with VICO_CHECK=1.
+CHECK_VALUES = os.environ.get("VICO_CHECK", "0") not in ("", "0")
+
+FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+MAX_HEAD_DIM = 256
+
+
+def short(dtype: torch.dtype) -> str:
+    """``torch.float32`` -> ``float32``."""
+    return str(dtype).removeprefix("torch.")
+
+
+@lru_cache(maxsize=None)
+def _names(spec: str) -> tuple[str, ...]:
+    return tuple(spec.split())
+
+
+class Dims:
+    """Binds the letters of a contract (``"N H d"``) to sizes, and refuses the first mismatch.
+
+    A name seen before must have the size it had; a number must be that size; ``_`` is anything.
+    """
+
+    def __init__(self, op: str) -> None:
+        self.op = op
+        self.sizes: dict[str, int] = {}
+
+    def __getitem__(self, name: str) -> int:
+        return self.sizes[name]
+
+    def bind(
+        self,
+        name: str,
+        tensor: torch.Tensor,
+        spec: str,
+        dtypes: Sequence[torch.dtype] | torch.dtype | None = None,
+        device: torch.device | None = None,
+    ) -> torch.Tensor:
+        """Checks one tensor against ``spec``; raises TypeError (type, dtype) or ValueError."""
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"{self.op}: {name} must be a tensor, got {type(tensor).__name__}")
+        names = _names(spec)
+        if tensor.dim() != len(names):
+            raise ValueError(
+                f"{self.op}: {name} must have {len(names)} dimensions [{', '.join(names)}], "
+                f"got shape {tuple(tensor.shape)}"
+            )
+        for letter, size in zip(names, tensor.shape):
+            if letter == "_":
+                continue
+            wanted = int(letter) if letter.isdigit() else self.sizes.setdefault(letter, size)
+            if wanted != size:
+                known = ", ".join(
+                    n if n.isdigit() or n == "_" else f"{n}={self.sizes.get(n, '?')}" for n in names
+                )
+                raise ValueError(
+                    f"{self.op}: {name} has shape {tuple(tensor.shape)}, expected [{known}]"
+                )
+        if dtypes is not None:
+            check_dtype(self.op, name, tensor, dtypes)
+        if device is not None and tensor.device != device:
+            raise ValueError(
+                f"{self.op}: {name} is on {tensor.device}, expected {device} like the first input"
+            )
+        return tensor
+
+
+def check_dtype(
+    op: str, name: str, tensor: torch.Tensor, dtypes: Sequence[torch.dtype] | torch.dtype
+) -> None:
+    """Raises TypeError unless ``tensor.dtype`` is one of ``dtypes``."""
+    allowed = (dtypes,) if isinstance(dtypes, torch.dtype) else tuple(dtypes)
+    if tensor.dtype not in allowed:
+        raise TypeError(
+            f"{op}: {name} has dtype {short(tensor.dtype)}, "
+            f"allowed: {', '.join(short(d) for d in allowed)}"
+        )
+
+
+def check_head_dim(op: str, d: int) -> None:
+    """Head dims are multiples of 8 up to 256 (design.md, rule 5)."""
+    if d % 8 or not 8 <= d <= MAX_HEAD_DIM:
+        raise ValueError(f"{op}: head dim {d} must be a multiple of 8 from 8 to {MAX_HEAD_DIM}")
+
+
+def check_choice(op: str, name: str, value: object, allowed: Iterable[object]) -> None:
+    """Raises ValueError unless ``value`` is one of ``allowed``."""
+    allowed = tuple(allowed)
+    if value not in allowed:
+        raise ValueError(
+            f"{op}: {name}={value!r} is not one of {', '.join(repr(a) for a in allowed)}"
+        )
+
+
+def check_range(
+    op: str, name: str, value: float, low: float | None = None, high: float | None = None
+) -> None:
+    """Raises ValueError unless ``low <= value <= high`` (None does not restrict; NaN fails)."""
+    if value != value or (low is not None and value < low) or (high is not None and value > high):
+        bounds = f"[{'-inf' if low is None else low}, {'inf' if high is None else high}]"
+        raise ValueError(f"{op}: {name}={value} is outside {bounds}")
+
+
+def check_last_dim_dense(op: str, **tensors: torch.Tensor | None) -> None:
+    """Tensors that are written in place need stride 1 along the last dimension."""
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.dim() and tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+            raise ValueError(
+                f"{op}: {name} is written in place and needs a dense last dimension, "
+                f"got strides {tuple(tensor.stride())}"
+            )
+
+
+def check_mrope_section(op: str, section: Sequence[int] | None, half: int) -> None:
+    """``mrope_section`` splits the d/2 frequencies among (t, h, w), as transformers has it."""
+    if section is None:
+        return
+    if len(section) != 3 or any(s < 0 for s in section) or sum(section) != half:
+        raise ValueError(
+            f"{op}: mrope_section={list(section)} must be three non-negative sizes that add up "
+            f"to d/2={half}"
+        )

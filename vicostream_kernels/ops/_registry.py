@@ -1,0 +1,46 @@
+"""Registers ops with torch.library: schema, implementation, fake, and the no-autograd rule.
+
+``Library.define`` + ``impl`` instead of ``custom_op``: several microseconds less a call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+NAMESPACE = "vicostream"
+_LIBRARY = torch.library.Library(NAMESPACE, "DEF")
+
+
+def register(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+    """Defines ``vicostream::<schema>`` and returns its overload.
+
+    ``run`` checks its arguments, picks a backend and computes; ``fake`` gives shapes and dtypes only
+    (and runs the same checks). An op either returns fresh tensors or writes into arguments that its
+    schema marks as mutated and returns nothing.
+    """
+    name = schema.partition("(")[0]
+    _LIBRARY.define(schema)
+    overload = getattr(getattr(torch.ops, NAMESPACE), name).default
+    for key in ("CPU", "CUDA"):
+        _LIBRARY.impl(name, run, key)
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_LIBRARY)
+    _LIBRARY.impl(name, _refuse_autograd(name, overload), "Autograd")
+    return overload
+
+
+def _refuse_autograd(name: str, overload: Any) -> Callable[..., Any]:
+    def below_autograd(*args: Any, **kwargs: Any) -> Any:
+        if torch.is_grad_enabled():
+            for value in (*args, *kwargs.values()):
+                if isinstance(value, torch.Tensor) and value.requires_grad:
+                    raise RuntimeError(
+                        f"{name} has no backward: an input requires grad. Call it under "
+                        "torch.no_grad() or torch.inference_mode(), or detach() the input."
+                    )
+        with torch._C._AutoDispatchBelowAutograd():
+            return overload(*args, **kwargs)
+
+    return below_autograd
