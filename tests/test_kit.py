@@ -1,0 +1,81 @@
+"""The checks of the kit can fail."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from kit import tensors
+from kit.compare import assert_matches, assert_same_bits
+from kit.topk import assert_valid_topk
+
+
+def test_empties_are_poisoned():
+    assert torch.empty(3).isnan().all()
+    assert torch.empty_like(torch.zeros(2, dtype=torch.float16)).isnan().all()
+    assert torch.zeros(2).new_empty(4).isnan().all()
+    assert torch.empty(2, dtype=torch.int32).ne(0).all()
+
+
+def test_inputs_have_gaps():
+    x = tensors.randn((3, 4, 5))
+    assert not x.is_contiguous() and x.stride(-1) == 1
+    assert torch.equal(x, tensors.randn((3, 4, 5), gaps=False))
+    assert x._base.isnan().any(), "the gaps hold NaN"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_assert_matches_accepts_a_rounded_truth_and_refuses_more(dtype):
+    truth = torch.randn(1000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    assert_matches(truth.to(dtype), truth)
+    off = truth.clone()
+    off[7] += 8 * torch.finfo(dtype).eps * truth.abs().max()
+    with pytest.raises(AssertionError, match=r"error .* at \[7\]"):
+        assert_matches(off.to(dtype), truth)
+
+
+def test_assert_matches_allows_twice_the_error_of_torch():
+    truth = torch.ones(10, dtype=torch.float64)
+    assert_matches((truth + 1.9e-3).float(), truth, (truth + 1e-3).float())
+    with pytest.raises(AssertionError, match="allowed"):
+        assert_matches((truth + 2.1e-3).float(), truth, (truth + 1e-3).float())
+
+
+def test_assert_matches_catches_a_bias_that_no_single_error_shows():
+    generator = torch.Generator().manual_seed(0)
+    truth = torch.randn(4096, dtype=torch.float64, generator=generator)
+    biased = truth + 3e-4
+    with pytest.raises(AssertionError, match="cosine"):
+        assert_matches(biased.float(), truth, (truth + 1e-3).float())
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_assert_matches_wants_exact_anomalies(bad):
+    truth = torch.zeros(4, dtype=torch.float64)
+    truth[2] = bad
+    assert_matches(truth.float(), truth)
+    with pytest.raises(AssertionError):
+        assert_matches(torch.zeros(4), truth)
+    with pytest.raises(AssertionError):
+        assert_matches(truth.float(), torch.zeros(4, dtype=torch.float64))
+
+
+def test_assert_same_bits_names_the_place():
+    x = torch.tensor([1.0, float("nan"), 3.0])
+    assert_same_bits(x, x.clone())
+    y = x.clone()
+    y[2] = 4.0
+    with pytest.raises(AssertionError, match=r"\(2,\)"):
+        assert_same_bits(x, y)
+    with pytest.raises(AssertionError):
+        assert_same_bits(torch.tensor([0.0]), torch.tensor([-0.0]))
+
+
+def test_topk_check():
+    scores = torch.tensor([1.0, 3.0, 2.0, 2.0, 0.0])
+    assert_valid_topk(torch.tensor([1, 2, -1]), scores, 2)
+    with pytest.raises(AssertionError, match="tie"):
+        assert_valid_topk(torch.tensor([1, 3]), scores, 2)
+    assert_valid_topk(torch.tensor([1, 3]), scores, 2, lowest_index_ties=False)
+    for wrong in ([0, 1], [2, 1], [1], [1, 1], [-1, 1]):
+        with pytest.raises(AssertionError):
+            assert_valid_topk(torch.tensor(wrong), scores, 2)
