@@ -1,0 +1,17 @@
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+
+namespace vico {
+
+// Addresses travel as integers: tensor.data_ptr(), or 0 for an absent tensor.
+template <typename T>
+T* pointer(std::uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+void bind_append(pybind11::module_& m);
+
+}  // namespace vico

@@ -1,0 +1,59 @@
+#include "cpu/dispatch.h"
+
+#include <cstdlib>
+#include <cstring>
+
+namespace vico {
+namespace {
+
+Isa detect() {
+#if defined(VICO_X86)
+  __builtin_cpu_init();
+  Isa best = Isa::kBaseline;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+      __builtin_cpu_supports("f16c"))
+    best = Isa::kAvx2;
+  if (best == Isa::kAvx2 && __builtin_cpu_supports("avx512f") &&
+      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512vl"))
+    best = Isa::kAvx512;
+  if (const char* wanted = std::getenv("VICO_ISA")) {
+    for (int i = 0; i <= static_cast<int>(best); ++i)
+      if (std::strcmp(wanted, isa_name(static_cast<Isa>(i))) == 0) return static_cast<Isa>(i);
+  }
+  return best;
+#else
+  return Isa::kBaseline;
+#endif
+}
+
+}  // namespace
+
+const char* isa_name(Isa isa) {
+  switch (isa) {
+    case Isa::kAvx2:
+      return "avx2";
+    case Isa::kAvx512:
+      return "avx512";
+    default:
+      return "baseline";
+  }
+}
+
+Isa active_isa() {
+  static const Isa isa = detect();
+  return isa;
+}
+
+namespace cpu {
+
+void rope_append(const AppendArgs& args, int n_threads) {
+#if defined(VICO_X86)
+  if (active_isa() == Isa::kAvx512) return avx512::rope_append(args, n_threads);
+  if (active_isa() == Isa::kAvx2) return avx2::rope_append(args, n_threads);
+#endif
+  return baseline::rope_append(args, n_threads);
+}
+
+}  // namespace cpu
+}  // namespace vico

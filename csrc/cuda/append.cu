@@ -1,0 +1,237 @@
+// rope_append on the GPU.
+//
+// Bound by memory: 2 * N * (H + 2G) * d elements move, a handful of operations each. So: 16-byte
+// accesses, the d/2 angles computed once a token into shared memory (one fp64 product each) and
+// shared by all heads of the token, K and V straight to their pages.
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include "cuda/append.h"
+#include "vico/rotary.h"
+
+namespace vico {
+namespace {
+
+constexpr int kThreads = 128;
+constexpr int kWarp = 32;
+
+__device__ __forceinline__ float to_float(float x) { return x; }
+__device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
+__device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+template <typename T>
+__device__ __forceinline__ T from_float(float x);
+template <>
+__device__ __forceinline__ float from_float<float>(float x) {
+  return x;
+}
+template <>
+__device__ __forceinline__ __half from_float<__half>(float x) {
+  return __float2half_rn(x);
+}
+template <>
+__device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float x) {
+  return __float2bfloat16_rn(x);
+}
+
+template <typename T, int kWidth>
+struct alignas(sizeof(T) * kWidth) Vector {
+  T x[kWidth];
+};
+
+template <typename T, int kWidth>
+__device__ __forceinline__ Vector<T, kWidth> load(const T* p) {
+  return *reinterpret_cast<const Vector<T, kWidth>*>(p);
+}
+
+template <typename T, int kWidth>
+__device__ __forceinline__ void store(T* p, const Vector<T, kWidth>& v) {
+  *reinterpret_cast<Vector<T, kWidth>*>(p) = v;
+}
+
+// Rotates one vector of channels and its partner half a head away.
+template <typename T, int kWidth>
+__device__ __forceinline__ void rotate(const T* row, T* out, int f, int half, const float2* angle,
+                                       T* raw_out) {
+  const Vector<T, kWidth> first = load<T, kWidth>(row + f);
+  const Vector<T, kWidth> second = load<T, kWidth>(row + f + half);
+  Vector<T, kWidth> out_first, out_second;
+#pragma unroll
+  for (int i = 0; i < kWidth; ++i) {
+    float a, b;
+    shared::rotate_pair(to_float(first.x[i]), to_float(second.x[i]), angle[f + i].x,
+                        angle[f + i].y, &a, &b);
+    out_first.x[i] = from_float<T>(a);
+    out_second.x[i] = from_float<T>(b);
+  }
+  store<T, kWidth>(out + f, out_first);
+  store<T, kWidth>(out + f + half, out_second);
+  if (raw_out != nullptr) {
+    store<T, kWidth>(raw_out + f, first);
+    store<T, kWidth>(raw_out + f + half, second);
+  }
+}
+
+// One block a token.
+template <typename T, int kWidth>
+__global__ void __launch_bounds__(kThreads) rope_append_kernel(const AppendArgs a) {
+  __shared__ float2 angle[shared::kMaxHalfDim];  // (cosine, sine)
+  const int64_t n = blockIdx.x;
+  const int half = a.head_dim / 2;
+  for (int f = threadIdx.x; f < half; f += kThreads) {
+    const int axis = shared::rotary_axis(f, a.t_section, a.h_section);
+    const double position = a.positions[axis * a.positions_axis + n * a.positions_token];
+    float sine, cosine;
+    shared::sincos_turns(position * (static_cast<double>(a.inv_freq[f]) * shared::kInvTwoPi), &sine,
+                         &cosine);
+    angle[f] = make_float2(cosine, sine);
+  }
+  const int64_t slot = a.slots[n * a.slots_token];
+  const bool written = slot >= 0 && slot < a.pages * a.page_size;
+  const int64_t page = written ? slot / a.page_size : 0;
+  const int64_t offset = written ? slot - page * a.page_size : 0;
+  __syncthreads();
+
+  // Work items: pairs of vectors of q heads, then of k heads, then of v heads.
+  const int pairs = half / kWidth;
+  const int q_items = static_cast<int>(a.heads) * pairs;
+  const int k_items = written ? static_cast<int>(a.kv_heads) * pairs : 0;
+  for (int item = threadIdx.x; item < q_items + 2 * k_items; item += kThreads) {
+    if (item < q_items) {
+      const int h = item / pairs, f = (item - h * pairs) * kWidth;
+      rotate<T, kWidth>(static_cast<const T*>(a.q) + n * a.q_token + h * a.q_head,
+                        static_cast<T*>(a.q_out) + n * a.q_out_token + h * a.q_out_head, f, half,
+                        angle, nullptr);
+    } else if (item < q_items + k_items) {
+      const int rest = item - q_items, g = rest / pairs, f = (rest - g * pairs) * kWidth;
+      T* raw = a.raw_k_pages == nullptr ? nullptr
+                                        : static_cast<T*>(a.raw_k_pages) + page * a.raw_page +
+                                              offset * a.raw_slot + g * a.raw_kv;
+      rotate<T, kWidth>(
+          static_cast<const T*>(a.k) + n * a.k_token + g * a.k_head,
+          static_cast<T*>(a.k_pages) + page * a.k_page + offset * a.k_slot + g * a.k_kv, f, half,
+          angle, raw);
+    } else {
+      const int rest = item - q_items - k_items, g = rest / pairs,
+                f = (rest - g * pairs) * kWidth;
+      const T* v = static_cast<const T*>(a.v) + n * a.v_token + g * a.v_head;
+      T* out = static_cast<T*>(a.v_pages) + page * a.v_page + offset * a.v_slot + g * a.v_kv;
+      store<T, kWidth>(out + f, load<T, kWidth>(v + f));
+      store<T, kWidth>(out + f + half, load<T, kWidth>(v + f + half));
+    }
+  }
+}
+
+// The summary row of token n, or -1.
+__device__ __forceinline__ int block_of_token(const AppendArgs& a, int64_t n) {
+  const int64_t slot = a.slots[n * a.slots_token];
+  if (slot < 0 || slot >= a.pages * a.page_size) return -1;
+  const int block = a.block_of_page[slot / a.page_size];
+  return block >= 0 && block < a.blocks ? block : -1;
+}
+
+// One warp per (token, KV head, 32 channels); the warp of a block's first token does that block's
+// whole update, tokens in order, so there is one writer and one order of additions. It reads each
+// stored key of the call once; the search for the first token reads N slots from L2.
+template <typename T>
+__global__ void __launch_bounds__(kWarp) summarize_kernel(const AppendArgs a) {
+  const int64_t n = blockIdx.x;
+  const int64_t g = blockIdx.y;
+  const int lane = threadIdx.x;
+  const int channel = blockIdx.z * kWarp + lane;
+  const bool active = channel < a.head_dim;
+  const int block = block_of_token(a, n);
+  if (block < 0) return;
+  for (int64_t start = 0; start < n; start += kWarp) {
+    const int64_t m = start + lane;
+    if (__any_sync(~0u, m < n && block_of_token(a, m) == block)) return;
+  }
+
+  float sum = 0.0f;
+  int count = 0;
+  float* sum_out = nullptr;
+  if (a.sum != nullptr && active) {
+    sum_out = a.sum + block * a.sum_block + g * a.sum_kv + channel;
+    sum = *sum_out;
+  }
+  for (int64_t start = n; start < a.tokens; start += kWarp) {
+    const int64_t m = start + lane;
+    unsigned same = __ballot_sync(~0u, m < a.tokens && block_of_token(a, m) == block);
+    count += __popc(same);
+    while (same != 0) {
+      const int64_t token = start + __ffs(same) - 1;
+      same &= same - 1;
+      if (!active) continue;
+      const int64_t slot = a.slots[token * a.slots_token];
+      const int64_t page = slot / a.page_size, offset = slot - page * a.page_size;
+      const T* stored = a.summary_raw
+                            ? static_cast<const T*>(a.k) + token * a.k_token + g * a.k_head
+                            : static_cast<const T*>(a.k_pages) + page * a.k_page +
+                                  offset * a.k_slot + g * a.k_kv;
+      const float key = to_float(stored[channel]);
+      sum += key;
+      if (a.kmin != nullptr) {
+        const int64_t part = offset * a.sub / a.page_size;
+        float* low = a.kmin + block * a.min_block + part * a.min_sub + g * a.min_kv + channel;
+        float* high = a.kmax + block * a.max_block + part * a.max_sub + g * a.max_kv + channel;
+        *low = bound_min(*low, key);
+        *high = bound_max(*high, key);
+      }
+    }
+  }
+  if (sum_out != nullptr) *sum_out = sum;
+  if (a.count != nullptr && g == 0 && channel == 0) a.count[block] += count;
+}
+
+bool aligned(const AppendArgs& a, int64_t width, int64_t bytes) {
+  const int64_t strides[] = {a.q_token, a.q_head,  a.k_token, a.k_head,     a.v_token,
+                             a.v_head,  a.k_page,  a.k_slot,  a.k_kv,       a.v_page,
+                             a.v_slot,  a.v_kv,    a.q_out_token, a.q_out_head,
+                             a.raw_page, a.raw_slot, a.raw_kv};
+  for (int64_t stride : strides)
+    if (stride % width != 0) return false;
+  const void* pointers[] = {a.q, a.k, a.v, a.q_out, a.k_pages, a.v_pages, a.raw_k_pages};
+  for (const void* p : pointers)
+    if (reinterpret_cast<uintptr_t>(p) % (width * bytes) != 0) return false;
+  return (a.head_dim / 2) % width == 0;
+}
+
+template <typename T>
+cudaError_t launch(const AppendArgs& a, cudaStream_t stream) {
+  if (a.tokens == 0) return cudaSuccess;
+  const dim3 grid(static_cast<unsigned>(a.tokens));
+  constexpr int kWide = 16 / sizeof(T);
+  if (aligned(a, kWide, sizeof(T)))
+    rope_append_kernel<T, kWide><<<grid, kThreads, 0, stream>>>(a);
+  else if (kWide > 4 && aligned(a, 4, sizeof(T)))
+    rope_append_kernel<T, 4><<<grid, kThreads, 0, stream>>>(a);
+  else
+    rope_append_kernel<T, 1><<<grid, kThreads, 0, stream>>>(a);
+  if (a.block_of_page != nullptr) {
+    const dim3 units(static_cast<unsigned>(a.tokens), static_cast<unsigned>(a.kv_heads),
+                     static_cast<unsigned>((a.head_dim + kWarp - 1) / kWarp));
+    summarize_kernel<T><<<units, kWarp, 0, stream>>>(a);
+  }
+  return cudaGetLastError();
+}
+
+}  // namespace
+
+const char* rope_append_cuda(const AppendArgs& args, void* stream) {
+  cudaError_t status = cudaErrorInvalidValue;
+  switch (args.dtype) {
+    case DType::kFloat32:
+      status = launch<float>(args, static_cast<cudaStream_t>(stream));
+      break;
+    case DType::kFloat16:
+      status = launch<__half>(args, static_cast<cudaStream_t>(stream));
+      break;
+    case DType::kBFloat16:
+      status = launch<__nv_bfloat16>(args, static_cast<cudaStream_t>(stream));
+      break;
+  }
+  return status == cudaSuccess ? nullptr : cudaGetErrorString(status);
+}
+
+}  // namespace vico
