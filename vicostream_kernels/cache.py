@@ -1,0 +1,301 @@
+"""The paged key-value cache: pools shared by all layers and streams, with one page allocator.
+
+A page id stands for the same tokens in every layer. `page_fill` says how many slots of each page
+are valid; a free page has fill 0, so an entry for it in a stale table contributes nothing until the
+page has a new owner. Blocks (chunks, sinks, texts) never share a page.
+
+One thread at a time may drive a cache, and its device work must be ordered (one CUDA stream, or
+streams that wait for each other): a page that was given back may be written by its next owner.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import Counter
+from collections.abc import Iterator
+
+import torch
+
+from vicostream_kernels._blocks import Block, Forgotten, Segment
+from vicostream_kernels._pages import (
+    CacheClosed,
+    DoubleFree,
+    ForeignStream,
+    OutOfPages,
+    PagePool,
+    StaleBlock,
+    check_int,
+)
+from vicostream_kernels._stream import CacheStream
+from vicostream_kernels.checks import FLOAT_DTYPES, check_choice, check_dtype
+
+__all__ = [
+    "Block",
+    "CacheClosed",
+    "CacheStream",
+    "DoubleFree",
+    "ForeignStream",
+    "Forgotten",
+    "OutOfPages",
+    "PagedKVCache",
+    "Segment",
+    "StaleBlock",
+]
+
+_MAX_SLOTS = 2**31 - 1  # slots are int32
+
+
+class PagedKVCache:
+    """Pools of ``pages`` pages of ``page_size`` tokens, for all layers and any number of streams.
+
+    Args:
+        layers, pages, page_size, kv_heads, head_dim: sizes, each >= 1.
+        dtype: of keys and values: float32, float16, bfloat16 (float64 for tests).
+        device: where the pools live.
+        raw_keys: keep a second pool of keys before rotation.
+        on_full: "error", or "evict_oldest": committed unpinned chunks go, the oldest of the asking
+            stream first, then the oldest of the other open streams.
+        grow: double the pools when they are exhausted, up to ``max_pages``, before ``on_full``
+            applies. The pool attributes are new tensors then: read them after reserve.
+        max_pages: with ``grow``; default: as many as int32 slots can name.
+
+    Attributes:
+        k_pages, v_pages: [layers, P, B, G, d] of ``dtype``; contents of unfilled slots are
+            arbitrary. raw_k_pages: the same, or None.
+        page_fill: [P] int32 on the device, valid slots of each page.
+    """
+
+    def __init__(
+        self,
+        *,
+        layers: int,
+        pages: int,
+        page_size: int,
+        kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        raw_keys: bool = False,
+        on_full: str = "error",
+        grow: bool = False,
+        max_pages: int | None = None,
+    ) -> None:
+        me = "PagedKVCache"
+        sizes = {"layers": layers, "page_size": page_size, "pages": pages, "kv_heads": kv_heads}
+        for name, value in (*sizes.items(), ("head_dim", head_dim)):
+            check_int(me, name, value, 1)
+        limit = _MAX_SLOTS // page_size
+        check_int(me, "pages", pages, 1, limit)
+        if max_pages is not None:
+            if not grow:
+                raise ValueError(f"{me}: max_pages={max_pages} needs grow=True")
+            check_int(me, "max_pages", max_pages, pages, limit)
+        check_choice(me, "on_full", on_full, ("error", "evict_oldest"))
+        if not isinstance(dtype, torch.dtype):
+            raise TypeError(f"{me}: dtype must be a torch.dtype, got {type(dtype).__name__}")
+        allowed = (*FLOAT_DTYPES, torch.float64)
+        check_dtype(me, "dtype", torch.empty(0, dtype=dtype), allowed)
+
+        self.layers, self.page_size, self.kv_heads = layers, page_size, kv_heads
+        self.head_dim, self.dtype, self.on_full, self.grow = head_dim, dtype, on_full, grow
+        self.max_pages = pages if not grow else limit if max_pages is None else max_pages
+        self._pool = PagePool(pages)
+        self._streams: dict[CacheStream, None] = {}
+        self._order = 0
+        self._fill = torch.zeros(pages, dtype=torch.int32, device=torch.device(device))
+        self.device = self._fill.device
+        self._names = ("k", "v", "raw_k") if raw_keys else ("k", "v")
+        self._pools = {name: self._new_pool(pages) for name in self._names}
+        self.closed = False
+
+    # -- pools -----------------------------------------------------------------------------------
+
+    @property
+    def k_pages(self) -> torch.Tensor:
+        self._check_open()
+        return self._pools["k"]
+
+    @property
+    def v_pages(self) -> torch.Tensor:
+        self._check_open()
+        return self._pools["v"]
+
+    @property
+    def raw_k_pages(self) -> torch.Tensor | None:
+        self._check_open()
+        return self._pools.get("raw_k")
+
+    @property
+    def page_fill(self) -> torch.Tensor:
+        self._check_open()
+        return self._fill
+
+    @property
+    def total_pages(self) -> int:
+        return self._pool.total
+
+    @property
+    def free_pages(self) -> int:
+        return self._pool.free
+
+    @property
+    def used_pages(self) -> int:
+        """Pages that some block owns, reserved ones included."""
+        return self._pool.used
+
+    @property
+    def bytes_per_page(self) -> int:
+        """Keys, values and raw keys of one page in all layers."""
+        token = self.kv_heads * self.head_dim * self.dtype.itemsize
+        return len(self._names) * self.layers * self.page_size * token
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the used pages."""
+        return self.used_pages * self.bytes_per_page
+
+    @property
+    def peak_bytes(self) -> int:
+        """The largest `bytes` so far."""
+        return self._pool.peak * self.bytes_per_page
+
+    @property
+    def pool_bytes(self) -> int:
+        """Bytes of all pages, used or not; 0 after the close."""
+        return 0 if self.closed else self.total_pages * self.bytes_per_page
+
+    def pages_for(self, tokens: int) -> int:
+        """Pages that ``tokens`` tokens of one segment take."""
+        return -(-tokens // self.page_size)
+
+    # -- streams ---------------------------------------------------------------------------------
+
+    def open(self) -> CacheStream:
+        """A new stream. Raises CacheClosed after `close`."""
+        self._check_open()
+        stream = CacheStream(self)
+        self._streams[stream] = None
+        return stream
+
+    @property
+    def streams(self) -> list[CacheStream]:
+        """The open streams, in the order in which they were opened."""
+        return list(self._streams)
+
+    def close(self) -> None:
+        """Closes every stream and lets go of the pools; a second close does nothing.
+
+        Accounts (`peak_bytes`, a stream's `forgotten`) stay readable.
+        """
+        if self.closed:
+            return
+        for stream in self.streams:
+            stream.close()
+        self._pools = {}
+        self._fill = self._fill[:0].clone()
+        self.closed = True
+
+    def __enter__(self) -> PagedKVCache:
+        self._check_open()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    # -- for the streams -------------------------------------------------------------------------
+
+    def _check_open(self) -> None:
+        if self.closed:
+            raise CacheClosed("the cache was closed")
+
+    def _next_order(self) -> int:
+        self._order += 1
+        return self._order
+
+    def _take(self, n: int, block: Block, asked: str) -> list[int]:
+        if n > self.free_pages:
+            self._make_room(n, block._stream, asked)
+        return self._pool.take(n, block)
+
+    def _give(self, pages: list[int], block: Block) -> None:
+        self._pool.give(pages, block)
+
+    def _clear(self, ids: torch.Tensor) -> None:
+        """Pages that go back hold nothing: what still lists them reads nothing."""
+        self._fill.index_fill_(0, ids, 0)
+
+    def _make_room(self, n: int, stream: CacheStream, asked: str) -> None:
+        """Grows, then evicts, until ``n`` pages are free; decides before it changes anything."""
+        total = self.total_pages
+        target = total
+        while target < self.max_pages and target - total + self.free_pages < n:
+            target = min(2 * target, self.max_pages)
+        short = n - self.free_pages - (target - total)
+        victims = []
+        if self.on_full == "evict_oldest" and short > 0:
+            for victim in self._evictable(stream):
+                victims.append(victim)
+                short -= len(victim.pages)
+                if short <= 0:
+                    break
+        if short > 0:
+            raise OutOfPages(self._why_full(n, stream, asked))
+        if target > total:
+            self._extend(target)
+        for victim in victims:
+            victim._stream._evict(victim)
+
+    def _evictable(self, stream: CacheStream) -> Iterator[Block]:
+        others = (s.chunks.oldest_first() for s in self._streams if s is not stream)
+        runs = (stream.chunks.oldest_first(), heapq.merge(*others, key=lambda b: b._order))
+        return (b for run in runs for b in run if not b.pinned and not b._holds)
+
+    def _extend(self, total: int) -> None:
+        old = self.total_pages
+        # All allocations come first: when one fails, the cache is as it was.
+        fill = torch.zeros(total, dtype=torch.int32, device=self.device)
+        pools = {name: self._new_pool(total) for name in self._pools}
+        fill[:old] = self._fill
+        for name, pool in pools.items():
+            pool[:, :old] = self._pools[name]
+        self._fill, self._pools = fill, pools
+        self._pool.extend(total - old)
+
+    def _new_pool(self, pages: int) -> torch.Tensor:
+        shape = (self.layers, pages, self.page_size, self.kv_heads, self.head_dim)
+        return torch.empty(shape, dtype=self.dtype, device=self.device)
+
+    def _why_full(self, n: int, stream: CacheStream, asked: str) -> str:
+        held: Counter[str] = Counter()
+        for other in self._streams:
+            for block in [*other.blocks, *other._reserved]:
+                if block.state == "reserved":
+                    why = "reserved, not committed"
+                elif block.kind != "chunk":
+                    why = f"in {block.kind}s"
+                elif block.pinned or block._holds:
+                    why = "in chunks pinned or held"
+                else:
+                    why = "in chunks that could be evicted"
+                held[why] += len(block.pages)
+        holders = ", ".join(f"{count} {why}" for why, count in held.items() if count) or "none"
+        helps = []
+        if n > self.max_pages:
+            helps.append(f"a cache of at least {n} pages")
+        else:
+            if self.on_full == "error" and held["in chunks that could be evicted"]:
+                helps.append("on_full='evict_oldest' or evict() of chunks")
+            if held["in chunks pinned or held"]:
+                helps.append("unpinning chunks")
+            if held["reserved, not committed"]:
+                helps.append("commit() or rollback() of reservations")
+            if held["in texts"]:
+                helps.append("free() of texts that are done")
+            bigger = "a larger max_pages" if self.grow else "more pages or grow=True"
+            helps.append(bigger)
+        return (
+            f"{asked}: {n} pages of {self.page_size} tokens asked, {self.free_pages} of "
+            f"{self.total_pages} are free (on_full={self.on_full!r}, at most {self.max_pages} "
+            f"pages). In use by {len(self._streams)} stream(s): {holders}. "
+            f"What would help: {'; '.join(helps)}."
+        )
