@@ -1,0 +1,209 @@
+"""The attention contract once more, head by head with Python ints, and cases to hold it against.
+
+Written apart from the reference on purpose: what both say is what the contract says.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+import vicostream_kernels as vk
+from kit import tensors
+from kit.compare import assert_matches
+
+
+@dataclass
+class Case:
+    """One call of ``sink_window_attention``: positional tensors and keyword options."""
+
+    q: torch.Tensor
+    k_pages: torch.Tensor
+    v_pages: torch.Tensor
+    page_table: torch.Tensor
+    cu_seqlens_q: torch.Tensor
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def run(self, backend: tuple[str, str], **more: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """out and lse of (backend, device), back on the CPU."""
+        name, device = backend
+        moved = [
+            tensors.strided(x.to(device)) if device != "cpu" else x
+            for x in (self.q, self.k_pages, self.v_pages, self.page_table, self.cu_seqlens_q)
+        ]
+        options = {
+            key: value.to(device) if isinstance(value, torch.Tensor) else value
+            for key, value in {**self.options, **more}.items()
+        }
+        out, lse = vk.sink_window_attention(*moved, **options, return_lse=True, backend=name)
+        return out.cpu(), lse.cpu()
+
+    def changed(self, **fields: Any) -> Case:
+        """A copy with other fields or options."""
+        own = {key: fields.pop(key) for key in list(fields) if key in self.__dataclass_fields__}
+        return replace(self, **own, options={**self.options, **fields})
+
+
+def make_case(
+    queries: list[int],
+    tables: list[Any],
+    *,
+    pages: int = 12,
+    page_size: int = 4,
+    kv_heads: int = 2,
+    group: int = 2,
+    head_dim: int = 16,
+    dtype: torch.dtype = torch.float32,
+    padding: int = 0,
+    seed: int = 0,
+    **options: Any,
+) -> Case:
+    """Random q and pages around the given tables; every slot that no stream lists is NaN.
+
+    Lists among the options become int32 tensors (float32 for ``sink_logits``).
+    """
+    rows = sum(queries) + padding
+    pool = (pages, page_size, kv_heads, head_dim)
+    starts = [sum(queries[:n]) for n in range(len(queries) + 1)]
+    for name, value in options.items():
+        if isinstance(value, list) and name != "mrope_section":
+            kind = torch.float32 if name == "sink_logits" else torch.int32
+            options[name] = torch.tensor(value, dtype=kind)
+    case = Case(
+        tensors.randn((rows, kv_heads * group, head_dim), dtype, seed=seed),
+        tensors.randn(pool, dtype, seed=seed + 1),
+        tensors.randn(pool, dtype, seed=seed + 2),
+        tensors.strided(torch.tensor(tables, dtype=torch.int32)),
+        torch.tensor(starts, dtype=torch.int32),
+        options,
+    )
+    unused = torch.ones(pages, page_size, dtype=torch.bool)
+    for s in range(len(queries)):
+        for h in range(kv_heads * group):
+            for page, offset, _ in logical_sequence(case, s, h):
+                unused[page, offset] = False
+    case.k_pages[unused] = math.nan
+    case.v_pages[unused] = math.nan
+    return case
+
+
+def logical_sequence(case: Case, s: int, h: int) -> list[tuple[int, int, int]]:
+    """(page, offset, table entry) of the tokens that stream s has for query head h, in order."""
+    pages, page_size, kv_heads, _ = case.k_pages.shape
+    table = case.page_table[s].tolist()
+    if case.page_table.dim() == 3:
+        per_table = case.q.shape[1] // len(table)
+        table = table[h // per_table]
+    fill, kv_len = case.options.get("page_fill"), case.options.get("kv_len")
+    left = None if kv_len is None else int(kv_len[s])
+    tokens = []
+    for entry, page in enumerate(table):
+        if not 0 <= page < pages:
+            continue
+        filled = int(fill[page]) if left is None else min(page_size, left)
+        left = None if left is None else left - max(filled, 0)
+        tokens += [(page, offset, entry) for offset in range(min(filled, page_size))]
+    return tokens
+
+
+def turned(key: torch.Tensor, shift: list[int], case: Case, dtype: torch.dtype) -> torch.Tensor:
+    """One key [d] moved by ``shift``: complex products, angles exact to float64's last bits."""
+    frequencies = case.options["inv_freq"].tolist()
+    section = case.options.get("mrope_section") or [len(frequencies), 0, 0]
+    axis = [0] * section[0] + [1] * section[1] + [2] * section[2]
+    # int (24 bits) x float32 fits float64, and libm reduces the argument exactly.
+    angles = [shift[a] * f for a, f in zip(axis, frequencies)]
+    factor = torch.tensor([complex(math.cos(x), math.sin(x)) for x in angles])
+    factor = factor.to(torch.complex128 if dtype == torch.float64 else torch.complex64)
+    real, imaginary = key.to(factor.real.dtype).chunk(2)
+    product = torch.complex(real, imaginary) * factor
+    return torch.cat((product.real, product.imag)).to(dtype)
+
+
+def dense(case: Case, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """out [Q, H, d] and lse [Q, H], all in ``dtype``, a head of a stream at a time."""
+    rows, heads, d = case.q.shape
+    opt = case.options
+    scale = opt.get("sm_scale") or d**-0.5
+    window, sinks = opt.get("window"), opt.get("sink_tokens", 0)
+    shift = opt.get("page_shift")
+    out = torch.zeros(rows, heads, d, dtype=dtype)
+    lse = torch.full((rows, heads), -math.inf, dtype=dtype)
+    starts = case.cu_seqlens_q.tolist()
+    for s in range(len(starts) - 1):
+        first = 0 if opt.get("window_start") is None else int(opt["window_start"][s])
+        for h in range(heads):
+            tokens = logical_sequence(case, s, h)
+            g = h * case.k_pages.shape[2] // heads
+            keys = [case.k_pages[page, offset, g].to(dtype) for page, offset, _ in tokens]
+            values = [case.v_pages[page, offset, g].to(dtype) for page, offset, _ in tokens]
+            if shift is not None:
+                of_head = shift[s]
+                if shift.dim() == 4:
+                    of_head = of_head[h * shift.shape[1] // heads]
+                keys = [
+                    turned(case.k_pages[page, offset, g], of_head[entry].tolist(), case, dtype)
+                    for page, offset, entry in tokens
+                ]
+            mine = range(starts[s], starts[s + 1])
+            hidden = torch.ones(len(mine), len(tokens), dtype=torch.bool)
+            for r in range(len(mine)):
+                i = len(tokens) - len(mine) + r
+                for j in range(len(tokens)):
+                    recent = j >= first and (window is None or i - j < window)
+                    hidden[r, j] = not (j <= i and (j < sinks or recent))
+            rows_seeing = [row for row in mine if not hidden[row - mine.start].all()]
+            if not rows_seeing:
+                continue
+            hidden = hidden[[row - mine.start for row in rows_seeing]]
+            scores = case.q[rows_seeing, h].to(dtype) @ torch.stack(keys).T * scale
+            scores[hidden] = -math.inf
+            if opt.get("sink_logits") is not None:
+                sink = opt["sink_logits"][h].to(dtype).expand(len(rows_seeing), 1)
+                scores = torch.cat((scores, sink), 1)
+            lse[rows_seeing, h] = scores.logsumexp(1)
+            weights = scores.softmax(1)[:, : len(tokens)]
+            out[rows_seeing, h] = weights @ torch.stack(values)
+    return out, lse
+
+
+def check(case: Case, backend: tuple[str, str], **more: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Runs a case of some size and compares it with the oracle; gives back what came out."""
+    out, lse = case.run(backend, **more)
+    dtype = case.q.dtype
+    assert out.dtype == dtype and lse.dtype == torch.float32
+    true_out, true_lse = dense(case, torch.float64)
+    # The LSE is float32 in every dtype, but a key that was turned on load may be rounded again.
+    lse_dtype = dtype if "page_shift" in case.options else torch.float32
+    assert_matches(out, true_out, dense(case, dtype)[0], name="out")
+    assert_matches(lse, true_lse, dense(case, lse_dtype)[1], name="lse")
+    return out, lse
+
+
+def check_small(case: Case, backend: tuple[str, str], **more: Any) -> None:
+    """As ``check`` for cases of few numbers, where torch's own error may be 0 by luck.
+
+    The bound is then first-order: a score may err by float32's rounding of the sum of |q k|, and
+    moves the output by at most twice that times the largest |v|.
+    """
+    out, lse = case.run(backend, **more)
+    dtype = case.q.dtype
+    true_out, true_lse = dense(case, torch.float64)
+    score = case.q.double().abs().sum(-1).max().item() if case.q.numel() else 0.0
+    score *= case.k_pages.double().nan_to_num().abs().max().item() if case.k_pages.numel() else 0.0
+    score *= abs(case.options.get("sm_scale") or case.q.shape[-1] ** -0.5)
+    eps = torch.finfo(dtype if "page_shift" in case.options else torch.float32).eps
+    error = eps * (1 + score)
+    value = case.v_pages.double().nan_to_num().abs().max().item() if case.v_pages.numel() else 0.0
+    for name, got, truth, allowed in (
+        ("out", out, true_out, 2 * (error + torch.finfo(dtype).eps) * value),
+        ("lse", lse, true_lse, 2 * error + 1e-6 * true_lse.nan_to_num(neginf=0.0).abs().amax()),
+    ) if out.numel() else ():  # fmt: skip
+        infinite = torch.isinf(truth)
+        assert not got.isnan().any(), f"{name}: NaN at {got.isnan().nonzero()[0].tolist()}"
+        assert torch.equal(got.double()[infinite], truth[infinite]), f"{name}: -inf elsewhere"
+        off = (got.double() - truth)[~infinite].abs()
+        assert off.numel() == 0 or off.max() <= allowed, f"{name}: {off.max()} > {allowed}"
