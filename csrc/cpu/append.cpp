@@ -82,10 +82,9 @@ void summarize_head(const AppendArgs& a, int64_t g) {
     const int64_t page = slot / a.page_size, offset = slot % a.page_size;
     const int64_t block = a.block_of_page[page];
     if (block < 0 || block >= a.blocks) continue;
-    const T* stored =
-        a.summary_raw
-            ? static_cast<const T*>(a.k) + n * a.k_token + g * a.k_head
-            : static_cast<const T*>(a.k_pages) + page * a.k_page + offset * a.k_slot + g * a.k_kv;
+    const T* stored = a.summary_raw ? static_cast<const T*>(a.k) + n * a.k_token + g * a.k_head
+                                    : static_cast<const T*>(a.k_pages) + page * a.k_page +
+                                          offset * a.k_slot + g * a.k_kv;
     load_row(stored, key, d);
     if (a.sum != nullptr) {
       float* sum = a.sum + block * a.sum_block + g * a.sum_kv;

@@ -32,7 +32,9 @@ inline uint32_t float_to_bits(float value) {
   return bits;
 }
 
-inline void load_row(const float* row, float* out, int n) { std::memcpy(out, row, n * sizeof(float)); }
+inline void load_row(const float* row, float* out, int n) {
+  std::memcpy(out, row, n * sizeof(float));
+}
 
 inline void store_row(const float* row, float* out, int n) {
   std::memcpy(out, row, n * sizeof(float));

@@ -60,8 +60,8 @@ __device__ __forceinline__ void rotate(const T* row, T* out, int f, int half, co
 #pragma unroll
   for (int i = 0; i < kWidth; ++i) {
     float a, b;
-    shared::rotate_pair(to_float(first.x[i]), to_float(second.x[i]), angle[f + i].x,
-                        angle[f + i].y, &a, &b);
+    shared::rotate_pair(to_float(first.x[i]), to_float(second.x[i]), angle[f + i].x, angle[f + i].y,
+                        &a, &b);
     out_first.x[i] = from_float<T>(a);
     out_second.x[i] = from_float<T>(b);
   }
@@ -113,8 +113,7 @@ __global__ void __launch_bounds__(kThreads) rope_append_kernel(const AppendArgs 
           static_cast<T*>(a.k_pages) + page * a.k_page + offset * a.k_slot + g * a.k_kv, f, half,
           angle, raw);
     } else {
-      const int rest = item - q_items - k_items, g = rest / pairs,
-                f = (rest - g * pairs) * kWidth;
+      const int rest = item - q_items - k_items, g = rest / pairs, f = (rest - g * pairs) * kWidth;
       const T* v = static_cast<const T*>(a.v) + n * a.v_token + g * a.v_head;
       T* out = static_cast<T*>(a.v_pages) + page * a.v_page + offset * a.v_slot + g * a.v_kv;
       store<T, kWidth>(out + f, load<T, kWidth>(v + f));
@@ -165,10 +164,10 @@ __global__ void __launch_bounds__(kWarp) summarize_kernel(const AppendArgs a) {
       if (!active) continue;
       const int64_t slot = a.slots[token * a.slots_token];
       const int64_t page = slot / a.page_size, offset = slot - page * a.page_size;
-      const T* stored = a.summary_raw
-                            ? static_cast<const T*>(a.k) + token * a.k_token + g * a.k_head
-                            : static_cast<const T*>(a.k_pages) + page * a.k_page +
-                                  offset * a.k_slot + g * a.k_kv;
+      const T* stored =
+          a.summary_raw
+              ? static_cast<const T*>(a.k) + token * a.k_token + g * a.k_head
+              : static_cast<const T*>(a.k_pages) + page * a.k_page + offset * a.k_slot + g * a.k_kv;
       const float key = to_float(stored[channel]);
       sum += key;
       if (a.kmin != nullptr) {
@@ -185,10 +184,10 @@ __global__ void __launch_bounds__(kWarp) summarize_kernel(const AppendArgs a) {
 }
 
 bool aligned(const AppendArgs& a, int64_t width, int64_t bytes) {
-  const int64_t strides[] = {a.q_token, a.q_head,  a.k_token, a.k_head,     a.v_token,
-                             a.v_head,  a.k_page,  a.k_slot,  a.k_kv,       a.v_page,
-                             a.v_slot,  a.v_kv,    a.q_out_token, a.q_out_head,
-                             a.raw_page, a.raw_slot, a.raw_kv};
+  const int64_t strides[] = {a.q_token,  a.q_head, a.k_token,     a.k_head,     a.v_token,
+                             a.v_head,   a.k_page, a.k_slot,      a.k_kv,       a.v_page,
+                             a.v_slot,   a.v_kv,   a.q_out_token, a.q_out_head, a.raw_page,
+                             a.raw_slot, a.raw_kv};
   for (int64_t stride : strides)
     if (stride % width != 0) return false;
   const void* pointers[] = {a.q, a.k, a.v, a.q_out, a.k_pages, a.v_pages, a.raw_k_pages};

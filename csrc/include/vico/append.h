@@ -9,21 +9,21 @@ enum class DType : int { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
 
 // Strides are in elements; the last dimension of every tensor is dense.
 struct AppendArgs {
-  const void* q;               // [N, H, d]
-  const void* k;               // [N, G, d]
-  const void* v;               // [N, G, d]
-  const int32_t* positions;    // [3, N]
-  const float* inv_freq;       // [d/2]
-  const int32_t* slots;        // [N]
+  const void* q;                 // [N, H, d]
+  const void* k;                 // [N, G, d]
+  const void* v;                 // [N, G, d]
+  const int32_t* positions;      // [3, N]
+  const float* inv_freq;         // [d/2]
+  const int32_t* slots;          // [N]
   const int32_t* block_of_page;  // [P] or null
-  void* q_out;                 // [N, H, d]
-  void* k_pages;               // [P, B, G, d]
-  void* v_pages;               // [P, B, G, d]
-  void* raw_k_pages;           // [P, B, G, d] or null
-  float* sum;                  // [NB, G, d] or null
-  int32_t* count;              // [NB] or null
-  float* kmin;                 // [NB, sub, G, d] or null
-  float* kmax;                 // [NB, sub, G, d] or null
+  void* q_out;                   // [N, H, d]
+  void* k_pages;                 // [P, B, G, d]
+  void* v_pages;                 // [P, B, G, d]
+  void* raw_k_pages;             // [P, B, G, d] or null
+  float* sum;                    // [NB, G, d] or null
+  int32_t* count;                // [NB] or null
+  float* kmin;                   // [NB, sub, G, d] or null
+  float* kmax;                   // [NB, sub, G, d] or null
 
   int64_t tokens, heads, kv_heads, pages, page_size, blocks, sub;
   int head_dim;
@@ -44,12 +44,8 @@ struct AppendArgs {
 #else
 #define VICO_BOUND static inline
 #endif
-VICO_BOUND float bound_min(float kept, float x) {
-  return (x < kept || x != x) ? x : kept;
-}
-VICO_BOUND float bound_max(float kept, float x) {
-  return (x > kept || x != x) ? x : kept;
-}
+VICO_BOUND float bound_min(float kept, float x) { return (x < kept || x != x) ? x : kept; }
+VICO_BOUND float bound_max(float kept, float x) { return (x > kept || x != x) ? x : kept; }
 #undef VICO_BOUND
 
 }  // namespace vico

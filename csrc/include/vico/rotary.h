@@ -17,9 +17,9 @@ VICO_INLINE double nearest(double x) {
   return (x + kShift) - kShift;
 }
 
-// sin and cos of 2 pi turns. The quarter turns are taken off in fp64, where that is exact; the rest,
-// at most an eighth of a turn, goes through the minimax polynomials of the Cephes library
-// (S. L. Moshier) in fp32. No library sine: its slow path for large arguments spills on GPUs.
+// sin and cos of 2 pi turns. The quarter turns are taken off in fp64, where that is exact; the
+// rest, at most an eighth of a turn, goes through the minimax polynomials of the Cephes library (S.
+// L. Moshier) in fp32. No library sine: its slow path for large arguments spills on GPUs.
 VICO_INLINE void sincos_turns(double turns, float* sine, float* cosine) {
   const double quarters = nearest(turns * 4.0);
   const float x = static_cast<float>((turns - quarters * 0.25) * 6.283185307179586476925286766559);
@@ -27,11 +27,10 @@ VICO_INLINE void sincos_turns(double turns, float* sine, float* cosine) {
   const int quadrant = static_cast<int>(quarters - cycle * 4.0);
 
   const float z = x * x;
-  const float s =
-      x + x * z * (-1.6666654611e-1f + z * (8.3321608736e-3f + z * -1.9515295891e-4f));
-  const float c = 1.0f - 0.5f * z +
-                  z * z * (4.166664568298827e-2f +
-                           z * (-1.388731625493765e-3f + z * 2.443315711809948e-5f));
+  const float s = x + x * z * (-1.6666654611e-1f + z * (8.3321608736e-3f + z * -1.9515295891e-4f));
+  const float c =
+      1.0f - 0.5f * z +
+      z * z * (4.166664568298827e-2f + z * (-1.388731625493765e-3f + z * 2.443315711809948e-5f));
   const bool swapped = (quadrant & 1) != 0;
   const float sine_size = swapped ? c : s;
   const float cosine_size = swapped ? s : c;
@@ -39,7 +38,8 @@ VICO_INLINE void sincos_turns(double turns, float* sine, float* cosine) {
   *cosine = ((quadrant + 1) & 2) != 0 ? -cosine_size : cosine_size;
 }
 
-// Which of (t, h, w) drives frequency f: the section that holds it. Plain RoPE has all in the first.
+// Which of (t, h, w) drives frequency f: the section that holds it. Plain RoPE has all in the
+// first.
 VICO_INLINE int rotary_axis(int f, int t_section, int h_section) {
   return f < t_section ? 0 : (f < t_section + h_section ? 1 : 2);
 }

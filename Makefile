@@ -1,0 +1,91 @@
+# Everything a new user types. Each target does its own set-up in .venv; a second call starts at once.
+#
+#   make demo        build, make the sample clip, stream it, answer three questions, write out/demo
+#   make test        the whole CPU suite
+#   make build       compile csrc/ and bindings/ into the tree, incrementally
+#   make bench       microbenchmarks of every op on this machine
+#   make lint        ruff and clang-format; make format applies them
+#   make packaging   wheel and sdist, built and imported from an empty folder
+#   make gpu-check   on a machine with a GPU: build, GPU tests, compute-sanitizer, benchmarks
+
+PYTHON ?= python3
+VENV ?= .venv
+# Pinned so that every machine tests the same thing; on a machine with an NVIDIA GPU set
+# TORCH="torch==2.13.0" or any build of 2.6 or newer that fits the driver.
+TORCH ?= torch==2.13.0
+# What the interpreter and the cross-compile gates were tested with. Builds of torch with CUDA bring
+# their own Triton, which is then left alone.
+TRITON ?= triton==3.6.0
+# CUDA is compiled where there is a GPU; VICO_CUDA=1 compiles it wherever nvcc is.
+ifndef VICO_CUDA
+ifeq ($(shell nvidia-smi -L 2>/dev/null),)
+export VICO_CUDA := 0
+endif
+endif
+
+BIN := $(abspath $(VENV))/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+STAMP := $(VENV)/.installed
+SUFFIX = $(shell $(BIN)/python -c "import sysconfig; print(sysconfig.get_config_var('EXT_SUFFIX'))")
+NATIVE := $(wildcard csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/include/vico/*.h bindings/*)
+
+.PHONY: demo test build bench lint format packaging gpu-check clean help
+.DEFAULT_GOAL := help
+
+help:
+	@sed -n 's/^#   //p' Makefile
+
+$(BIN)/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "python 3.10 or newer is needed, this is " + sys.version)'
+	$(PYTHON) -m venv $(VENV)
+
+$(STAMP): pyproject.toml setup.py CMakeLists.txt | $(BIN)/python
+	$(PIP) install -q --upgrade pip
+	$(PIP) install -q "$(TORCH)"
+	$(BIN)/python -c 'import sys, torch; sys.exit(torch.version.cuda is None)' || $(PIP) install -q "$(TRITON)"
+	$(PIP) install -q -e ".[dev]" "cmake>=3.24" ninja "pybind11>=2.13"
+	@touch $@
+
+build: $(STAMP)
+	@PATH="$(BIN):$$PATH" cmake -S . -B build/cmake -G Ninja -Wno-dev --log-level=WARNING \
+	  -DPython_EXECUTABLE=$(BIN)/python -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir) >build-configure.log 2>&1 \
+	  || { cat build-configure.log; exit 1; }
+	@rm -f build-configure.log
+	@PATH="$(BIN):$$PATH" cmake --build build/cmake --parallel
+	@cmp -s build/cmake/_C$(SUFFIX) vicostream_kernels/_C$(SUFFIX) || cp build/cmake/_C$(SUFFIX) vicostream_kernels/
+
+demo: build
+	$(BIN)/vicostream run sample --report out/demo \
+	  --ask "4 What is on the screen now?" --ask "10 What moved?" --ask "end What happened at the beginning?"
+
+test: build
+	$(BIN)/pytest
+
+bench: build
+	$(BIN)/vicostream bench
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(filter %.h %.cpp %.cu,$(NATIVE))
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(filter %.h %.cpp %.cu,$(NATIVE))
+
+packaging: $(STAMP)
+	$(BIN)/pytest tests/packaging -m packaging
+
+# No network and no virtual environment: the machine's own python has torch, Triton and pytest.
+GPU_PYTHON ?= $(shell python3 -c "import torch" 2>/dev/null && echo python3 || echo $(BIN)/python)
+GPU_SITE := $(abspath out/gpu-check/site)
+
+gpu-check:
+	@nvidia-smi -L >/dev/null 2>&1 || { echo "make gpu-check needs an NVIDIA GPU; none was found" >&2; exit 2; }
+	rm -rf $(GPU_SITE) && mkdir -p $(GPU_SITE)
+	VICO_CUDA=1 VICO_STRICT=1 $(GPU_PYTHON) -m pip install -q --no-index --no-build-isolation --no-deps --target $(GPU_SITE) .
+	cd out/gpu-check && PYTHONPATH=$(GPU_SITE) $(GPU_PYTHON) -m vicostream_kernels.bench.gpu_check --root $(CURDIR)
+
+clean:
+	rm -rf build out dist vicostream_kernels/_C*.so *.egg-info

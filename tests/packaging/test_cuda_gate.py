@@ -1,0 +1,51 @@
+"""nvcc needs no GPU: every CUDA source compiles for the shipped targets without local memory."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+STRICT = ["-Xptxas", "--warn-on-local-memory-usage,--warning-as-error"]
+pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc (no GPU)")
+
+SPILLING = """
+__global__ void spill(float* out, const int* at) {
+  float x[64];
+  for (int i = 0; i < 64; ++i) x[i] = 0.0f;
+  for (int i = 0; i < 99; ++i) x[at[i] & 63] += i;
+  for (int i = 0; i < 64; ++i) out[i] = x[i];
+}
+"""
+
+
+def compile_strictly(source: Path, arch: str, out: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["nvcc", "-std=c++17", "-O3", f"-arch={arch}", "-cubin", "-o", str(out)]
+        + [f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc' / 'include'}", *STRICT, str(source)],
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
+@pytest.mark.parametrize("source", SOURCES, ids=lambda p: p.stem)
+def test_no_kernel_uses_local_memory(source, arch, tmp_path):
+    done = compile_strictly(source, arch, tmp_path / "out.cubin")
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_gate_can_fail(tmp_path):
+    source = tmp_path / "spill.cu"
+    source.write_text(SPILLING)
+    done = compile_strictly(source, "sm_90a", tmp_path / "out.cubin")
+    assert done.returncode != 0
+    assert "Local memory used" in done.stderr or "local memory" in done.stderr.lower()
+
+
+def test_the_cuda_sources_are_there():
+    assert [p.stem for p in SOURCES], "csrc/cuda holds no kernel"

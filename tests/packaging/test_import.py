@@ -1,0 +1,96 @@
+"""Importing the package is cheap and pulls in nothing that may be missing."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+import vicostream_kernels as vk
+from vicostream_kernels import backends
+
+PROGRAM = """
+import json, sys, time
+import torch
+before = set(sys.modules)
+start = time.perf_counter()
+import vicostream_kernels
+elapsed = time.perf_counter() - start
+print(json.dumps({"ms": 1e3 * elapsed, "new": sorted(set(sys.modules) - before)}))
+"""
+
+
+def run(program: str, cwd: str, **env: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=cwd,
+        env={**os.environ, **env},
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_import_is_cheap_and_lazy(tmp_path):
+    tries = []
+    for _ in range(3):
+        done = run(PROGRAM, str(tmp_path))
+        assert done.returncode == 0, done.stderr
+        tries.append(json.loads(done.stdout))
+    new = {name.partition(".")[0] for name in tries[0]["new"]}
+    lazy = {"triton", "transformers", "av", "typer", "rich", "matplotlib", "PIL", "safetensors"}
+    assert not new & lazy
+    assert "vicostream_kernels._C" not in tries[0]["new"]
+    assert min(t["ms"] for t in tries) < 50
+
+
+def test_every_public_name_is_there():
+    for name in vk.__all__:
+        assert getattr(vk, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'missing'"):
+        _ = vk.missing
+
+
+@pytest.mark.parametrize(
+    "value, wanted",
+    [("reference", "reference"), ("cpu", "cpu"), ("auto", "cpu"), ("cuda,reference", "reference")],
+)
+def test_the_environment_sets_what_auto_means(tmp_path, value, wanted):
+    program = (
+        "from vicostream_kernels import backends as b; print(b.choose('rope_append','auto','cpu'))"
+    )
+    done = run(f"import vicostream_kernels; {program}", str(tmp_path), VICO_BACKEND=value)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == wanted
+
+
+def test_an_unknown_backend_in_the_environment_says_what_is_allowed(tmp_path):
+    done = run("import vicostream_kernels", str(tmp_path), VICO_BACKEND="gpu")
+    assert done.returncode != 0
+    assert "VICO_BACKEND=gpu: 'gpu' is not one of auto, cuda, triton, cpu, reference" in done.stderr
+
+
+def test_a_request_that_cannot_be_served_says_why_and_what_can(monkeypatch):
+    with pytest.raises(vk.BackendUnavailable, match=r"cuda backend takes cuda tensors.*what can: "):
+        backends.choose("rope_append", "cuda", "cpu")
+    with pytest.raises(ValueError, match="backend='gpu' is not one of auto"):
+        backends.choose("rope_append", "gpu", "cpu")
+    missing = (None, "the compiled module _C is missing (no file)")
+    monkeypatch.setattr(backends, "native", lambda: missing)
+    backends.choose.cache_clear()
+    assert backends.choose("rope_append", "auto", "cpu") == "reference"
+    with pytest.raises(vk.BackendUnavailable, match="_C is missing"):
+        backends.choose("rope_append", "cpu", "cpu")
+    backends.choose.cache_clear()
+
+
+def test_info_has_a_reason_for_every_gap():
+    found = backends.info()
+    words = {row["word"] for row in found["ops"]["cpu"]}
+    assert words == set(backends.WORDS)
+    for rows in found["ops"].values():
+        for row in rows:
+            assert row["backends"]["reference"] is None
+            assert all(r is None or len(r) > 10 for r in row["backends"].values())
