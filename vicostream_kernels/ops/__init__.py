@@ -9,11 +9,11 @@ from vicostream_kernels.ops.attention import (
 from vicostream_kernels.ops.preprocess import preprocess_frames, smart_resize
 
 __all__ = [
+    "KeySummary",
     "merge_states",
     "preprocess_frames",
     "rope_append",
     "sink_window_attention",
     "smart_resize",
     "varlen_attention",
-    "KeySummary",
 ]
