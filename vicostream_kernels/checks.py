@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
-from functools import lru_cache
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from functools import lru_cache, wraps
 
 import torch
 
@@ -18,6 +18,39 @@ MAX_HEAD_DIM = 256
 def short(dtype: torch.dtype) -> str:
     """``torch.float32`` -> ``float32``."""
     return str(dtype).removeprefix("torch.")
+
+
+#: A model calls an op with a handful of shapes, again and again; past this the memory starts anew.
+_MOST_REMEMBERED = 4096
+
+
+def remember(check: Callable[..., None]) -> Callable[..., None]:
+    """Skips ``check(*args)`` for layouts that passed before: a key costs less than the checks.
+
+    The key holds what a check may look at: shape, strides, dtype and device of each tensor, and
+    every other argument's value. Symbolic sizes (torch.compile) are always checked.
+    """
+    passed: set[Hashable] = set()
+
+    @wraps(check)
+    def remembering(*args: object) -> None:
+        try:
+            key = tuple(
+                (a.shape, a.stride(), a.dtype, a.device)
+                if isinstance(a, torch.Tensor)
+                else (tuple(a) if isinstance(a, list) else a)
+                for a in args
+            )
+            if key in passed:
+                return
+        except (TypeError, RuntimeError):  # symbolic sizes have no hash
+            return check(*args)
+        check(*args)
+        if len(passed) >= _MOST_REMEMBERED:
+            passed.clear()
+        passed.add(key)
+
+    return remembering
 
 
 @lru_cache(maxsize=None)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -10,80 +10,80 @@ import torch
 from vicostream_kernels.backends import native
 
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+_NONE = (0, 0, 0)
 
 
-def _strided(x: torch.Tensor | None, dims: int) -> tuple[int, list[int]]:
-    if x is None:
-        return 0, [0] * dims
-    return x.data_ptr(), list(x.stride()[:dims])
+@lru_cache(maxsize=1024)
+def _layout(
+    dtype: torch.dtype,
+    sizes: tuple[int, ...],
+    head_dim: int,
+    sections: tuple[int, int],
+    summary_raw: bool,
+    *strides: tuple[int, ...],
+) -> Any:
+    """Sizes and strides as C++ keeps them; made once for each layout a model uses."""
+    dims = (2, 2, 2, 2, 3, 3, 3, 2, 1, 2, 3, 3)
+    cut = [stride[:n] for stride, n in zip(strides, dims)]
+    return native()[0].AppendLayout(_DTYPES[dtype], sizes, head_dim, sections, summary_raw, *cut)
 
 
 def _dense(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
-def _args(
-    module: Any,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    positions: torch.Tensor,
-    inv_freq: torch.Tensor,
-    mrope_section: Sequence[int] | None,
-    k_pages: torch.Tensor,
-    v_pages: torch.Tensor,
-    slots: torch.Tensor,
-    q_out: torch.Tensor,
-    raw_k_pages: torch.Tensor | None,
-    sum: torch.Tensor | None,
-    count: torch.Tensor | None,
-    kmin: torch.Tensor | None,
-    kmax: torch.Tensor | None,
-    summary_raw: bool,
-    block_of_page: torch.Tensor | None,
-) -> tuple[Any, tuple[torch.Tensor | None, ...]]:
-    q, k, v, inv_freq = _dense(q), _dense(k), _dense(v), _dense(inv_freq)
-    block_of_page = None if block_of_page is None else _dense(block_of_page)
-    pages, page_size, kv_heads, d = k_pages.shape
-    blocks = sum.shape[0] if sum is not None else kmin.shape[0] if kmin is not None else 0
-    sub = kmin.shape[1] if kmin is not None else 1
-    sections = (d // 2, 0) if mrope_section is None else tuple(mrope_section[:2])
-    args = module.AppendArgs(
-        dtype=_DTYPES[q.dtype],
-        sizes=[q.shape[0], q.shape[1], kv_heads, pages, page_size, blocks, sub],
-        head_dim=d,
-        sections=sections,
-        summary_raw=summary_raw,
-        q=_strided(q, 2),
-        k=_strided(k, 2),
-        v=_strided(v, 2),
-        q_out=_strided(q_out, 2),
-        k_pages=_strided(k_pages, 3),
-        v_pages=_strided(v_pages, 3),
-        raw_k_pages=_strided(raw_k_pages, 3),
-        positions=_strided(positions, 2),
-        inv_freq=inv_freq.data_ptr(),
-        slots=_strided(slots, 1),
-        block_of_page=0 if block_of_page is None else block_of_page.data_ptr(),
-        sum=_strided(sum, 2),
-        count=0 if count is None else count.data_ptr(),
-        kmin=_strided(kmin, 3),
-        kmax=_strided(kmax, 3),
+def _address(x: torch.Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
+
+
+def _stride(x: torch.Tensor | None) -> tuple[int, ...]:
+    return _NONE if x is None else x.stride()
+
+
+def _prepare(
+    q, k, v, positions, inv_freq, mrope_section, k_pages, v_pages, slots, q_out, raw_k_pages,
+    sum, count, kmin, kmax, summary_raw, block_of_page,
+) -> tuple[Any, tuple[int, ...], tuple[torch.Tensor | None, ...]]:  # fmt: skip
+    """The layout, the addresses, and the tensors that must outlive the call."""
+    kept = q, k, v, inv_freq, block_of_page = (
+        _dense(q),
+        _dense(k),
+        _dense(v),
+        _dense(inv_freq),
+        None if block_of_page is None else _dense(block_of_page),
     )
-    return args, (q, k, v, inv_freq, block_of_page)  # copies must outlive the call
+    pages, page_size, kv_heads, d = k_pages.shape
+    bounds = kmin.shape if kmin is not None else (0, 1)
+    blocks = sum.shape[0] if sum is not None else bounds[0]
+    layout = _layout(
+        q.dtype,
+        (q.shape[0], q.shape[1], kv_heads, pages, page_size, blocks, bounds[1]),
+        d,
+        (d // 2, 0) if mrope_section is None else tuple(mrope_section[:2]),
+        summary_raw,
+        q.stride(), k.stride(), v.stride(), q_out.stride(), k_pages.stride(), v_pages.stride(),
+        _stride(raw_k_pages), positions.stride(), slots.stride(), _stride(sum), _stride(kmin),
+        _stride(kmax),
+    )  # fmt: skip
+    addresses = (
+        q.data_ptr(), k.data_ptr(), v.data_ptr(), positions.data_ptr(), inv_freq.data_ptr(),
+        slots.data_ptr(), _address(block_of_page), q_out.data_ptr(), k_pages.data_ptr(),
+        v_pages.data_ptr(), _address(raw_k_pages), _address(sum), _address(count), _address(kmin),
+        _address(kmax),
+    )  # fmt: skip
+    return layout, addresses, kept
 
 
-def rope_append_cpu(*tensors: Any) -> None:
+def rope_append_cpu(*args: Any) -> None:
     """See ``vicostream_kernels.rope_append``; runs on ``torch.get_num_threads()`` threads."""
-    module, _ = native()
-    args, _kept = _args(module, *tensors)
-    module.rope_append_cpu(args, torch.get_num_threads())
+    layout, addresses, _kept = _prepare(*args)
+    native()[0].rope_append_cpu(layout, addresses, torch.get_num_threads())
 
 
-def rope_append_cuda(*tensors: Any) -> None:
+def rope_append_cuda(*args: Any) -> None:
     """See ``vicostream_kernels.rope_append``; launches on the current stream of q's device."""
-    module, _ = native()
-    device = tensors[0].device
+    device = args[0].device
     with torch.cuda.device(device):
-        args, _kept = _args(module, *tensors)
-        module.rope_append_cuda(args, torch.cuda.current_stream(device).cuda_stream)
+        layout, addresses, _kept = _prepare(*args)
+        stream = torch.cuda.current_stream(device).cuda_stream
+        native()[0].rope_append_cuda(layout, addresses, stream)

@@ -149,6 +149,7 @@ def rope_append(
     return q_out
 
 
+@checks.remember
 def _check(
     q, k, v, positions, inv_freq, mrope_section, k_pages, v_pages, slots, q_out, raw_k_pages,
     sum, count, kmin, kmax, block_of_page,
