@@ -1,4 +1,4 @@
-"""Write the files of the embedded `tiny-random` model (all but its weights, which come from a seed).
+"""Write the files of the embedded `tiny-random` model; its weights come from a seed at load.
 
 Everything is computed here in plain Python, byte-pair merges included, so the output does not
 depend on the version of any library: `python tools/make_tiny_random.py` in a clean tree changes

@@ -1,0 +1,143 @@
+"""The LLM: transformers' weights, our paged attention."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from vicostream_kernels.models.weights import Block, TextWeights
+from vicostream_kernels.ops.append import rope_append
+from vicostream_kernels.ops.attention import sink_window_attention
+
+#: Which rows of the last hidden state a forward returns.
+Outputs = Literal["all", "last", "none"]
+
+
+@dataclass(frozen=True)
+class Attend:
+    """What one forward of one stream writes and reads.
+
+    Attributes:
+        cache: the paged cache; K and V of every layer are written to it.
+        slots: [N] int32, where each token's K and V go (``page * page_size + offset``, -1 skips).
+        page_table: [1, L] int32, pages visible to these tokens, in logical order, the pages just
+            written last; a list of one table per layer where a method chooses per layer.
+        cu_seqlens_q: [2] int32, 0 and the number of real tokens (rows beyond it are padding).
+        sink_tokens, window, window_start, page_shift: as ``sink_window_attention`` has them.
+    """
+
+    cache: Any
+    slots: torch.Tensor
+    page_table: torch.Tensor | Sequence[torch.Tensor]
+    cu_seqlens_q: torch.Tensor
+    sink_tokens: int = 0
+    window: int | None = None
+    window_start: torch.Tensor | None = None
+    page_shift: torch.Tensor | None = None
+
+    def table(self, layer: int) -> torch.Tensor:
+        if isinstance(self.page_table, torch.Tensor):
+            return self.page_table
+        return self.page_table[layer]
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Head counts and rotary frequencies of the LLM's attention."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    inv_freq: torch.Tensor
+    mrope_section: tuple[int, int, int]
+
+
+def text_forward(
+    weights: TextWeights,
+    heads: Heads,
+    embeds: torch.Tensor,
+    positions: torch.Tensor,
+    attend: Attend,
+    outputs: Outputs,
+    backend: str,
+) -> torch.Tensor | None:
+    """Runs all layers on ``embeds`` [N, D]; see ``Qwen2_5_VLRunner.forward``."""
+    hidden = embeds
+    final = len(weights.blocks) - 1
+    for layer, block in enumerate(weights.blocks):
+        wanted = outputs if layer == final else "all"
+        attended = _attention(block, heads, hidden, positions, attend, layer, wanted, backend)
+        if attended is None:
+            return None
+        if wanted == "last":
+            hidden = hidden[-1:]
+        hidden = hidden + block.out(attended)
+        hidden = hidden + block.mlp(block.mlp_norm(hidden))
+    return weights.norm(hidden)
+
+
+def _attention(
+    block: Block,
+    heads: Heads,
+    hidden: torch.Tensor,
+    positions: torch.Tensor,
+    attend: Attend,
+    layer: int,
+    wanted: Outputs,
+    backend: str,
+) -> torch.Tensor | None:
+    n, d = hidden.shape[0], heads.head_dim
+    cache = attend.cache
+    k_pages, v_pages = cache.k_pages[layer], cache.v_pages[layer]
+    normed = block.attention_norm(hidden)
+    if wanted == "none":
+        # Nobody reads the last layer's output of a video chunk, only its K and V; k stands in for
+        # the queries that rope_append rotates.
+        k, v = block.qkv.rows(heads.heads * d)(normed).view(n, 2, heads.kv_heads, d).unbind(1)
+        q = k
+    else:
+        q, k, v = (
+            block.qkv(normed)
+            .view(n, heads.heads + 2 * heads.kv_heads, d)
+            .split([heads.heads, heads.kv_heads, heads.kv_heads], dim=1)
+        )
+    q = rope_append(
+        q,
+        k,
+        v,
+        positions,
+        heads.inv_freq,
+        heads.mrope_section,
+        k_pages,
+        v_pages,
+        attend.slots,
+        raw_k_pages=None if cache.raw_k_pages is None else cache.raw_k_pages[layer],
+        backend=backend,
+    )
+    if wanted == "none":
+        return None
+    cu_seqlens_q = attend.cu_seqlens_q
+    if wanted == "last":
+        # The queries of a stream are its last logical positions, so fewer of them need no mask.
+        q, cu_seqlens_q = q[-1:], cu_seqlens_q.clamp(max=1)
+    shifted = attend.page_shift is not None
+    out = sink_window_attention(
+        q,
+        k_pages,
+        v_pages,
+        attend.table(layer),
+        cu_seqlens_q,
+        page_fill=cache.page_fill,
+        sink_tokens=attend.sink_tokens,
+        window=attend.window,
+        window_start=attend.window_start,
+        page_shift=attend.page_shift,
+        inv_freq=heads.inv_freq if shifted else None,
+        mrope_section=heads.mrope_section if shifted else None,
+        max_seqlen_q=q.shape[0],
+        backend=backend,
+    )
+    return out.view(q.shape[0], heads.heads * d)
