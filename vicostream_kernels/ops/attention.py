@@ -42,7 +42,9 @@ def sink_window_attention(
         j <= i and (j < sink_tokens or (j > i - window and j >= window_start))
 
     where an absent term does not restrict. Chunk windows, retrieved blocks and evictions are page
-    lists: put only the visible pages in ``page_table``.
+    lists: put only the visible pages in ``page_table``. To split the keys over two calls for
+    ``merge_states``, end both lists with the queries' own pages: ``sink_tokens=n, window=0`` sees
+    the first n tokens only, ``window_start=n`` the others only.
 
     Args:
         q: [Q, H, d] float32, float16 or bfloat16; d a multiple of 8 up to 256. Rotated already.

@@ -140,7 +140,8 @@ def attend(
     """
     if k.shape[-2] == 0:
         return torch.zeros_like(q), q.new_full(q.shape[:-1], -math.inf) if need_lse else None
-    blind = None if visible is None else ~visible.any(-1)
+    # ~visible.any(-1), but vectorised: a tenth of the whole otherwise
+    blind = None if visible is None else visible.view(torch.uint8).amax(-1) == 0
     # torch's fused kernel computes the same, faster, for the plain case. It lets NaN or infinity
     # through from keys that a row does not see (0 * inf), hence the condition.
     plain = q.dtype == torch.float32 and not need_lse and sink_logits is None
