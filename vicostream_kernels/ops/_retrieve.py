@@ -1,0 +1,380 @@
+"""The raw retrieval ops: schemas, argument checks, fakes, dispatch (contracts: retrieve.py)."""
+
+from __future__ import annotations
+
+import math
+import warnings
+
+import torch
+
+from vicostream_kernels import backends, checks
+from vicostream_kernels.ops._registry import register
+
+for _name in ("summarize_blocks", "topk_blocks", "select_pages"):
+    backends.declare("retrieve", _name, reference=f"vicostream_kernels.reference.retrieve:{_name}")
+
+SCORES = ("dot", "cosine", "bound")
+POOLS = ("mean", "max", "softmax")
+SCOPES = ("stream", "kv_head", "query_head")
+_TOPK = "topk_blocks"
+
+
+@checks.remember
+def _check_summarize(
+    k_pages: torch.Tensor, block_pages: torch.Tensor, page_fill: torch.Tensor, kind: str, sub: int
+) -> None:
+    dims = checks.Dims("summarize_blocks")
+    dims.bind("k_pages", k_pages, "P B G d", checks.FLOAT_DTYPES)
+    checks.check_head_dim("summarize_blocks", dims["d"])
+    dims.bind("block_pages", block_pages, "S NB M", torch.int32, k_pages.device)
+    dims.bind("page_fill", page_fill, "P", torch.int32, k_pages.device)
+    checks.check_choice("summarize_blocks", "kind", kind, ("mean", "minmax"))
+    checks.check_range("summarize_blocks", "page size", dims["B"], 1)
+    checks.check_range("summarize_blocks", "sub", sub, 1, dims["B"])
+    if kind == "mean" and sub != 1:
+        raise ValueError(f"summarize_blocks: sub={sub} needs kind='minmax', got kind='mean'")
+
+
+def _check_scoring(
+    dims, query, summary, summary_max, summary_count, cu_seqlens, score, pool, scope, sm_scale
+) -> torch.Tensor:  # fmt: skip
+    """Binds S, NB (and G, H where there are heads); returns the tensor that sets the device."""
+    for name, value in (("query", query), ("summary", summary)):
+        if not isinstance(value, torch.Tensor):
+            raise TypeError(
+                f"{_TOPK}: {name} must be a tensor where there is no external_score, "
+                f"got {type(value).__name__}"
+            )
+    tokens = "S" if cu_seqlens is None else "Q"
+    floats, device = checks.FLOAT_DTYPES, query.device
+    if query.dim() == 2:
+        if scope != "stream" or score == "bound":
+            raise ValueError(
+                f"{_TOPK}: query [{tokens}, D] has no heads, so scope must be 'stream' and score "
+                f"'dot' or 'cosine', got scope={scope!r}, score={score!r}"
+            )
+        dims.bind("query", query, f"{tokens} D", floats)
+        dims.bind("summary", summary, "S NB D", floats, device)
+    else:
+        dims.bind("query", query, f"{tokens} H d", floats)
+        checks.check_head_dim(_TOPK, dims["d"])
+        form = "S NB sub G d" if score == "bound" else "S NB G d"
+        dims.bind("summary", summary, form, floats, device)
+        if dims["G"] == 0 or dims["H"] % dims["G"]:
+            raise ValueError(
+                f"{_TOPK}: query has H={dims['H']} heads, which must be a multiple of the "
+                f"summary's G={dims['G']}"
+            )
+        if score == "bound":
+            checks.check_range(_TOPK, "sub-pages of the summary", dims["sub"], 1)
+    if (score == "bound") != (summary_max is not None):
+        raise ValueError(
+            f"{_TOPK}: score={score!r} needs a "
+            + ("(kmin, kmax) pair" if score == "bound" else "mean or external summary")
+        )
+    if summary_max is not None:
+        dims.bind("kmax", summary_max, "S NB sub G d", summary.dtype, device)
+    if summary_count is not None:
+        if score == "bound":
+            raise ValueError(f"{_TOPK}: a count belongs to sums, not to score='bound'")
+        dims.bind("summary_count", summary_count, "S NB", torch.int32, device)
+    if cu_seqlens is not None:
+        dims.bind("cu_seqlens", cu_seqlens, "_", torch.int32, device)
+        if cu_seqlens.shape[0] != dims["S"] + 1:
+            raise ValueError(
+                f"{_TOPK}: cu_seqlens has {cu_seqlens.shape[0]} entries, "
+                f"expected S+1={dims['S'] + 1}"
+            )
+    if sm_scale is not None and pool != "softmax":
+        raise ValueError(f"{_TOPK}: sm_scale={sm_scale} needs pool='softmax', got pool={pool!r}")
+    return query
+
+
+def _check_topk(
+    query, summary, summary_max, summary_count, cu_seqlens, num_blocks, external_score,
+    block_tokens, score, pool, scope, sm_scale, k, ratio, mass, token_budget, tokens_per_block,
+    max_blocks, min_k, group, force_first, force_last,
+) -> checks.Dims:  # fmt: skip
+    """Raises for the first wrong argument; returns the bound sizes (S, NB, R)."""
+    checks.check_choice(_TOPK, "score", score, SCORES)
+    checks.check_choice(_TOPK, "pool", pool, POOLS)
+    checks.check_choice(_TOPK, "scope", scope, SCOPES)
+    dims = checks.Dims(_TOPK)
+    if external_score is None:
+        first = _check_scoring(
+            dims, query, summary, summary_max, summary_count, cu_seqlens,
+            score, pool, scope, sm_scale,
+        )  # fmt: skip
+        heads = {"stream": 1, "kv_head": dims.sizes.get("G"), "query_head": dims.sizes.get("H")}
+        dims.sizes["R"] = heads[scope]
+    else:
+        if not (query is None and summary is None and cu_seqlens is None):
+            raise ValueError(
+                f"{_TOPK}: external_score takes the place of query, summary and cu_seqlens; "
+                "give None for them"
+            )
+        form = "S NB" if scope == "stream" else "S R NB"
+        first = dims.bind("external_score", external_score, form, checks.FLOAT_DTYPES)
+        dims.sizes.setdefault("R", 1)
+    if num_blocks is not None:
+        dims.bind("num_blocks", num_blocks, "S", torch.int32, first.device)
+    if block_tokens is not None:
+        dims.bind("block_tokens", block_tokens, "S NB", torch.int32, first.device)
+    _check_selection(
+        k, ratio, mass, token_budget, tokens_per_block, block_tokens, max_blocks, min_k, group,
+        force_first, force_last,
+    )  # fmt: skip
+    return dims
+
+
+def _check_selection(
+    k, ratio, mass, token_budget, tokens_per_block, block_tokens, max_blocks, min_k, group,
+    force_first, force_last,
+) -> None:  # fmt: skip
+    rules = {"k": k, "ratio": ratio, "mass": mass, "token_budget": token_budget}
+    given = [name for name, value in rules.items() if value is not None]
+    if len(given) != 1:
+        raise ValueError(
+            f"{_TOPK}: give exactly one of {', '.join(rules)}, got {', '.join(given) or 'none'}"
+        )
+    for name, value in (("group", group), ("k", k), ("tokens_per_block", tokens_per_block)):
+        if value is not None:
+            checks.check_range(_TOPK, name, value, 1)
+    for name, value in (("min_k", min_k), ("force_first", force_first), ("force_last", force_last)):
+        checks.check_range(_TOPK, name, value, 0)
+    if token_budget is not None:
+        checks.check_range(_TOPK, "token_budget", token_budget, 0)
+    for name, value in (("ratio", ratio), ("mass", mass)):
+        if value is not None and not 0 < value <= 1:
+            raise ValueError(f"{_TOPK}: {name}={value} is outside (0, 1]")
+    has_tokens = block_tokens is not None or tokens_per_block is not None
+    if token_budget is not None and not has_tokens:
+        raise ValueError(
+            f"{_TOPK}: token_budget={token_budget} needs block_tokens, the tokens of each block"
+        )
+    if has_tokens and token_budget is None and (mass is None or block_tokens is None):
+        raise ValueError(
+            f"{_TOPK}: block_tokens goes with token_budget, or as a tensor with mass; "
+            f"got {given[0]}={rules[given[0]]}"
+        )
+    if block_tokens is not None and tokens_per_block is not None:
+        raise ValueError(f"{_TOPK}: give block_tokens or tokens_per_block, not both")
+    for name, value in (("k", k), ("max_blocks", max_blocks)):
+        if value is not None and value % group:
+            raise ValueError(
+                f"{_TOPK}: {name}={value} counts blocks and must be a multiple of group={group}"
+            )
+    least = group * _least_units(min_k, group, force_first, force_last)
+    if max_blocks is not None and max_blocks < max(least, 1):
+        raise ValueError(
+            f"{_TOPK}: max_blocks={max_blocks} is less than the {max(least, 1)} blocks that min_k, "
+            "force_first and force_last may take"
+        )
+
+
+def _least_units(min_k: int, group: int, force_first: int, force_last: int) -> int:
+    """The groups that ``min_k`` and the forced blocks may take; the last ones may stand astride."""
+    first = -(-force_first // group)
+    last = (force_last + group - 2) // group + 1 if force_last else 0
+    return max(-(-min_k // group), first + last)
+
+
+def _capacity(
+    blocks: int, k, ratio, mass, token_budget, tokens_per_block, max_blocks, min_k, group,
+    force_first, force_last,
+) -> int:  # fmt: skip
+    """K, the width of ``block_index``: a function of shapes and options alone."""
+    if k is not None:
+        wanted = k // group
+    elif ratio is not None:
+        wanted = math.floor(blocks * ratio) // group
+    elif tokens_per_block is not None:
+        wanted = token_budget // tokens_per_block // group
+    else:
+        wanted = -(-blocks // group)
+    units = max(wanted, _least_units(min_k, group, force_first, force_last))
+    if max_blocks is not None:
+        units = min(units, max_blocks // group)
+    return units * group
+
+
+# --- checks that read the device, with VICO_CHECK=1 only -----------------------------------------
+
+
+def _check_topk_values(query, cu_seqlens, num_blocks, block_tokens, blocks) -> None:
+    if num_blocks is not None and bool(((num_blocks < 0) | (num_blocks > blocks)).any()):
+        raise ValueError(f"{_TOPK}: num_blocks={num_blocks.tolist()} must lie in [0, NB={blocks}]")
+    if block_tokens is not None and bool((block_tokens < 0).any()):
+        raise ValueError(
+            f"{_TOPK}: block_tokens holds {int(block_tokens.min())}, allowed: 0 or more"
+        )
+    if cu_seqlens is not None:
+        steps = cu_seqlens.tolist()
+        if steps[0] < 0 or steps[-1] > query.shape[0] or sorted(steps) != steps:
+            raise ValueError(
+                f"{_TOPK}: cu_seqlens={steps} must ascend within [0, Q={query.shape[0]}]"
+            )
+        if len(set(steps)) != len(steps):
+            raise ValueError(f"{_TOPK}: cu_seqlens={steps} gives a stream no query token")
+
+
+def _warn_of_nan(scores: torch.Tensor, summary_count: torch.Tensor | None) -> None:
+    """Names blocks that score NaN although they are not known to be empty."""
+    nan = scores.isnan()
+    nan = nan.any(1) if scores.dim() == 3 else nan
+    if summary_count is not None:
+        nan = nan & (summary_count > 0)
+    if bool(nan.any()):
+        where = nan.nonzero().tolist()
+        warnings.warn(
+            f"{_TOPK}: {len(where)} blocks score NaN (empty, or NaN in query, summary or "
+            f"external_score) and rank last; the first [stream, block]: {where[:8]}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
+
+@checks.remember
+def _check_select_pages(block_index, block_pages, sink_pages, recent_pages) -> None:
+    op = "select_pages"
+    dims = checks.Dims(op)
+    dims.bind("block_pages", block_pages, "S NB M", torch.int32)
+    device = block_pages.device
+    if isinstance(block_index, torch.Tensor) and block_index.dim() == 2:
+        dims.bind("block_index", block_index, "S K", torch.int32, device)
+    else:
+        dims.bind("block_index", block_index, "S R K", torch.int32, device)
+    if sink_pages is not None:
+        dims.bind("sink_pages", sink_pages, "S Ms", torch.int32, device)
+    if recent_pages is not None:
+        dims.bind("recent_pages", recent_pages, "S Mr", torch.int32, device)
+
+
+def _check_index_values(op: str, name: str, index: torch.Tensor, size: int) -> None:
+    if bool(((index < -1) | (index >= size)).any()):
+        worst = int(index.max()) if bool((index >= size).any()) else int(index.min())
+        raise ValueError(f"{op}: {name} holds {worst}, allowed: -1 or [0, {size})")
+
+
+# --- registration ------------------------------------------------------------------------------
+
+
+def _run_summarize(k_pages, block_pages, page_fill, kind="mean", sub=1, backend="auto"):
+    _check_summarize(k_pages, block_pages, page_fill, kind, sub)
+    if checks.CHECK_VALUES:
+        pages, page_size = k_pages.shape[:2]
+        _check_index_values("summarize_blocks", "block_pages", block_pages, pages)
+        _check_index_values("summarize_blocks", "page_fill", page_fill, page_size + 1)
+    run = backends.resolve("summarize_blocks", backend, k_pages)
+    return run(k_pages, block_pages, page_fill, kind, sub)
+
+
+def _fake_summarize(k_pages, block_pages, page_fill, kind="mean", sub=1, backend="auto"):
+    _check_summarize(k_pages, block_pages, page_fill, kind, sub)
+    (streams, blocks, _), (heads, d) = block_pages.shape, k_pages.shape[2:]
+    if kind == "mean":
+        mean = k_pages.new_empty((streams, blocks, heads, d), dtype=torch.float32)
+        return mean, k_pages.new_empty((streams, blocks), dtype=torch.int32)
+    shape = (streams, blocks, sub, heads, d)
+    return tuple(k_pages.new_empty(shape, dtype=torch.float32) for _ in range(2))
+
+
+def _run_topk(
+    query, summary, summary_max=None, summary_count=None, cu_seqlens=None, num_blocks=None,
+    external_score=None, block_tokens=None, score="dot", pool="mean", scope="stream",
+    sm_scale=None, k=None, ratio=None, mass=None, token_budget=None, tokens_per_block=None,
+    max_blocks=None, min_k=1, group=1, force_first=0, force_last=0, backend="auto",
+):  # fmt: skip
+    dims = _check_topk(
+        query, summary, summary_max, summary_count, cu_seqlens, num_blocks, external_score,
+        block_tokens, score, pool, scope, sm_scale, k, ratio, mass, token_budget,
+        tokens_per_block, max_blocks, min_k, group, force_first, force_last,
+    )  # fmt: skip
+    if checks.CHECK_VALUES:
+        _check_topk_values(query, cu_seqlens, num_blocks, block_tokens, dims["NB"])
+    run = backends.resolve(
+        "topk_blocks", backend, query if external_score is None else external_score
+    )
+    index, count, scores = run(
+        query, summary, summary_max, summary_count, cu_seqlens, num_blocks, external_score,
+        block_tokens, score, pool, scope, sm_scale, k=k, ratio=ratio, mass=mass,
+        token_budget=token_budget, tokens_per_block=tokens_per_block, min_k=min_k, group=group,
+        force_first=force_first, force_last=force_last,
+        capacity=_capacity(
+            dims["NB"], k, ratio, mass, token_budget, tokens_per_block, max_blocks, min_k, group,
+            force_first, force_last,
+        ),
+    )  # fmt: skip
+    if checks.CHECK_VALUES:
+        _warn_of_nan(scores, summary_count)
+    return index, count, scores
+
+
+def _fake_topk(
+    query, summary, summary_max=None, summary_count=None, cu_seqlens=None, num_blocks=None,
+    external_score=None, block_tokens=None, score="dot", pool="mean", scope="stream",
+    sm_scale=None, k=None, ratio=None, mass=None, token_budget=None, tokens_per_block=None,
+    max_blocks=None, min_k=1, group=1, force_first=0, force_last=0, backend="auto",
+):  # fmt: skip
+    dims = _check_topk(
+        query, summary, summary_max, summary_count, cu_seqlens, num_blocks, external_score,
+        block_tokens, score, pool, scope, sm_scale, k, ratio, mass, token_budget,
+        tokens_per_block, max_blocks, min_k, group, force_first, force_last,
+    )  # fmt: skip
+    capacity = _capacity(
+        dims["NB"], k, ratio, mass, token_budget, tokens_per_block, max_blocks, min_k, group,
+        force_first, force_last,
+    )  # fmt: skip
+    like = query if external_score is None else external_score
+    rows = (dims["S"],) if scope == "stream" else (dims["S"], dims["R"])
+    return (
+        like.new_empty((*rows, capacity), dtype=torch.int32),
+        like.new_empty(rows, dtype=torch.int32),
+        like.new_empty((*rows, dims["NB"]), dtype=torch.float32),
+    )
+
+
+def _run_select_pages(
+    block_index, block_pages, sink_pages=None, recent_pages=None, backend="auto"
+):  # fmt: skip
+    _check_select_pages(block_index, block_pages, sink_pages, recent_pages)
+    if checks.CHECK_VALUES:
+        blocks = block_pages.shape[1]
+        _check_index_values("select_pages", "block_index", block_index, blocks)
+    run = backends.resolve("select_pages", backend, block_index)
+    return run(block_index, block_pages, sink_pages, recent_pages)
+
+
+def _fake_select_pages(
+    block_index, block_pages, sink_pages=None, recent_pages=None, backend="auto"
+):  # fmt: skip
+    _check_select_pages(block_index, block_pages, sink_pages, recent_pages)
+    length = block_index.shape[-1] * block_pages.shape[2]
+    for extra in (sink_pages, recent_pages):
+        length = length + (0 if extra is None else extra.shape[1])
+    return block_index.new_empty((*block_index.shape[:-1], length), dtype=torch.int32)
+
+
+register(
+    "summarize_blocks(Tensor k_pages, Tensor block_pages, Tensor page_fill, "
+    'str kind="mean", int sub=1, str backend="auto") -> (Tensor, Tensor)',
+    _run_summarize,
+    _fake_summarize,
+)
+register(
+    "topk_blocks(Tensor? query, Tensor? summary, Tensor? summary_max=None, "
+    "Tensor? summary_count=None, Tensor? cu_seqlens=None, Tensor? num_blocks=None, "
+    'Tensor? external_score=None, Tensor? block_tokens=None, str score="dot", '
+    'str pool="mean", str scope="stream", float? sm_scale=None, int? k=None, float? ratio=None, '
+    "float? mass=None, int? token_budget=None, int? tokens_per_block=None, "
+    "int? max_blocks=None, int min_k=1, int group=1, int force_first=0, int force_last=0, "
+    'str backend="auto") -> (Tensor, Tensor, Tensor)',
+    _run_topk,
+    _fake_topk,
+)
+register(
+    "select_pages(Tensor block_index, Tensor block_pages, Tensor? sink_pages=None, "
+    'Tensor? recent_pages=None, str backend="auto") -> Tensor',
+    _run_select_pages,
+    _fake_select_pages,
+)
