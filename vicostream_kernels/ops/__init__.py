@@ -7,13 +7,28 @@ from vicostream_kernels.ops.attention import (
     varlen_attention,
 )
 from vicostream_kernels.ops.preprocess import preprocess_frames, smart_resize
+from vicostream_kernels.ops.prune import PrunedTokens, PruneRule, PruneState, prune_tokens
+from vicostream_kernels.ops.retrieve import (
+    TopBlocks,
+    select_pages,
+    summarize_blocks,
+    topk_blocks,
+)
 
 __all__ = [
     "KeySummary",
+    "PruneRule",
+    "PruneState",
+    "PrunedTokens",
+    "TopBlocks",
     "merge_states",
     "preprocess_frames",
+    "prune_tokens",
     "rope_append",
+    "select_pages",
     "sink_window_attention",
     "smart_resize",
+    "summarize_blocks",
+    "topk_blocks",
     "varlen_attention",
 ]
