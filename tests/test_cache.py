@@ -77,6 +77,16 @@ def test_commit_compares_the_count_with_the_plan(monkeypatch):
     assert block.tokens == 4
 
 
+def test_pages_given_back_hold_nothing_even_when_the_plan_filled_them():
+    cache = make_cache()
+    stream = cache.open()
+    block = stream.reserve(12)
+    stream.plan(block, torch.tensor(12), 12)
+    unused = block.pages[1:]
+    stream.commit(block, 3)
+    assert not cache.page_fill[unused].any() and cache.used_pages == 1
+
+
 def test_text_grows_token_by_token():
     cache = make_cache(pages=6, page_size=4)
     stream = cache.open()
@@ -197,6 +207,38 @@ def test_summaries_follow_their_blocks():
     assert stream.summaries()[0, blocks[7].row, 0] == 99
 
 
+def test_an_evicted_chunk_needs_no_summary():
+    stream = make_cache().open()
+    without, block = add(stream, 3), add(stream, 3)
+    stream.set_summary(block, torch.ones(2))
+    with pytest.raises(ValueError, match="1 of 2 chunks"):
+        stream.summaries()
+    stream.evict(without)
+    assert stream.summaries().tolist() == [[[1.0, 1.0]]]
+
+
+def test_forgetting_the_oldest_rebuilds_nothing():
+    stream = make_cache().open()
+    for _ in range(6):
+        add(stream, 3)
+    tables = stream._table.pages
+    for left in (5, 4, 3):
+        stream.evict(stream.chunks[0])
+        assert stream.block_pages()[1] == left and stream.chunks[0].row == 0
+    assert stream._table.pages is tables
+    stream.evict(stream.chunks[1])
+    assert stream.block_pages()[1] == 2 and stream._table.pages is not tables
+
+
+def test_a_list_of_blocks_may_shrink_while_it_is_walked():
+    stream = make_cache().open()
+    for _ in range(5):
+        add(stream, 3)
+    for block in stream.chunks:
+        stream.evict(block)
+    assert stream.chunks == stream.blocks == []
+
+
 def test_a_bad_summary_changes_nothing():
     stream = make_cache().open()
     block, text = add(stream, 3), add(stream, 3, kind="text")
@@ -294,6 +336,15 @@ def test_evict_oldest_takes_its_own_oldest_then_the_others():
     pinned.pinned = False
     a.reserve(4)
     assert (pinned.state, b0.state) == ("evicted", "committed")
+
+
+def test_other_streams_lose_their_oldest_first_whoever_opened_first():
+    cache = make_cache(pages=6, page_size=4, on_full="evict_oldest")
+    a, b, c = (cache.open() for _ in range(3))
+    blocks = [add(stream, 4) for stream in (c, b, c, b, b, c)]
+    for gone in range(1, 7):
+        a.reserve(4)
+        assert [x.state == "evicted" for x in blocks] == [True] * gone + [False] * (6 - gone)
 
 
 def test_grow_keeps_contents_and_ids():

@@ -290,4 +290,7 @@ def test_pool_checks_all_pages_before_it_takes_any_back():
     with pytest.raises(OutOfPages, match="3 pages asked, 2 of 5 are free"):
         pool.take(3, "c")
     pool.extend(1)
-    assert pool.take(0, "d") == [] and sorted(pool.take(3, "d")) == [3, 4, 5] and pool.peak == 6
+    assert pool.take(0, "d") == [] and pool.take(3, "d") == [3, 4, 5], "new pages go out last"
+    pool.give([3, 4, 5], "d")
+    pool.take(1, "e")
+    assert (pool.used, pool.peak) == (4, 6)

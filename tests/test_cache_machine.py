@@ -78,6 +78,7 @@ class CacheMachine(RuleBasedStateMachine):
         self.model = Model()
         self.token = itertools.count()
         self.order = itertools.count()
+        self.peak = 0
         self.open()
 
     # -- the model's own account of what a request for pages does --------------------------------
@@ -125,6 +126,10 @@ class CacheMachine(RuleBasedStateMachine):
             keys[slot], values[slot] = token, token
         assert slots[len(tokens) :].tolist() == [-1] * (len(slots) - len(tokens))
 
+    def summarise(self, known: Known) -> None:
+        known.summary = float(next(self.token))
+        known.stream.set_summary(known.block, torch.tensor([known.summary, 0.5]))
+
     def pick(self, data: st.DataObject, *, reserved: bool | None = None) -> Known | None:
         """A live block (of any state, reserved, or committed)."""
         fitting = [k for k in self.model.live if reserved is None or (k.order is None) == reserved]
@@ -171,8 +176,8 @@ class CacheMachine(RuleBasedStateMachine):
         assert len(slots) == rows
         self.write(slots, known.tokens)
 
-    @rule(data=st.data())
-    def commit(self, data) -> None:
+    @rule(data=st.data(), summarise=st.booleans())
+    def commit(self, data, summarise) -> None:
         planned = [k for k in self.model.live if k.order is None and k.tokens is not None]
         if not planned:
             return
@@ -182,6 +187,8 @@ class CacheMachine(RuleBasedStateMachine):
         known.stream.commit(known.block, count)
         known.order = next(self.order)
         known.pages = sum(map(pages_of, (lead, count, trail)))
+        if known.chunk and summarise:
+            self.summarise(known)
 
     @rule(data=st.data(), n=st.integers(1, 5))
     def append_tokens(self, data, n) -> None:
@@ -207,9 +214,7 @@ class CacheMachine(RuleBasedStateMachine):
     def set_summary(self, data) -> None:
         chunks = [k for k in self.model.live if k.chunk]
         if chunks:
-            known = data.draw(st.sampled_from(chunks))
-            known.summary = float(next(self.token))
-            known.stream.set_summary(known.block, torch.tensor([known.summary, 0.5]))
+            self.summarise(data.draw(st.sampled_from(chunks)))
 
     @rule(data=st.data())
     def pin(self, data) -> None:
@@ -305,7 +310,8 @@ class CacheMachine(RuleBasedStateMachine):
         assert self.cache.free_pages + self.cache.used_pages == self.cache.total_pages
         assert self.cache.total_pages == self.model.total == len(self.cache.page_fill)
         assert self.cache.bytes == len(owned) * self.cache.bytes_per_page
-        assert self.cache.bytes <= self.cache.peak_bytes <= self.cache.pool_bytes
+        self.peak = max(self.peak, self.cache.bytes)
+        assert self.cache.peak_bytes == self.peak <= self.cache.pool_bytes
 
     @invariant()
     def free_pages_hold_nothing(self) -> None:
@@ -352,8 +358,8 @@ class CacheMachine(RuleBasedStateMachine):
 
 TestCacheMachine = CacheMachine.TestCase
 TestCacheMachine.settings = settings(
-    max_examples=120,
-    stateful_step_count=40,
+    max_examples=150,
+    stateful_step_count=60,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
 )
