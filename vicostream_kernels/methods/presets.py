@@ -1,0 +1,52 @@
+"""The presets, each exact to what its method published; deviations are said beside the value."""
+
+from __future__ import annotations
+
+from vicostream_kernels.methods.rules import (
+    AttentionRule,
+    EngineRule,
+    Method,
+    RetrieveRule,
+)
+from vicostream_kernels.ops.prune import PruneRule
+
+#: Bounded attention over chunks, change-driven dropping, retrieval at the question.
+VICOSTREAM = Method(
+    name="vicostream",
+    source="ViCoStream, arXiv 2606.19849; settings of the released launchers",
+    prune=PruneRule(
+        reference="previous",
+        metric="cosine",
+        keep="below",
+        threshold=0.25,
+        reduce="any",
+        always_keep="first",
+    ),
+    retrieve=RetrieveRule(k=64, score="cosine"),
+    engine=EngineRule(
+        pixels=90_000,
+        frames_per_chunk=8,
+        # The released drivers never pass a frame rate: a step is always one second.
+        seconds_per_step=1.0,
+        window_chunks=4,
+        system_prompt="with_first_chunk",
+        history="all",
+    ),
+)
+
+#: Every token sees everything before it: what the checkpoint itself does, chunk by chunk.
+FULL_HISTORY = Method(
+    name="full-history",
+    source="Qwen2.5-VL, arXiv 2502.13923: plain causal attention over the whole video",
+    engine=EngineRule(pixels=90_000),
+)
+
+#: Four sink tokens and a window of recent ones; nothing else is kept.
+STREAMING_LLM = Method(
+    name="streaming-llm",
+    source="StreamingLLM, arXiv 2309.17453; window of the paper's longer setting",
+    attention=AttentionRule(sink_tokens=4, window=2044, positions="cache"),
+    engine=EngineRule(pixels=90_000, history="window"),
+)
+
+PRESETS = {method.name: method for method in (VICOSTREAM, FULL_HISTORY, STREAMING_LLM)}

@@ -1,0 +1,1 @@
+"""From a video to answers: source -> stages -> engine -> session; trace and report."""

@@ -1,0 +1,192 @@
+"""A question: a fork of the stream that reads what it may, and leaves no trace when it is done."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+
+from vicostream_kernels.cache import Block
+from vicostream_kernels.methods import Method
+from vicostream_kernels.models import Sampler
+from vicostream_kernels.ops.retrieve import select_pages, topk_blocks
+from vicostream_kernels.pipeline.llm import LLMSteps
+from vicostream_kernels.pipeline.report import QuestionFigures, Recorder
+from vicostream_kernels.pipeline.text import TextStream
+from vicostream_kernels.pipeline.visibility import (
+    History,
+    View,
+    question_window,
+    selected_view,
+    window_view,
+)
+
+
+class Answer:
+    """The answer to one question; iterate over it for the text, piece by piece as it is decoded.
+
+    What it sees, and which token comes first, is settled when it is made; video that is ingested
+    afterwards changes nothing. Its pages go back at its end, at ``close``, or with the ``with``
+    block. ``figures`` says how it went, ``text`` what has been said so far.
+    """
+
+    def __init__(
+        self,
+        llm: LLMSteps,
+        method: Method,
+        history: History,
+        recorder: Recorder,
+        *,
+        ids: list[int],
+        text: str,
+        time_s: float,
+        max_new_tokens: int,
+        sampler: Sampler,
+    ) -> None:
+        self._llm, self._method, self._history, self._recorder = llm, method, history, recorder
+        self._runner, self._sampler = llm.runner, sampler
+        self._prompt, self._time_s, self._limit = ids, time_s, max_new_tokens
+        self.figures = QuestionFigures(time_s, text)
+        self._pieces = TextStream(self._runner.tokenizer)
+        self._tokens: list[int] = []
+        self._block: Block | None = None
+        self._held = ExitStack()
+        self._first = history.fork_id(time_s)
+        self._trace = recorder.trace
+        began = time.perf_counter()
+        try:
+            with torch.no_grad():
+                self._next = self._prefill()
+        except BaseException:
+            self._let_go("failed")
+            raise
+        recorder.questions.append(self.figures)
+        self._began = time.perf_counter()
+        self.figures.ttft_ms = round(1e3 * (self._began - began), 3)
+
+    @property
+    def text(self) -> str:
+        """What has been said so far."""
+        return self.figures.answer
+
+    def __enter__(self) -> Answer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Gives the answer's pages back; a second close does nothing."""
+        self._let_go("closed")
+
+    def __del__(self) -> None:
+        # `for piece in stream.ask(...)` that was left early must not keep its pages.
+        if getattr(self, "figures", None) is not None:
+            self.close()
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        """The next piece of text that is certain; raises StopIteration at the end."""
+        while self._block is not None:
+            try:
+                with torch.no_grad(), self._trace.span("decode_text", host=True):
+                    piece, finish = self._advance()
+            except BaseException:
+                self._let_go("failed")
+                raise
+            self.figures.answer += piece
+            if finish:
+                self._let_go(finish)
+            if piece:
+                return piece
+        raise StopIteration
+
+    # -- parts -----------------------------------------------------------------------------------
+
+    def _prefill(self) -> int:
+        with self._trace.span("answer", question=self.figures.text):
+            with self._llm.reserved(len(self._prompt), kind="text") as block:
+                embeds = self._runner.embed(self._llm.ids(self._prompt))
+                with self._trace.span("retrieve"):
+                    self._view = self._select(embeds)
+                self._held.enter_context(self._history.hold(self._view.blocks))
+                self.figures.blocks = list(self._view.spans)
+                positions = self._runner.text_positions(len(self._prompt), self._first)
+                hidden = self._llm.write(
+                    block, len(self._prompt), embeds, positions, self._view, "last"
+                )
+            self._block = block
+            return self._sample(hidden)
+
+    def _select(self, embeds: torch.Tensor) -> View:
+        rule, history = self._method.retrieve, self._history
+        if rule is None:
+            return self._windowed(len(self._prompt))
+        always = [b for b in (history.sink, history.preamble) if b is not None]
+        prefix = history.cache.page_table(always)
+        chunks = history.chunks(self._time_s)
+        last = chunks[-1] if chunks else None
+        rows = [block for block in chunks if block.row is not None]
+        if not rows:
+            return selected_view(history, prefix, (), last)
+        summaries = history.cache.summaries()[:, : len(rows)]
+        pages, _ = history.cache.block_pages()
+        top = topk_blocks(
+            embeds.float().mean(0, keepdim=True),
+            summaries,
+            backend=self._runner.backend,
+            **rule.kwargs(),
+        )
+        table = select_pages(
+            top.block_index,
+            pages[:, : len(rows)],
+            prefix,
+            prefix[:, :0],
+            backend=self._runner.backend,
+        )
+        chosen = [rows[row] for row in top.block_index[0].tolist() if row >= 0]
+        return selected_view(history, table, chosen, last)
+
+    def _windowed(self, new_tokens: int) -> View:
+        window = question_window(self._method, self._history, new_tokens, self._time_s)
+        return window_view(self._method, self._history, window, self._first)
+
+    def _advance(self) -> tuple[str, str | None]:
+        """Says the token that is due and finds the one after it."""
+        token = self._next
+        if token in self._runner.eos_ids:
+            return self._pieces.finish(), "stop"
+        self._tokens.append(token)
+        self.figures.tokens += 1
+        piece = self._pieces.push(token)
+        if len(self._tokens) >= self._limit:
+            return piece + self._pieces.finish(), "length"
+        written = len(self._prompt) + len(self._tokens)
+        if self._method.attention.window is not None:
+            # The window slides over the answer too; what it leaves was held from the start.
+            self._view = self._windowed(written)
+        hidden = self._llm.append(self._block, token, self._first + written - 1, self._view)
+        self._next = self._sample(hidden)
+        return piece, None
+
+    def _sample(self, hidden: torch.Tensor) -> int:
+        seen: Any = self._llm.ids([*self._prompt, *self._tokens])
+        return self._sampler.next_token(seen, self._runner.logits(hidden))
+
+    def _let_go(self, finish: str) -> None:
+        if self.figures.finish != "open":
+            return
+        self.figures.finish = finish
+        if self._tokens:
+            spent = time.perf_counter() - self._began
+            self.figures.tokens_per_s = round(len(self._tokens) / max(spent, 1e-9), 3)
+        cache = self._history.cache
+        if self._block is not None and not cache.closed:
+            cache.free(self._block)
+        self._block = None
+        self._held.close()

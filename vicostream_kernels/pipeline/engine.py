@@ -1,0 +1,148 @@
+"""The engine: one model, one method, one cache; any number of streams."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vicostream_kernels import methods
+from vicostream_kernels.cache import PagedKVCache
+from vicostream_kernels.models import Qwen2_5_VLRunner, load_model
+from vicostream_kernels.pipeline.errors import InputError
+from vicostream_kernels.pipeline.report import Recorder
+from vicostream_kernels.pipeline.session import Stream
+
+_FIRST_PAGES = 256
+_CUDA_BUCKET = 64
+#: What frames without times count as; most video has about this rate.
+_DEFAULT_FPS = 30.0
+
+
+class StreamEngine:
+    """Runs streams of video through a model by a method.
+
+    ::
+
+        with StreamEngine.from_pretrained("tiny-random", preset="vicostream") as engine:
+            with engine.open() as stream:
+                stream.ingest(frames)
+                for piece in stream.ask("What happened?"):
+                    print(piece, end="")
+
+    Attributes: ``runner`` (the model), ``method`` (frozen), ``cache`` (the paged KV cache that all
+    streams share), ``bucket`` (LLM lengths are multiples of it).
+    """
+
+    def __init__(self, runner: Qwen2_5_VLRunner, method: methods.Method) -> None:
+        check_supported(method)
+        self.runner, self.method = runner, method
+        rule = method.engine
+        self.bucket = rule.bucket or (_CUDA_BUCKET if runner.device.type == "cuda" else 1)
+        first = _FIRST_PAGES if rule.max_pages is None else min(_FIRST_PAGES, rule.max_pages)
+        self.cache = PagedKVCache(
+            layers=runner.layers,
+            pages=first,
+            page_size=rule.page_size,
+            kv_heads=runner.kv_heads,
+            head_dim=runner.head_dim,
+            dtype=runner.dtype,
+            device=runner.device,
+            grow=True,
+            max_pages=rule.max_pages,
+            on_full="evict_oldest",
+        )
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str | Path = "tiny-random",
+        *,
+        preset: str = "vicostream",
+        overrides: Mapping[str, Any] | None = None,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = None,
+        backend: str = "auto",
+    ) -> StreamEngine:
+        """Loads a model and sets it up for a preset.
+
+        Args:
+            model: a named model, a folder with a Hugging Face checkpoint, or a hub name.
+            preset: one of ``methods.names()``.
+            overrides: dotted keys as ``methods.get`` takes them: ``{"prune.threshold": 0.15}``.
+            device, dtype, backend: as ``load_model`` takes them.
+
+        Raises ``ValueError`` with one line that says what would serve: an unknown preset or key, a
+        checkpoint that cannot be used.
+        """
+        method = methods.get(preset, overrides)
+        check_supported(method)
+        return cls(load_model(model, device=device, dtype=dtype, backend=backend), method)
+
+    def open(
+        self,
+        *,
+        fps: float = _DEFAULT_FPS,
+        system: str | None = None,
+        recorder: Recorder | None = None,
+    ) -> Stream:
+        """A new stream. ``fps`` is the rate of frames that come without times; ``system`` replaces
+        the chat template's own system message; ``recorder`` collects the figures (default: a new
+        one)."""
+        if not 0 < fps < float("inf"):
+            raise InputError(f"open: fps={fps} must be a positive number of frames per second")
+        if recorder is None:
+            recorder = Recorder(
+                model=str(self.runner.name), preset=self.method.name, device=self.runner.device
+            )
+        recorder.model["dtype"] = str(self.runner.dtype).removeprefix("torch.")
+        recorder.config = self.config()
+        return Stream(self, recorder, fps=fps, system=system)
+
+    def question_ids(self, text: str) -> list[int]:
+        """Token ids of a question with its template; raises :class:`InputError` when it is empty or
+        longer than the method's budget."""
+        if not isinstance(text, str) or not text.strip():
+            raise InputError(f"ask: the question is empty, got {text!r}")
+        ids = self.runner.question_ids(text)
+        budget = self.method.engine.max_question_tokens
+        if len(ids) > budget:
+            raise InputError(
+                f"ask: the question has {len(ids)} tokens, allowed: {budget} "
+                "(engine.max_question_tokens)"
+            )
+        return ids
+
+    def config(self) -> dict[str, Any]:
+        """The method as plain data, every key that ``--set`` knows with its value."""
+        method = self.method
+        return {
+            section: None if value is None else dataclasses.asdict(value)
+            for section in ("prune", "reuse", "attention", "retrieve", "engine")
+            for value in (getattr(method, section),)
+        }
+
+    def close(self) -> None:
+        """Closes every stream and the cache; a second close does nothing."""
+        self.cache.close()
+
+    def __enter__(self) -> StreamEngine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def check_supported(method: methods.Method) -> None:
+    """Refuses what the ops can do and this engine does not: better than ignoring it."""
+    if method.reuse is not None:
+        raise InputError("reuse: this engine encodes every patch; set reuse=none")
+    rule = method.prune
+    if rule is not None and (rule.external or isinstance(rule.k, tuple)):
+        raise InputError(
+            "prune: this engine has no external scores and no groups; set prune.external=0 and one "
+            "number for prune.k"
+        )

@@ -1,0 +1,306 @@
+"""``vicostream run``: a video in, answers and figures out, whatever happens on the way."""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vicostream_kernels import methods
+from vicostream_kernels.pipeline.errors import InputError, PipelineError, one_line
+from vicostream_kernels.pipeline.report import Recorder
+from vicostream_kernels.pipeline.screen import Screen
+from vicostream_kernels.pipeline.source import Frame, VideoSource
+from vicostream_kernels.pipeline.text import Question, parse_question
+
+#: Options may be wrong in these parts of a run; anywhere else a ValueError is our failure.
+_USERS_PARTS = ("options", "video", "model")
+INTERRUPTED = 130
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """What ``vicostream run`` was asked to do; strings as they were typed."""
+
+    video: str
+    model: str = "tiny-random"
+    preset: str = "vicostream"
+    questions: Sequence[str] = ()
+    fps: float | None = None
+    device: str = "cpu"
+    report: str | None = None
+    settings: Sequence[str] = ()
+    debug: bool = False
+
+
+def run(options: RunOptions, screen: Screen | None = None) -> int:
+    """Streams a video and answers its questions; returns the exit code.
+
+    0: all went well; 1: something failed; 2: something the user gave cannot be used; 130:
+    interrupted. In every case the report is written, with what was done until then and ``errors``.
+    """
+    return _Run(options, screen or Screen()).go()
+
+
+class _Run:
+    def __init__(self, options: RunOptions, screen: Screen) -> None:
+        self._options, self._screen = options, screen
+        self._code = 0
+        self._part = "options"
+        self._time_s: float | None = None
+        self._recorder = Recorder(
+            model=options.model, preset=options.preset, config={"set": list(options.settings)}
+        )
+
+    def go(self) -> int:
+        with self._caught():
+            self._stream()
+        self._recorder.end()
+        if self._options.report is not None:
+            with self._caught():
+                self._part = "report"
+                self._write(Path(self._options.report))
+        return self._code
+
+    @contextmanager
+    def _caught(self) -> Iterator[None]:
+        """Turns what is raised into a line on stderr, an entry of the report and an exit code."""
+        try:
+            yield
+        except KeyboardInterrupt:
+            self._failed("interrupted", INTERRUPTED)
+        except Exception as error:
+            code = getattr(error, "exit_code", 1)
+            if isinstance(error, (ValueError, TypeError)) and self._part in _USERS_PARTS:
+                code = 2
+            self._failed(_said(error), code)
+
+    def _failed(self, what: str, code: int) -> None:
+        self._screen.stop()
+        self._recorder.error(self._part, what, self._time_s)
+        self._screen.error(what)
+        if self._options.debug and sys.exc_info()[0] is not None:
+            traceback.print_exc(file=sys.stderr)
+        self._code = max(self._code, code)
+
+    # -- parts -----------------------------------------------------------------------------------
+
+    def _stream(self) -> None:
+        options, recorder = self._options, self._recorder
+        if options.report is not None:
+            _check_folder(options.report)
+        method = methods.get(options.preset, parse_settings(options.settings))
+        device = parse_device(options.device)
+        recorder.use_device(device)
+        questions = [parse_question(words) for words in options.questions]
+
+        self._part = "video"
+        video = options.video
+        if video == "sample":
+            video, questions = self._sample(questions)
+        with VideoSource(video, fps=options.fps) as source:
+            recorder.source = asdict(source.info)
+            self._part = "model"
+            self._screen.say(f"loading {options.model} on {device} ...")
+            engine = self._load(method, device)
+            with engine:
+                self._part = "options"
+                for question in questions:
+                    engine.question_ids(question.text)
+                if options.model == "tiny-random":
+                    self._screen.say(
+                        "tiny-random has random weights: it shows the machinery, its answers are "
+                        "nonsense"
+                    )
+                self._part = "ingest"
+                recorder.restart()
+                with engine.open(recorder=recorder, fps=options.fps or _rate(source)) as stream:
+                    self._consume(source, stream, questions)
+        for trouble in source.troubles:
+            self._part, self._time_s = trouble.where, trouble.time_s
+            self._failed(f"{options.video}: {trouble.what}", 1)
+
+    def _load(self, method: methods.Method, device: torch.device) -> Any:
+        # Imported late: transformers takes seconds, and options should fail before that.
+        from vicostream_kernels.models import load_model
+        from vicostream_kernels.pipeline.engine import StreamEngine, check_supported
+
+        check_supported(method)
+        with quiet_transformers(not self._options.debug):
+            return StreamEngine(load_model(self._options.model, device=device), method)
+
+    def _sample(self, questions: list[Question]) -> tuple[str, list[Question]]:
+        from vicostream_kernels.pipeline.sample import QUESTIONS, sample_clip
+
+        path = sample_clip(self._options.report)
+        return str(path), questions or [Question(time_s, text) for time_s, text in QUESTIONS]
+
+    def _consume(self, source: VideoSource, stream: Any, questions: list[Question]) -> None:
+        recorder, screen = self._recorder, self._screen
+        waiting = sorted(questions, key=_when)
+        size = stream.frames_per_chunk
+        frames = _Ahead(iter(source))
+        screen.start(source.info.duration_s, str(self._options.video))
+        try:
+            while True:
+                limit = _when(waiting[0]) if waiting else math.inf
+                with recorder.trace.span("decode", host=True) as span:
+                    self._part = "video"
+                    batch = frames.take(size, limit)
+                recorder.decoded(span)
+                recorder.frames_read = source.frames_read
+                if batch:
+                    self._part, self._time_s = "ingest", batch[0].time_s
+                    stream.ingest(_stack(batch), [frame.time_s for frame in batch])
+                    self._time_s = batch[-1].time_s
+                    screen.update(recorder, stream.time_s)
+                elif frames.ended:
+                    break
+                else:
+                    self._ask(stream, waiting.pop(0))
+            self._part = "ingest"
+            stream.flush()
+            screen.update(recorder, stream.time_s)
+            while waiting:
+                self._ask(stream, waiting.pop(0))
+        finally:
+            recorder.frames_read = source.frames_read
+            screen.stop()
+            for question in waiting:
+                recorder.error("answer", f"not asked: {question.text}", question.time_s)
+        screen.summary(recorder.report(), source.info.name)
+
+    def _ask(self, stream: Any, question: Question) -> None:
+        part, self._part = self._part, "answer"
+        now = stream.time_s
+        time_s = now if question.time_s is None else question.time_s
+        if time_s > now and self._recorder.frames_processed:
+            self._screen.say(f"{time_s:g} s is after the last frame ({now:.3f} s): asked there")
+        self._screen.question(time_s, question.text)
+        with stream.ask(question.text, time_s) as answer:
+            for piece in answer:
+                self._screen.piece(piece)
+        self._screen.answered(answer.figures)
+        self._part = part
+
+    def _write(self, folder: Path) -> None:
+        report = self._recorder.write(folder)
+        written = ["report.json", "trace.json"]
+        if report["chunks"]:
+            from vicostream_kernels.pipeline.plots import plot_report
+
+            plot_report(report, folder / "stream.png")
+            written.append("stream.png")
+        self._screen.say(f"{folder}: {', '.join(written)}")
+
+
+class _Ahead:
+    """Reads frames in groups that a chunk can take: one size, none after a given time."""
+
+    def __init__(self, frames: Iterator[Frame]) -> None:
+        self._frames = frames
+        self._next: Frame | None = None
+        self.ended = False
+
+    def take(self, size: int, limit_s: float) -> list[Frame]:
+        """Up to ``size`` frames at or before ``limit_s``. None means that the next frame is later,
+        or that the video has ended (``ended``)."""
+        group: list[Frame] = []
+        while len(group) < size:
+            if self._next is None:
+                self._next = next(self._frames, None)
+            frame = self._next
+            if frame is None:
+                self.ended = True
+                break
+            if frame.time_s > limit_s or (group and frame.image.shape != group[0].image.shape):
+                break
+            group.append(frame)
+            self._next = None
+        return group
+
+
+def _stack(batch: list[Frame]) -> Any:
+    import numpy as np
+
+    return np.stack([frame.image for frame in batch])
+
+
+def _when(question: Question) -> float:
+    return math.inf if question.time_s is None else question.time_s
+
+
+def _rate(source: VideoSource) -> float:
+    return source.info.rate or 25.0
+
+
+def parse_settings(settings: Sequence[str]) -> dict[str, str]:
+    """``["key=value", ...]`` as a mapping; raises :class:`InputError` for anything else."""
+    parsed = {}
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        if not equals or not key.strip():
+            raise InputError(f"--set {setting!r}: give key=value, as in prune.threshold=0.15")
+        parsed[key.strip()] = value.strip()
+    return parsed
+
+
+def parse_device(name: str) -> torch.device:
+    """``cpu``, ``cuda`` or ``cuda:N``; raises :class:`InputError` where it is not there."""
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise InputError(f"--device {name!r}: give cpu, cuda or cuda:N") from error
+    if device.type not in ("cpu", "cuda"):
+        raise InputError(f"--device {name!r}: give cpu, cuda or cuda:N")
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (device.index or 0) >= count:
+            raise InputError(
+                f"--device {name}: this machine has {count} usable CUDA devices "
+                "(`vicostream info` says why); use --device cpu"
+            )
+    return device
+
+
+def _check_folder(folder: str) -> None:
+    """A run of hours must not end in a report that cannot be written."""
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--report {folder}: {error.strerror or error}") from error
+    if not os.access(folder, os.W_OK):
+        raise InputError(f"--report {folder}: the folder cannot be written")
+
+
+def _said(error: Exception) -> str:
+    if isinstance(error, (PipelineError, ValueError)):
+        return one_line(error)
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return f"out of memory: {one_line(error)}"
+    return f"{type(error).__name__}: {one_line(error)}"
+
+
+@contextmanager
+def quiet_transformers(quiet: bool = True) -> Iterator[None]:
+    """Keeps transformers' progress bars and hints off a screen that shows its own."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    if quiet:
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()

@@ -1,0 +1,307 @@
+"""A stream: frames go in, questions are asked, answers come out."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
+
+import torch
+
+from vicostream_kernels.models import Sampler
+from vicostream_kernels.pipeline.answer import Answer
+from vicostream_kernels.pipeline.errors import InputError, PipelineError
+from vicostream_kernels.pipeline.llm import LLMSteps
+from vicostream_kernels.pipeline.report import ChunkFigures, Recorder, rss_bytes
+from vicostream_kernels.pipeline.stages import (
+    ChunkFrames,
+    Encode,
+    Prefill,
+    Preprocess,
+    Prune,
+)
+from vicostream_kernels.pipeline.visibility import History
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from vicostream_kernels.pipeline.engine import StreamEngine
+
+
+class Stream:
+    """One video stream of an engine, made by ``StreamEngine.open``; a context manager.
+
+    Frames are cut into chunks of ``engine.frames_per_chunk``, however many arrive at a time; each
+    chunk goes through the stages as soon as it is full. A chunk never mixes frame sizes: a change
+    of size ends the chunk before it. One thread at a time may use a stream, or streams of one
+    engine.
+    """
+
+    def __init__(
+        self,
+        engine: StreamEngine,
+        recorder: Recorder,
+        *,
+        fps: float,
+        system: str | None,
+    ) -> None:
+        method, runner = engine.method, engine.runner
+        self._engine, self.recorder, self._method = engine, recorder, method
+        self._period = 1.0 / fps
+        self._step = runner.temporal_patch_size
+        self._buffer: list[torch.Tensor] = []
+        self._times: list[float] = []
+        self._now: float | None = None
+        self._answers: WeakSet[Answer] = WeakSet()
+        self._failed = False
+        self._cleanup = ExitStack()
+        cache = self._cleanup.enter_context(engine.cache.open())
+        self.history = History(cache)
+        self._llm = LLMSteps(runner, cache, method)
+        self._preprocess = Preprocess(runner, method)
+        self._encode = Encode(runner)
+        self._prune = Prune(runner, method.prune)
+        self._prefill = Prefill(self._llm, method, self.history, engine.bucket)
+        try:
+            with torch.no_grad():
+                self._prefill.begin(runner.system_ids(system))
+        except BaseException:
+            self._cleanup.close()
+            raise
+        self._account()
+
+    # -- frames ----------------------------------------------------------------------------------
+
+    def ingest(
+        self, frames: torch.Tensor | np.ndarray, times_s: Sequence[float] | None = None
+    ) -> int:
+        """Takes frames; returns how many chunks were finished.
+
+        Args:
+            frames: ``[F, H, W, 3]`` uint8 RGB, tensor or NumPy array, any F >= 0. They may be
+                overwritten after the call.
+            times_s: F times in seconds from the start of the stream, not decreasing; None goes on
+                at the ``fps`` that the stream was opened with.
+
+        Raises ``TypeError``, ``ValueError`` for bad arguments, before anything is taken in.
+        """
+        self._check_open()
+        frames = _as_frames(frames)
+        self._preprocess.check_size(*frames.shape[1:3])
+        times = self._check_times(frames.shape[0], times_s)
+        began, done, at = time.perf_counter(), 0, 0
+        try:
+            while at < frames.shape[0]:
+                if self._buffer and self._buffer[0].shape[1:] != frames.shape[1:]:
+                    done += self._finish_chunk()
+                room = self._method.engine.frames_per_chunk - len(self._times)
+                part = frames[at : at + room]
+                self._buffer.append(part)
+                self._times += times[at : at + room]
+                self._now = self._times[-1]
+                at += part.shape[0]
+                if len(self._times) == self._method.engine.frames_per_chunk:
+                    done += self._finish_chunk()
+        finally:
+            # What waits for the rest of its chunk must not change with the caller's memory.
+            self._buffer[-1:] = [part.clone() for part in self._buffer[-1:]]
+            self.recorder.ingest_s += time.perf_counter() - began
+        return done
+
+    def flush(self) -> int:
+        """Finishes the chunk that is being filled, short as it is; returns how many chunks that
+        made. An odd last frame is repeated to fill its step."""
+        self._check_open()
+        began = time.perf_counter()
+        try:
+            return self._finish_chunk()
+        finally:
+            self.recorder.ingest_s += time.perf_counter() - began
+
+    @property
+    def frames_per_chunk(self) -> int:
+        """How many frames fill a chunk."""
+        return self._method.engine.frames_per_chunk
+
+    @property
+    def time_s(self) -> float:
+        """The time of the newest frame, 0 before the first."""
+        return self._now or 0.0
+
+    def _finish_chunk(self) -> int:
+        if not self._buffer:
+            return 0
+        images = self._buffer[0] if len(self._buffer) == 1 else torch.cat(self._buffer)
+        chunk = ChunkFrames(images, self._times[0], self._times[-1], self._seconds_per_step())
+        self._buffer, self._times = [], []
+        try:
+            with torch.no_grad():
+                self._run(chunk)
+        except BaseException:
+            # A chunk that is missing would leave a hole that nobody sees.
+            self._failed = True
+            raise
+        return 1
+
+    def _run(self, chunk: ChunkFrames) -> None:
+        spans, trace = [], self.recorder.trace
+        value: Any = chunk
+        for name, stage in (
+            ("preprocess", self._preprocess),
+            ("encode", self._encode),
+            ("prune", self._prune),
+            ("prefill", self._prefill),
+        ):
+            with trace.span(name, start_s=chunk.start_s) as span:
+                value = stage.run(value)
+            spans.append(span)
+        kv = self._account()
+        self.recorder.chunk(
+            ChunkFigures(
+                chunk.start_s,
+                chunk.end_s,
+                chunk.frames,
+                value.seen,
+                value.kept,
+                kv["pages"],
+                kv["bytes"],
+                rss_bytes(),
+                spans,
+            )  # fmt: skip
+        )
+
+    def _seconds_per_step(self) -> float:
+        """What a step counts as: fixed by the method, or measured from this chunk's times."""
+        fixed = self._method.engine.seconds_per_step
+        if fixed is not None:
+            return fixed
+        starts = self._times[:: self._step]
+        if len(starts) < 2:
+            return round(self._step * self._period, 3)
+        # Containers round times; a chunk must not count its steps in noise.
+        return round((starts[-1] - starts[0]) / (len(starts) - 1), 3)
+
+    def _check_times(self, count: int, times_s: Sequence[float] | None) -> list[float]:
+        last = self._now
+        if times_s is None:
+            first = 0.0 if last is None else last + self._period
+            return [first + i * self._period for i in range(count)]
+        times = [float(t) for t in times_s]
+        if len(times) != count:
+            raise ValueError(f"ingest: times_s has {len(times)} entries for {count} frames")
+        for t in times:
+            if not math.isfinite(t) or (last is not None and t < last):
+                raise ValueError(
+                    f"ingest: times_s={t} must be finite and not before the time {last} s before it"
+                )
+            last = t
+        return times
+
+    # -- questions -------------------------------------------------------------------------------
+
+    def ask(
+        self,
+        text: str,
+        time_s: float | None = None,
+        *,
+        max_new_tokens: int | None = None,
+        sampler: Sampler | None = None,
+    ) -> Answer:
+        """Asks about the stream as it was at ``time_s`` (None: now); iterate over the result.
+
+        The question sees exactly the chunks whose last frame is not after ``time_s``; frames that
+        wait for the rest of their chunk are not among them (``flush`` first to include them). It is
+        a fork: neither video nor other questions ever see it. Before the first chunk it is answered
+        from the text alone; a time after the newest frame means now.
+
+        Args:
+            text: the question.
+            time_s: seconds of the stream.
+            max_new_tokens: at most this many tokens; None takes the method's budget.
+            sampler: how tokens are picked; None goes by the checkpoint's generation settings.
+
+        Raises :class:`InputError` (a ``ValueError``) for an empty question, one longer than the
+        method's budget, or a wrong time.
+        """
+        self._check_open()
+        limit = self._method.engine.max_new_tokens if max_new_tokens is None else max_new_tokens
+        if not isinstance(limit, int) or limit < 1:
+            raise InputError(f"ask: max_new_tokens={limit!r} must be at least 1")
+        if time_s is None:
+            time_s = self.time_s
+        if not math.isfinite(time_s):
+            raise InputError(f"ask: time_s={time_s} must be finite seconds")
+        ids = self._engine.question_ids(text)
+        answer = Answer(
+            self._llm,
+            self._method,
+            self.history,
+            self.recorder,
+            ids=ids,
+            text=text,
+            time_s=float(time_s),
+            max_new_tokens=limit,
+            sampler=sampler or self._engine.runner.sampler(),
+        )
+        self._answers.add(answer)
+        self._account()
+        return answer
+
+    # -- accounts --------------------------------------------------------------------------------
+
+    def report(self) -> dict[str, Any]:
+        """The figures so far, as ``report.json`` has them (see ``report.schema.json``)."""
+        return self.recorder.report()
+
+    def _account(self) -> dict[str, int]:
+        cache = self._engine.cache
+        kv = {
+            "pages": cache.used_pages,
+            "bytes": cache.bytes,
+            "peak_bytes": cache.peak_bytes,
+            "pool_bytes": cache.pool_bytes,
+            "page_size": cache.page_size,
+        }
+        self.recorder.kv = kv
+        return kv
+
+    def _check_open(self) -> None:
+        if self.history.cache.closed:
+            raise PipelineError("the stream was closed")
+        if self._failed:
+            raise PipelineError("the stream failed before; open a new one")
+
+    def close(self) -> None:
+        """Ends open answers and gives all pages back; frames of an unfinished chunk are dropped.
+        The report stays readable."""
+        for answer in list(self._answers):
+            answer.close()
+        self._buffer, self._times = [], []
+        self._cleanup.close()
+
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _as_frames(frames: torch.Tensor | np.ndarray) -> torch.Tensor:
+    if not isinstance(frames, torch.Tensor):
+        if type(frames).__module__ != "numpy":
+            raise TypeError(
+                f"ingest: frames must be a tensor or a NumPy array, got {type(frames).__name__}"
+            )
+        if str(frames.dtype) == "uint8" and frames.size and not frames.flags.writeable:
+            frames = frames.copy()  # torch warns about arrays that it could write to
+        if any(stride < 0 for stride in frames.strides):
+            frames = frames.copy()
+        frames = torch.from_numpy(frames)
+    if frames.dtype != torch.uint8:
+        raise TypeError(f"ingest: frames must be uint8, got {frames.dtype}")
+    if frames.dim() != 4 or frames.shape[-1] != 3 or 0 in frames.shape[1:]:
+        raise ValueError(f"ingest: frames must be [F, H, W, 3], got {list(frames.shape)}")
+    return frames

@@ -1,0 +1,308 @@
+"""Reading a video: uint8 RGB frames with their times, whatever state the file is in.
+
+Colours follow what the stream says about itself: limited and full range, BT.601, BT.709 and BT.2020
+matrices, 8 bits and more. A stream that says nothing about its matrix is taken as BT.601, as
+FFmpeg and the libraries that the models were trained with do. HDR transfer curves are not mapped.
+
+Times count in seconds from the first frame and never run backwards, so that a stream that was cut
+and joined, or has no timestamps at all, still has an order.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from vicostream_kernels.pipeline.errors import InputError, PipelineError, Trouble, one_line
+
+if TYPE_CHECKING:
+    import numpy as np
+
+_URL = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]+://")
+#: Containers whose header states a duration that a whole file really has.
+_INDEXED = {"mov", "mp4", "matroska", "webm", "avi", "flv"}
+#: A file that ends this much before its stated end has lost something.
+_MISSING_S = 0.5
+#: Timestamps are rounded by containers (Matroska to 1 ms): a tick may come this much early.
+_TICK_SLACK_S = 5e-4
+_MAX_TROUBLES = 20
+_NETWORK_TIMEOUT_S = 20.0
+#: swscale: bilinear with full chroma interpolation. Without it white in 10 bits becomes 253.
+_SWS_FLAGS = 2 | 0x2000 | 0x4000
+_FULL_RANGE = 2
+#: FFmpeg opens text as ANSI art; nobody who passes such a file means that.
+_NOT_VIDEO = {"tty", "ansi", "bin", "idf", "xbin", "adf"}
+
+
+@dataclass(frozen=True)
+class Frame:
+    """``image`` uint8 ``[H, W, 3]`` RGB, ``time_s`` from the first frame, ``index`` as decoded."""
+
+    image: np.ndarray
+    time_s: float
+    index: int
+
+
+@dataclass(frozen=True)
+class VideoInfo:
+    """What the container says about its video stream; None where it says nothing."""
+
+    name: str
+    container: str
+    codec: str
+    pixel_format: str | None
+    width: int
+    height: int
+    rate: float | None
+    duration_s: float | None
+
+
+class VideoSource:
+    """A video file or URL, opened for one pass.
+
+    ``fps`` bounds the frames taken per second of video time; None takes every frame. Frames are
+    taken by their timestamps and never doubled, so a slower or variable source keeps its own times.
+    ``threads`` decode (default: the cores this process may use, at most 8).
+
+    Iterating yields :class:`Frame`. What is damaged is skipped and noted in ``troubles``; frames
+    before and after are kept. ``frames_read`` counts decoded frames, ``frames_taken`` the yielded.
+    Raises :class:`InputError` where there is nothing to read, :class:`PipelineError` where the
+    network or the decoder library fails.
+    """
+
+    def __init__(self, video: str, *, fps: float | None = None, threads: int | None = None) -> None:
+        if fps is not None and not 0 < fps < float("inf"):
+            raise InputError(f"--fps {fps}: must be a positive number of frames per second")
+        self.fps = fps
+        self.troubles: list[Trouble] = []
+        self.frames_read = 0
+        self.frames_taken = 0
+        self._damaged = 0
+        self._container = _open(video)
+        try:
+            self._stream = _video_stream(self._container, video)
+            self._stream.thread_type = "AUTO"
+            self._stream.codec_context.thread_count = threads or min(8, _cores())
+        except BaseException:
+            self._container.close()
+            raise
+        self.info = _describe(video, self._container, self._stream)
+
+    def __enter__(self) -> VideoSource:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Closes the file; reading on raises."""
+        self._container.close()
+
+    def __iter__(self) -> Iterator[Frame]:
+        import av
+        from av.video.reformatter import VideoReformatter
+
+        reformatter = VideoReformatter()
+        clock = _Clock(self.info.rate)
+        sampler = _Sampler(self.fps)
+        end_s = 0.0
+        packets = self._container.demux()
+        while True:
+            try:
+                packet = next(packets, None)
+            except av.error.FFmpegError as error:
+                self._note(clock.now, "demux", f"reading stopped: {_reason(error)}")
+                break
+            if packet is None:
+                break
+            end_s = max(end_s, _packet_end(packet))
+            if packet.stream_index != self._stream.index:
+                continue
+            try:
+                decoded = packet.decode()
+            except av.error.FFmpegError as error:
+                self._note(clock.now, "decode", f"damaged data skipped: {_reason(error)}")
+                continue
+            for frame in decoded:
+                if getattr(frame, "is_corrupt", False):
+                    self._note(clock.now, "decode", "a damaged frame was kept as decoded")
+                time_s = clock.time(frame)
+                index = self.frames_read
+                self.frames_read += 1
+                if sampler.takes(time_s):
+                    self.frames_taken += 1
+                    yield Frame(_rgb(frame, reformatter), time_s, index)
+        self._check_end(clock.now, end_s)
+
+    def _note(self, time_s: float, where: str, what: str) -> None:
+        self._damaged += 1
+        if len(self.troubles) < _MAX_TROUBLES:
+            self.troubles.append(Trouble(round(time_s, 3), where, f"{what} (at {time_s:.3f} s)"))
+
+    def _check_end(self, last_s: float, end_s: float) -> None:
+        if self._damaged > _MAX_TROUBLES:
+            more = self._damaged - _MAX_TROUBLES
+            self.troubles.append(Trouble(last_s, "decode", f"{more} more damaged places"))
+        if not self.frames_read:
+            why = f" ({self.troubles[0].what})" if self.troubles else ""
+            raise InputError(f"{self.info.name}: the video stream has no frame to decode{why}")
+        stated, formats = self.info.duration_s, set(self.info.container.split(","))
+        if stated is None or not formats & _INDEXED:
+            return
+        start = (self._container.start_time or 0) / 1e6
+        missing = stated - (end_s - start)
+        if missing > _MISSING_S:
+            what = f"the file ends {missing:.2f} s before the {stated:.2f} s that its header states"
+            self.troubles.append(Trouble(round(last_s, 3), "demux", f"truncated: {what}"))
+
+
+class _Clock:
+    """Seconds from the first frame, never backwards; frames without a timestamp follow the rate."""
+
+    def __init__(self, rate: float | None) -> None:
+        self._step = 1.0 / rate if rate else 1.0 / 25.0
+        self._shift: float | None = None
+        self.now = 0.0
+
+    def time(self, frame: Any) -> float:
+        if frame.pts is None or frame.time_base is None:
+            self.now = 0.0 if self._shift is None else self.now + self._step
+            self._shift = self._shift or 0.0
+            return self.now
+        stamp = float(frame.pts * frame.time_base)
+        if self._shift is None:
+            self._shift = -stamp
+        if stamp + self._shift < self.now:
+            self._shift = self.now + self._step - stamp
+        self.now = stamp + self._shift
+        return self.now
+
+
+class _Sampler:
+    """Takes the first frame of each tick of 1 / fps seconds."""
+
+    def __init__(self, fps: float | None) -> None:
+        self._fps = fps
+        self._tick = -1
+
+    def takes(self, time_s: float) -> bool:
+        if self._fps is None:
+            return True
+        tick = int((time_s + _TICK_SLACK_S) * self._fps)
+        if tick <= self._tick:
+            return False
+        self._tick = tick
+        return True
+
+
+def _open(video: str) -> Any:
+    try:
+        import av
+    except ImportError as error:
+        raise PipelineError(
+            f"reading a video needs PyAV ({error}): pip install 'vicostream-kernels[pipeline]'"
+        ) from error
+    remote = _URL.match(video) is not None
+    if not remote:
+        _check_file(video)
+    try:
+        container = av.open(video, timeout=(_NETWORK_TIMEOUT_S,) * 2 if remote else None)
+    except (av.error.FileNotFoundError, av.error.HTTPClientError) as error:
+        raise InputError(f"{video}: cannot be opened: {_reason(error)}") from error
+    except (av.error.InvalidDataError, av.error.ProtocolNotFoundError) as error:
+        raise InputError(
+            f"{video}: not a video that FFmpeg can read ({_reason(error)}); "
+            "is it complete, and of the type that its name says?"
+        ) from error
+    except av.error.PermissionError as error:
+        raise InputError(f"{video}: no permission to read it") from error
+    except (av.error.FFmpegError, OSError) as error:
+        if not remote:
+            raise InputError(f"{video}: damaged, or not a video ({_reason(error)})") from error
+        raise PipelineError(f"{video}: cannot be reached: {_reason(error)}") from error
+    if container.format.name in _NOT_VIDEO:
+        container.close()
+        raise InputError(f"{video}: a text file, not a video")
+    return container
+
+
+def _check_file(video: str) -> None:
+    """The cases in which FFmpeg's own message would not say what is wrong."""
+    path = video.removeprefix("file:")
+    if not os.path.exists(path):
+        raise InputError(f"{video}: no such file")
+    if os.path.isdir(path):
+        raise InputError(f"{video}: a folder, not a video file")
+    if not os.access(path, os.R_OK):
+        raise InputError(f"{video}: no permission to read it")
+    if os.path.isfile(path) and os.path.getsize(path) == 0:
+        raise InputError(f"{video}: the file is empty")
+
+
+def _video_stream(container: Any, video: str) -> Any:
+    # Cover art in an audio file is a video stream to FFmpeg, not to anybody else.
+    streams = [s for s in container.streams.video if not _attached_picture(s)]
+    if not streams:
+        kinds = sorted({s.type for s in container.streams}) or ["nothing"]
+        raise InputError(f"{video}: no video stream in this file (it has: {', '.join(kinds)})")
+    stream = max(streams, key=lambda s: (s.width or 0) * (s.height or 0))
+    if stream.codec_context is None:
+        raise InputError(f"{video}: this FFmpeg build has no decoder for its video codec")
+    return stream
+
+
+def _attached_picture(stream: Any) -> bool:
+    disposition = getattr(stream, "disposition", None)
+    return disposition is not None and "attached_pic" in str(disposition)
+
+
+def _describe(video: str, container: Any, stream: Any) -> VideoInfo:
+    rate = stream.average_rate or stream.guessed_rate
+    return VideoInfo(
+        name=video,
+        container=container.format.name,
+        codec=stream.codec_context.name,
+        pixel_format=stream.codec_context.pix_fmt,
+        width=stream.width or 0,
+        height=stream.height or 0,
+        rate=float(rate) if rate else None,
+        duration_s=container.duration / 1e6 if container.duration else None,
+    )
+
+
+def _packet_end(packet: Any) -> float:
+    stamp = packet.pts if packet.pts is not None else packet.dts
+    if stamp is None or packet.time_base is None:
+        return 0.0
+    return float((stamp + (packet.duration or 0)) * packet.time_base)
+
+
+def _rgb(frame: Any, reformatter: Any) -> np.ndarray:
+    """A decoded frame as RGB with its own range and matrix, turned upright."""
+    converted = reformatter.reformat(
+        frame, format="rgb24", interpolation=_SWS_FLAGS, dst_color_range=_FULL_RANGE, threads=1
+    )
+    return upright(converted.to_ndarray(), getattr(frame, "rotation", 0) or 0)
+
+
+def upright(image: np.ndarray, rotation: int) -> np.ndarray:
+    """``image`` turned by the rotation (degrees, counterclockwise) that a phone wrote beside it."""
+    import numpy as np
+
+    quarter_turns = round(rotation / 90) % 4
+    return np.ascontiguousarray(np.rot90(image, quarter_turns)) if quarter_turns else image
+
+
+def _cores() -> int:
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:
+        return os.cpu_count() or 1
+
+
+def _reason(error: BaseException) -> str:
+    """FFmpeg's message without the numbers and the path that PyAV puts around it."""
+    return getattr(error, "strerror", None) or one_line(error)

@@ -1,0 +1,275 @@
+"""The stages a chunk passes: preprocess, encode, prune, prefill. Values in, values out.
+
+Each stage is an object with ``run(input) -> output``. Inputs and outputs are frozen, and a stage
+shares nothing with another: what must outlive a chunk (the pruning state, the history in the cache)
+belongs to the one stage that uses it, which sees the chunks in their order. So the same objects can
+run one after another, as now, or each on a CUDA stream or thread of its own.
+
+The only thing that travels from the device to the host is the number of kept tokens, four bytes,
+started by ``Prune`` and read by ``Prefill``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from vicostream_kernels.cache import Block
+from vicostream_kernels.methods import Method
+from vicostream_kernels.models import Qwen2_5_VLRunner
+from vicostream_kernels.ops.preprocess import preprocess_frames, smart_resize
+from vicostream_kernels.ops.prune import PrunedTokens, PruneRule, PruneState, prune_tokens
+from vicostream_kernels.pipeline.errors import InputError
+from vicostream_kernels.pipeline.llm import LLMSteps
+from vicostream_kernels.pipeline.visibility import History, View, chunk_window, window_view
+
+
+@dataclass(frozen=True)
+class ChunkFrames:
+    """``images`` uint8 ``[F, H, W, 3]`` on any device; the times of its first and last frame."""
+
+    images: torch.Tensor
+    start_s: float
+    end_s: float
+    seconds_per_step: float
+
+    @property
+    def frames(self) -> int:
+        return self.images.shape[0]
+
+
+@dataclass(frozen=True)
+class ChunkPatches:
+    """``patches`` ``[T*h*w, 3*2*14*14]`` in the model's dtype, ``grid`` = (T, h, w) in patches."""
+
+    source: ChunkFrames
+    patches: torch.Tensor
+    grid: tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class ChunkTokens:
+    """``tokens`` ``[T, N, D]``: the projected visual tokens, in raster order."""
+
+    source: ChunkFrames
+    grid: tuple[int, int, int]
+    tokens: torch.Tensor
+
+
+class HostCount:
+    """A count on its way to the host; ``get`` waits for it and for nothing else."""
+
+    def __init__(self, count: torch.Tensor | int) -> None:
+        self._event: Any = None
+        if isinstance(count, int) or not count.is_cuda:
+            self._value = count
+            return
+        self._value = torch.empty((), dtype=count.dtype, pin_memory=True)
+        self._value.copy_(count.reshape(()), non_blocking=True)
+        self._event = torch.cuda.Event()
+        self._event.record(torch.cuda.current_stream(count.device))
+
+    def get(self) -> int:
+        if self._event is not None:
+            self._event.synchronize()
+        return int(self._value)
+
+
+@dataclass(frozen=True)
+class ChunkKept:
+    """What enters the LLM: the first ``count`` of ``tokens`` ``[C, D]``, with ``positions``
+    ``[3, C]`` int32 relative to the chunk's first video id. ``span`` ids are taken whatever was
+    kept; ``seen`` is T * N."""
+
+    source: ChunkFrames
+    tokens: torch.Tensor
+    positions: torch.Tensor
+    count: HostCount
+    seen: int
+    span: int
+
+
+@dataclass(frozen=True)
+class ChunkDone:
+    """A chunk in the cache."""
+
+    source: ChunkFrames
+    block: Block
+    seen: int
+    kept: int
+
+
+class Preprocess:
+    """uint8 frames -> normalised patches, at the method's size within the checkpoint's limits."""
+
+    def __init__(self, runner: Qwen2_5_VLRunner, method: Method) -> None:
+        self._runner = runner
+        pixels = method.engine.pixels
+        self.min_pixels, self.max_pixels = runner.min_pixels, runner.max_pixels
+        if pixels is not None:
+            pixels = min(max(pixels, runner.min_pixels), runner.max_pixels)
+            self.min_pixels = self.max_pixels = pixels
+
+    def check_size(self, height: int, width: int) -> None:
+        """Raises :class:`InputError` for frames that the model's resizing refuses."""
+        factor = self._runner.patch_size * self._runner.merge_size
+        try:
+            smart_resize(height, width, factor, self.min_pixels, self.max_pixels)
+        except ValueError as error:
+            raise InputError(f"frames of {width} x {height} pixels: {error}") from error
+
+    def run(self, chunk: ChunkFrames) -> ChunkPatches:
+        runner = self._runner
+        patches, grid = preprocess_frames(
+            chunk.images.to(runner.device, non_blocking=True),
+            min_pixels=self.min_pixels,
+            max_pixels=self.max_pixels,
+            mean=runner.image_mean,
+            std=runner.image_std,
+            patch=runner.patch_size,
+            merge=runner.merge_size,
+            temporal=runner.temporal_patch_size,
+            dtype=runner.dtype,
+            backend=runner.backend,
+        )
+        return ChunkPatches(chunk, patches, grid)
+
+
+class Encode:
+    """Patches -> projected visual tokens; every chunk on its own."""
+
+    def __init__(self, runner: Qwen2_5_VLRunner) -> None:
+        self._runner = runner
+
+    def run(self, chunk: ChunkPatches) -> ChunkTokens:
+        tokens = self._runner.encode(chunk.patches, chunk.grid)
+        return ChunkTokens(chunk.source, chunk.grid, tokens)
+
+
+class Prune:
+    """Visual tokens -> those that are kept, in order, with the position ids that they had."""
+
+    def __init__(self, runner: Qwen2_5_VLRunner, rule: PruneRule | None) -> None:
+        self._runner, self._rule = runner, rule
+        self._state: PruneState | None = None
+
+    def run(self, chunk: ChunkTokens) -> ChunkKept:
+        runner, source = self._runner, chunk.source
+        t, h, w = chunk.grid
+        positions = runner.video_positions(t, h, w, 0, source.seconds_per_step)
+        span = runner.video_span(t, h, w, source.seconds_per_step)
+        steps, locations, width = chunk.tokens.shape
+        seen = steps * locations
+        if self._rule is None:
+            tokens = chunk.tokens.view(seen, width)
+            return ChunkKept(source, tokens, positions.view(3, seen), HostCount(seen), seen, span)
+        pruned: PrunedTokens = prune_tokens(
+            chunk.tokens,
+            positions,
+            self._rule,
+            state=self._carried(chunk.tokens),
+            backend=runner.backend,
+        )
+        count = HostCount(pruned.count)
+        return ChunkKept(source, pruned.tokens, pruned.positions, count, seen, span)
+
+    def _carried(self, tokens: torch.Tensor) -> PruneState | None:
+        """What the rule carries from chunk to chunk; frames of another size start anew."""
+        rule, (_, locations, width) = self._rule, tokens.shape
+        if not rule.needs and rule.always_keep != "first_of_stream":
+            return None
+        held = self._state
+        kept = (
+            None if held is None else held.previous if held.previous is not None else held.last_kept
+        )
+        if held is None or (kept is not None and kept.shape[1] != locations):
+            self._state = PruneState.empty(
+                rule, locations, width, dtype=tokens.dtype, device=tokens.device
+            )
+        return self._state
+
+
+class Prefill:
+    """Kept tokens -> keys and values in the cache, under the method's window.
+
+    Takes the chunks of one stream in their order and adds them to ``history``.
+    """
+
+    def __init__(self, llm: LLMSteps, method: Method, history: History, bucket: int) -> None:
+        self._llm, self._method, self._history, self._bucket = llm, method, history, bucket
+        runner = llm.runner
+        markers = runner.embed(llm.ids([runner.vision_start_id, runner.vision_end_id]))
+        self._start, self._end = markers.split(1)
+        self._bounded = method.engine.window_chunks is not None or method.engine.history == "window"
+
+    def begin(self, system_ids: list[int]) -> None:
+        """Writes the system prompt; what of it stays visible for good has pages of its own."""
+        attention, history = self._method.attention, self._history
+        leaves = attention.window is not None or (
+            self._method.engine.system_prompt == "with_first_chunk"
+        )
+        sinks = min(attention.sink_tokens, len(system_ids)) if leaves else len(system_ids)
+        if sinks:
+            history.sink = self._write_text(system_ids[:sinks], "sink")
+        if system_ids[sinks:]:
+            history.preamble = self._write_text(system_ids[sinks:], "text")
+
+    def run(self, chunk: ChunkKept) -> ChunkDone:
+        history, source = self._history, chunk.source
+        capacity = chunk.tokens.shape[0]
+        kept = min(chunk.count.get(), capacity)
+        new_tokens = kept + 2
+        if self._method.engine.history == "window":
+            history.retire(chunk_window(self._method, history, new_tokens).blocks)
+        bucket = min(-(-kept // self._bucket) * self._bucket, capacity)
+        with self._llm.reserved(
+            bucket,
+            markers=(1, 1),
+            start_s=source.start_s,
+            end_s=source.end_s,
+            pinned=self._bounded,
+        ) as block:
+            # The reservation may have evicted old chunks: the view is made after it.
+            window = chunk_window(self._method, history, new_tokens)
+            first = history.next_id
+            view = window_view(self._method, history, window, first)
+            embeds, positions = self._assemble(chunk, kept, bucket, first)
+            self._llm.write(block, kept, embeds, positions, view, "none")
+            if self._method.retrieve is not None:
+                history.cache.set_summary(block, chunk.tokens[:kept].float().mean(0))
+        history.add(block, first, first + chunk.span + 2)
+        history.chunks_seen += 1
+        self._unpin()
+        return ChunkDone(source, block, chunk.seen, kept)
+
+    def _write_text(self, ids: list[int], kind: str) -> Block:
+        history, first = self._history, self._history.next_id
+        before = () if history.sink is None else (history.sink,)
+        with self._llm.reserved(len(ids), kind=kind, pinned=True) as block:
+            runner = self._llm.runner
+            embeds = runner.embed(self._llm.ids(ids))
+            positions = runner.text_positions(len(ids), first)
+            sinks = sum(block.tokens for block in before)
+            view = View(history.cache.page_table(before), before, (), sink_tokens=sinks)
+            self._llm.write(block, len(ids), embeds, positions, view, "none")
+        history.add(block, first, first + len(ids))
+        return block
+
+    def _assemble(
+        self, chunk: ChunkKept, kept: int, bucket: int, first: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rows of the LLM step: vision_start, kept tokens, vision_end, padding (never read)."""
+        padding = chunk.tokens[kept:bucket]
+        embeds = torch.cat((self._start, chunk.tokens[:kept], self._end, padding))
+        positions = chunk.positions.new_full((3, bucket + 2), first + 1 + chunk.span)
+        positions[:, 0] = first
+        positions[:, 1 : kept + 1] = chunk.positions[:, :kept] + (first + 1)
+        return embeds, positions
+
+    def _unpin(self) -> None:
+        """A full cache may take the oldest chunk, but none that the window still needs."""
+        reach, chunks = self._method.engine.window_chunks, self._history.cache.chunks
+        if reach is not None and len(chunks) > reach + 1:
+            chunks[-(reach + 2)].pinned = False

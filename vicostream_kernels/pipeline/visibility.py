@@ -1,0 +1,201 @@
+"""What new tokens of a stream may see: lists of blocks, and how far a token window reaches back.
+
+A video chunk sees what its method's window covers. A question is a fork: it sees of the chunks
+that ended at or before its time, either those that retrieval selects, or all that is kept. Nothing
+here touches keys or values: the result is a page table and four numbers.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from weakref import WeakKeyDictionary
+
+import torch
+
+from vicostream_kernels.cache import Block, CacheStream
+from vicostream_kernels.methods import Method
+
+
+@dataclass(frozen=True)
+class View:
+    """What some new tokens see besides themselves.
+
+    table: [1, L] int32, pages in logical order.
+    blocks: the blocks behind the table, to be held while it is in use.
+    spans: (start_s, end_s) of the chunks among them.
+    window_start: first logical position that is visible after the sinks; None: all listed.
+    sink_tokens: logical tokens at the start that no window hides.
+    sink_pages, sink_shift: the first pages of the table are sinks whose ids are moved by this much.
+    """
+
+    table: torch.Tensor
+    blocks: tuple[Block, ...]
+    spans: tuple[tuple[float, float], ...]
+    window_start: int | None = None
+    sink_tokens: int = 0
+    sink_pages: int = 0
+    sink_shift: int = 0
+
+
+@dataclass
+class History:
+    """The blocks of one stream by their part in it, and the position ids that they took.
+
+    ``sink`` is the part of the system prompt that stays visible for good, ``preamble`` the rest
+    of it; either may be missing. ``ids`` maps a block to its first id and the id after its last.
+    """
+
+    cache: CacheStream
+    sink: Block | None = None
+    preamble: Block | None = None
+    ids: WeakKeyDictionary[Block, tuple[int, int]] = field(default_factory=WeakKeyDictionary)
+    next_id: int = 0
+    chunks_seen: int = 0
+    _holds: Counter[Block] = field(default_factory=Counter)
+    _retired: list[Block] = field(default_factory=list)
+
+    def add(self, block: Block, first: int, after: int) -> None:
+        """Notes that ``block`` took the ids from ``first`` up to, not including, ``after``."""
+        self.ids[block] = (first, after)
+        self.next_id = after
+
+    def chunks(self, time_s: float = float("inf")) -> list[Block]:
+        """The live chunks that ended at or before ``time_s``, in time order."""
+        chunks = self.cache.chunks[:]
+        while chunks and chunks[-1].end_s > time_s:
+            chunks.pop()
+        return chunks
+
+    def fork_id(self, time_s: float) -> int:
+        """The id after the largest one of what a fork at ``time_s`` could see."""
+        later = self.cache.chunks[len(self.chunks(time_s)) :]
+        return self.ids[later[0]][0] if later else self.next_id
+
+    @contextmanager
+    def hold(self, blocks: Sequence[Block]) -> Iterator[None]:
+        """Keeps ``blocks`` while an answer reads them, also those that the window leaves."""
+        with self.cache.hold(blocks):
+            self._holds.update(blocks)
+            try:
+                yield
+            finally:
+                self._holds -= Counter(blocks)
+        if not self.cache.closed:
+            self._free_retired()
+
+    def retire(self, visible: Sequence[Block]) -> None:
+        """Frees all blocks after the sink that are not ``visible`` any more and will never be;
+        those that an answer holds go when it lets them go."""
+        seen = {*visible, *self._retired}
+        gone = [block for block in self.chunks() if block not in seen]
+        if self.preamble is not None and self.preamble not in seen:
+            gone.append(self.preamble)
+            self.preamble = None
+        self._retired += gone
+        self._free_retired()
+
+    def _free_retired(self) -> None:
+        waiting = []
+        for block in self._retired:
+            if self._holds[block]:
+                waiting.append(block)
+            elif block.kind == "chunk":
+                block.pinned = False
+                self.cache.evict(block)
+            else:
+                self.cache.free(block)
+        self._retired = waiting
+
+
+@dataclass(frozen=True)
+class Window:
+    """Blocks in logical order after the sink, with the number of their first tokens that are out
+    of the token window."""
+
+    blocks: tuple[Block, ...]
+    hidden: int = 0
+
+
+def chunk_window(method: Method, history: History, new_tokens: int) -> Window:
+    """What the next chunk of ``new_tokens`` tokens (markers included) sees after the sink."""
+    reach = method.engine.window_chunks
+    chunks = history.chunks()
+    if reach is not None:
+        chunks = chunks[len(chunks) - min(reach, len(chunks)) :]
+    in_reach = reach is None or history.chunks_seen <= reach
+    shown = method.engine.system_prompt == "always" or in_reach
+    blocks = [history.preamble] if history.preamble is not None and shown else []
+    return _cut(method, blocks + chunks, new_tokens)
+
+
+def question_window(method: Method, history: History, new_tokens: int, time_s: float) -> Window:
+    """What a question of ``new_tokens`` tokens at ``time_s`` sees after the sink, without
+    retrieval: all that the method keeps, the last window included."""
+    chunks = history.chunks(time_s)
+    reach = method.engine.window_chunks
+    if method.engine.history == "window" and reach is not None:
+        chunks = chunks[-(reach + 1) :]
+    blocks = [] if history.preamble is None else [history.preamble]
+    return _cut(method, blocks + chunks, new_tokens)
+
+
+def _cut(method: Method, blocks: list[Block], new_tokens: int) -> Window:
+    """Applies a window in tokens: the new tokens take their part of it, whole blocks drop out."""
+    size = method.attention.window
+    if size is None:
+        return Window(tuple(blocks))
+    hidden = sum(block.tokens for block in blocks) - max(0, size - new_tokens)
+    if hidden <= 0:
+        return Window(tuple(blocks))
+    first = 0
+    while first < len(blocks) and blocks[first].tokens <= hidden:
+        hidden -= blocks[first].tokens
+        first += 1
+    return Window(tuple(blocks[first:]), hidden if first < len(blocks) else 0)
+
+
+def window_view(method: Method, history: History, window: Window, next_id: int) -> View:
+    """The view of ``window`` behind the sink, for new tokens whose ids start at ``next_id``."""
+    sink = history.sink
+    blocks = ((sink,) if sink is not None else ()) + window.blocks
+    start = None
+    if window.hidden:
+        start = window.hidden + (sink.tokens if sink is not None else 0)
+    shift = 0
+    if method.attention.positions == "cache" and sink is not None:
+        # The sinks stand right before the first block that the window still touches.
+        origin = history.ids[window.blocks[0]][0] if window.blocks else next_id
+        shift = origin - history.ids[sink][1]
+    return View(
+        table=history.cache.page_table(blocks),
+        blocks=blocks,
+        spans=_spans(window.blocks),
+        window_start=start,
+        sink_tokens=0 if sink is None else sink.tokens,
+        sink_pages=len(sink.pages) if sink is not None and shift else 0,
+        sink_shift=shift,
+    )
+
+
+def selected_view(
+    history: History, selected: torch.Tensor, chosen: Sequence[Block], last: Block | None
+) -> View:
+    """The view of a question over retrieved chunks.
+
+    ``selected`` [1, L] int32 are the pages of the sinks and the ``chosen`` chunks in logical order;
+    the marker that ends the ``last`` chunk follows, as text after a video does.
+    """
+    parts = [selected]
+    always = tuple(b for b in (history.sink, history.preamble) if b is not None)
+    if last is not None and last.markers[1]:
+        pages = last.segments[-1].pages
+        parts.append(selected.new_tensor([pages]))
+    held = dict.fromkeys((*always, *chosen, *([] if last is None else [last])))
+    return View(torch.cat(parts, dim=1), tuple(held), _spans(chosen))
+
+
+def _spans(blocks: Sequence[Block]) -> tuple[tuple[float, float], ...]:
+    return tuple((b.start_s, b.end_s) for b in blocks if b.kind == "chunk")
