@@ -226,7 +226,7 @@ def files() -> dict[str, str]:
         "use_cache": True,
         "vocab_size": VOCABULARY,
         "vision_config": {
-            "depth": 4,
+            "depth": 3,
             "hidden_act": "silu",
             "hidden_size": 64,
             "intermediate_size": 128,
@@ -237,7 +237,7 @@ def files() -> dict[str, str]:
             "spatial_merge_size": 2,
             "temporal_patch_size": 2,
             "window_size": 112,
-            "fullatt_block_indexes": [3],
+            "fullatt_block_indexes": [2],
             "tokens_per_second": 2,
         },
     }
