@@ -15,6 +15,16 @@ for _name in ("sink_window_attention", "varlen_attention", "merge_states"):
     )
 
 
+def check_tensors(op: str, optional: bool = False, **tensors: object) -> None:
+    """The public functions' share: what is no tensor never reaches the dispatcher's own errors."""
+    for name, value in tensors.items():
+        if not isinstance(value, torch.Tensor) and not (optional and value is None):
+            raise TypeError(
+                f"{op}: {name} must be a tensor{' or None' if optional else ''}, "
+                f"got {type(value).__name__}"
+            )
+
+
 def _check_scale(op: str, sm_scale: float | None) -> None:
     if sm_scale is not None and not math.isfinite(sm_scale):
         raise ValueError(f"{op}: sm_scale={sm_scale} must be finite, or None for d**-0.5")
@@ -41,6 +51,7 @@ def _check_outside(op: str, name: str, x: torch.Tensor, low: int, high: int) -> 
 _SINK_WINDOW = "sink_window_attention"
 
 
+@checks.remember
 def _check_sink_window(
     q, k_pages, v_pages, page_table, cu_seqlens_q, out, lse, kv_len, page_fill, sink_tokens,
     window, window_start, sm_scale, sink_logits, page_shift, inv_freq, mrope_section, max_seqlen_q,
@@ -59,7 +70,7 @@ def _check_sink_window(
         )
     if dims["B"] == 0:
         raise ValueError(f"{op}: k_pages has page size 0, allowed: 1 or more")
-    per_head = isinstance(page_table, torch.Tensor) and page_table.dim() == 3
+    per_head = page_table.dim() == 3
     dims.bind("page_table", page_table, "S X L" if per_head else "S L", torch.int32, device)
     if per_head and dims["X"] not in (kv_heads, heads):
         raise ValueError(
@@ -165,6 +176,7 @@ register(
 # ---------------------------------------------------------------- varlen_attention
 
 
+@checks.remember
 def _check_varlen(
     q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, sm_scale
 ) -> None:  # fmt: skip
@@ -221,6 +233,7 @@ register(
 # ---------------------------------------------------------------- merge_states
 
 
+@checks.remember
 def _check_merge(out_a, lse_a, out_b, lse_b) -> None:
     dims = checks.Dims("merge_states")
     dims.bind("out_a", out_a, "Q H d", checks.FLOAT_DTYPES)
