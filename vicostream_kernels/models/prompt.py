@@ -43,10 +43,6 @@ class Prompt:
             + self._encode(self._after)
         )
 
-    def text_stream(self) -> TextStream:
-        """A decoder that turns an answer's ids into text as they come."""
-        return TextStream(self._tokenizer)
-
     def _encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False) if text else []
 
@@ -72,21 +68,3 @@ class Prompt:
                 "it is not a Qwen2.5-VL template"
             )
         return head, before, after
-
-
-class TextStream:
-    """Decodes ids one at a time; a character that needs several tokens appears with its last."""
-
-    def __init__(self, tokenizer: Any) -> None:
-        from tokenizers.decoders import DecodeStream
-
-        self._stream = DecodeStream(skip_special_tokens=True)
-        self._backend = tokenizer.backend_tokenizer
-        self._known = len(tokenizer)
-
-    def push(self, id: int) -> str:
-        """The text that ``id`` completes, maybe empty. Ids beyond the tokenizer (embedding rows
-        that no token uses) have no text."""
-        if id >= self._known:
-            return ""
-        return self._stream.step(self._backend, id) or ""

@@ -65,11 +65,16 @@ def text_forward(
     backend: str,
 ) -> torch.Tensor | None:
     """Runs all layers on ``embeds`` [N, D]; see ``Qwen2_5_VLRunner.forward``."""
+    cache = attend.cache
+    raw = [None] * len(weights.blocks) if cache.raw_k_pages is None else cache.raw_k_pages.unbind()
+    pages = zip(cache.k_pages.unbind(), cache.v_pages.unbind(), raw)
     hidden = embeds
     final = len(weights.blocks) - 1
-    for layer, block in enumerate(weights.blocks):
+    for layer, (block, pools) in enumerate(zip(weights.blocks, pages)):
         wanted = outputs if layer == final else "all"
-        attended = _attention(block, heads, hidden, positions, attend, layer, wanted, backend)
+        attended = _attention(
+            block, heads, hidden, positions, attend, layer, pools, wanted, backend
+        )  # fmt: skip
         if attended is None:
             return None
         if wanted == "last":
@@ -86,12 +91,12 @@ def _attention(
     positions: torch.Tensor,
     attend: Attend,
     layer: int,
+    pools: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None],
     wanted: Outputs,
     backend: str,
 ) -> torch.Tensor | None:
     n, d = hidden.shape[0], heads.head_dim
-    cache = attend.cache
-    k_pages, v_pages = cache.k_pages[layer], cache.v_pages[layer]
+    k_pages, v_pages, raw_k_pages = pools
     normed = block.attention_norm(hidden)
     if wanted == "none":
         # Nobody reads the last layer's output of a video chunk, only its K and V; k stands in for
@@ -114,13 +119,13 @@ def _attention(
         k_pages,
         v_pages,
         attend.slots,
-        raw_k_pages=None if cache.raw_k_pages is None else cache.raw_k_pages[layer],
+        raw_k_pages=raw_k_pages,
         backend=backend,
     )
     if wanted == "none":
         return None
     cu_seqlens_q = attend.cu_seqlens_q
-    if wanted == "last":
+    if wanted == "last" and n > 1:
         # The queries of a stream are its last logical positions, so fewer of them need no mask.
         q, cu_seqlens_q = q[-1:], cu_seqlens_q.clamp(max=1)
     shifted = attend.page_shift is not None
@@ -130,7 +135,7 @@ def _attention(
         v_pages,
         attend.table(layer),
         cu_seqlens_q,
-        page_fill=cache.page_fill,
+        page_fill=attend.cache.page_fill,
         sink_tokens=attend.sink_tokens,
         window=attend.window,
         window_start=attend.window_start,
