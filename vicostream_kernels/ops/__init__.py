@@ -14,17 +14,22 @@ from vicostream_kernels.ops.retrieve import (
     summarize_blocks,
     topk_blocks,
 )
+from vicostream_kernels.ops.reuse import Changed, gather_rows, merge_rows, select_changed
 
 __all__ = [
+    "Changed",
     "KeySummary",
     "PruneRule",
     "PruneState",
     "PrunedTokens",
     "TopBlocks",
+    "gather_rows",
+    "merge_rows",
     "merge_states",
     "preprocess_frames",
     "prune_tokens",
     "rope_append",
+    "select_changed",
     "select_pages",
     "sink_window_attention",
     "smart_resize",
