@@ -7,6 +7,8 @@ no time and no memory and is said in one line.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,6 @@ import torch
 
 from vicostream_kernels.models import named
 from vicostream_kernels.models.errors import (
-    CheckpointError,
     DamagedCheckpoint,
     ModelNotFound,
     NoChatTemplate,
@@ -63,7 +64,7 @@ def load_checkpoint(
     ``dtype`` None means float32 on the CPU and the checkpoint's own dtype elsewhere (the named
     models: their configuration's). ``seed`` makes the weights of the ``*-random`` models.
 
-    Raises a ``CheckpointError``, whose message is one line.
+    Raises a ``CheckpointError`` of some kind, whose message is one line.
     """
     name = str(name_or_path)
     if name in named.NAMES:
@@ -255,15 +256,14 @@ def _load_model(source: str, local: bool, dtype: torch.dtype | None) -> Any:
     from transformers import Qwen2_5_VLForConditionalGeneration
 
     try:
-        model, report = Qwen2_5_VLForConditionalGeneration.from_pretrained(
-            source,
-            dtype="auto" if dtype is None else dtype,
-            use_safetensors=True,
-            local_files_only=local,
-            output_loading_info=True,
-        )
-    except CheckpointError:
-        raise
+        with _quiet(bars=not local):
+            model, report = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+                source,
+                dtype="auto" if dtype is None else dtype,
+                use_safetensors=True,
+                local_files_only=local,
+                output_loading_info=True,
+            )
     except Exception as error:  # safetensors and transformers share no base class
         raise DamagedCheckpoint(
             f"the weights of {source!r} cannot be loaded: {_first_line(error)}"
@@ -275,6 +275,24 @@ def _load_model(source: str, local: bool, dtype: torch.dtype | None) -> Any:
             f"the weights of {source!r} lack {len(missing)} parameters, first {missing[0]}"
         )
     return model
+
+
+@contextmanager
+def _quiet(*, bars: bool) -> Iterator[None]:
+    """What is wrong is raised, once: transformers' own report of it and its progress bars (useful
+    for downloads only) stay off the terminal."""
+    from transformers.utils import logging
+
+    level, had_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity(logging.CRITICAL)
+    if not bars:
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if had_bars:
+            logging.enable_progress_bar()
 
 
 def _first_line(error: BaseException) -> str:
