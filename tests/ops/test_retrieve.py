@@ -281,21 +281,20 @@ def test_nan_and_empty_blocks_rank_last_and_stay_alone(score, backend):
     low[0, 1], high[0, 1] = torch.inf, -torch.inf  # no tokens
     low[0, 3], high[0, 3] = torch.nan, torch.nan
     low[0, 4, 1], high[0, 4, 1] = torch.inf, -torch.inf  # its other part has tokens
-    summary = (
-        (low, high)
-        if score == "bound"
-        else low[:, :, 0].masked_fill(low[:, :, 0].isinf(), torch.nan)
-    )  # noqa: E501
+    mean = low[:, :, 0].masked_fill(low[:, :, 0].isinf(), torch.nan)
     query = tensors.randn((1, 4, 8), seed=11).abs()
 
-    def choose(k, **more):
-        parts = tuple(x.to(device) for x in summary) if score == "bound" else summary.to(device)
-        return vico.topk_blocks(query.to(device), parts, k=k, score=score, backend=name, **more)
+    def choose(k, parts=slice(None), **more):
+        ends = tuple(x[:, :, parts].to(device) for x in (low, high))
+        summary = ends if score == "bound" else mean.to(device)
+        return vico.topk_blocks(query.to(device), summary, k=k, score=score, backend=name, **more)
 
     got = choose(4)
     assert got.scores[0].isnan().tolist() == [False, True, False, True, False, False]
     assert got.block_index.tolist() == [[0, 2, 4, 5]]
     assert choose(5).block_index.tolist() == [[0, 1, 2, 4, 5]], "NaN ties go to the lowest index"
+    first_part = choose(4, parts=slice(0, 1))
+    assert got.scores[0, 4] == first_part.scores[0, 4] < 0, "an empty part counts for nothing"
     shares = choose(4, pool="softmax")
     assert shares.scores[0].isnan().tolist() == [False, True, False, True, False, False]
     torch.testing.assert_close(shares.scores.nansum().cpu(), torch.tensor(1.0))
@@ -348,6 +347,29 @@ def test_a_stream_has_the_bits_it_has_alone(score, pool, scope, backend):
         width = alone.block_index.shape[-1]
         assert torch.equal(together.block_index[s, ..., :width], alone.block_index[0])
         assert torch.equal(together.count[s], alone.count[0])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("rule", [{"k": 3}, {"ratio": 0.4}, {"mass": 0.5}])
+@pytest.mark.parametrize("pool", POOLS)
+def test_nothing_waits_for_the_device(pool, rule):
+    k_pages, table, fill = (x.cuda() for x in paged_keys(torch.bfloat16))
+    query = tensors.randn((4, 4, 8), torch.bfloat16).cuda()
+    cu = torch.tensor([0, 1, 4], dtype=torch.int32).cuda()
+
+    def run():
+        means = vico.summarize_blocks(k_pages, table, fill)
+        found = vico.topk_blocks(query, means, pool=pool, cu_seqlens=cu, **rule)
+        return vico.select_pages(found.block_index, table)
+
+    wanted = run()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        got = run()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(got, wanted)
 
 
 # --- registration, bad input -------------------------------------------------------------------

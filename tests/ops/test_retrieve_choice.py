@@ -67,7 +67,7 @@ def choose_by_hand(scores, n, tokens, rule, value, min_k, group, first, last, ca
 
 @st.composite
 def cases(draw):
-    streams, blocks = draw(st.integers(1, 2)), draw(st.integers(0, 9))
+    streams, blocks = draw(st.integers(1, 2)), draw(st.integers(0, 14))
     scope = draw(st.sampled_from(["stream", "kv_head"]))
     rows = 1 if scope == "stream" else 2
     group = draw(st.integers(1, 3))
@@ -85,16 +85,18 @@ def cases(draw):
         tokens = draw(st.integers(1, 8))
     elif rule == "token_budget" or (rule == "mass" and draw(st.booleans())):
         tokens = [draw(sizes) for _ in range(streams)]
-    first, last = draw(st.integers(0, 2)), draw(st.integers(0, 3))
+    # Mostly nothing is forced, and most streams are full: else few blocks are left to choose from.
+    first, last = (draw(st.sampled_from([0, 0, 0, 1, 2, 3])) for _ in range(2))
     max_blocks = None
     if draw(st.booleans()):
-        max_blocks = group * draw(st.integers(8, 12))
+        max_blocks = group * draw(st.integers(8, 16))
     return {
         "scores": [[draw(table) for _ in range(rows)] for _ in range(streams)],
         "blocks": blocks,
-        "num": [draw(st.integers(0, blocks)) for _ in range(streams)],
+        "num": [draw(st.just(blocks) | st.integers(0, blocks)) for _ in range(streams)],
         "scope": scope, "group": group, "rule": rule, "value": draw(value), "tokens": tokens,
-        "min_k": draw(st.integers(0, 4)), "first": first, "last": last, "max_blocks": max_blocks,
+        "min_k": draw(st.sampled_from([0, 1, 1, 3, 5])), "first": first, "last": last,
+        "max_blocks": max_blocks,
     }  # fmt: skip
 
 
@@ -155,6 +157,23 @@ def test_ties_go_to_the_lowest_index(backend):
     scores[0, ::2] *= -1  # -0.0 ties with 0.0
     got = vico.topk_blocks(None, None, external_score=scores, k=5, backend=name)
     assert got.block_index.tolist() == [[0, 1, 2, 3, 651]]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nan_ranks_after_minus_infinity_and_leaves_its_group_alone(backend):
+    name, device = backend
+    scores = torch.tensor([[NAN, -INF, -5.0, NAN, NAN, NAN, 1.0, NAN]], device=device)
+
+    def chosen(**options):
+        found = vico.topk_blocks(None, None, external_score=scores, backend=name, **options)
+        return found.block_index.tolist()[0]
+
+    assert chosen(k=3) == [1, 2, 6]
+    assert chosen(k=4) == [0, 1, 2, 6]
+    # Pairs score -inf, -5, NaN, 1.
+    assert chosen(k=2, group=2) == [6, 7]
+    assert chosen(k=6, group=2) == [0, 1, 2, 3, 6, 7]
+    assert chosen(k=1, force_first=1) == [0], "a forced block may score NaN"
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
