@@ -143,7 +143,8 @@ def attend(
     # ~visible.any(-1), but vectorised: a tenth of the whole otherwise
     blind = None if visible is None else visible.view(torch.uint8).amax(-1) == 0
     # torch's fused kernel computes the same, faster, for the plain case. It lets NaN or infinity
-    # through from keys that a row does not see (0 * inf), hence the condition.
+    # through from keys that a row does not see (0 * inf), hence the condition; and what it gives
+    # a row that sees nothing differs from one of its kernels to the next, hence the fill.
     plain = q.dtype == torch.float32 and not need_lse and sink_logits is None
     if plain and torch.isfinite(k.sum() + v.sum()):
         shape = (*q.shape[:2], *k.shape[2:])
