@@ -115,6 +115,16 @@ def test_capacity_cuts_in_order_and_count_stays_true(backend, capacity):
     assert int(out.count) == 240 and out.tokens.shape == (capacity, 16) and out.mask.all()
 
 
+def test_reference_without_reading_the_count(monkeypatch):
+    """As on a GPU, where a read would wait; ``run`` checks the padding."""
+    monkeypatch.setattr("vicostream_kernels.reference.prune._known_count", lambda cu_count: None)
+    x = moving(4, 60, 16)
+    x[0, 0] = math.nan  # row 0 is what the padding is gathered from
+    for capacity in (50, 240, 300):
+        out = run(("reference", "cpu"), x, CHUNK_INTRA, capacity=capacity)
+        assert 60 < int(out.count) < 240
+
+
 @each_backend
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize(
@@ -135,9 +145,31 @@ def test_tokens_with_nan_or_inf_stay(backend, bad, rule):
     x[2, 11, 0] = bad
     out = run(backend, x, rule)
     assert out.mask[1, 5] and out.mask[2, 11]
-    if "mean" in rule.needs:
-        # Means leave them out: the other tokens are judged as if they were not there.
-        assert out.mask[1].sum() == 2 and out.mask[0].sum() == 2
+
+
+@each_backend
+def test_means_leave_out_tokens_with_nan(backend):
+    """The other tokens are judged as if the broken one were not there, and the stream recovers."""
+    x = moving(2, 12, 16)
+    broken = x.clone()
+    broken[0, 5, 7] = math.inf
+    rest = [i for i in range(12) if i != 5]
+    for metric, threshold in (("cosine", 0.3), ("gaussian", 2.0), ("l2", 1.1)):
+        for reference in ("frame_mean", "running_mean"):
+            rule = PruneRule(reference=reference, metric=metric, threshold=threshold)
+            # A state without token memory takes steps of any width.
+            states = [PruneState.empty(rule, 12, 16, device=backend[1]) for _ in range(2)]
+            first = run(backend, broken[:1], rule, state=states[0])
+            fewer = run(backend, x[:1, rest], rule, state=states[1])
+            assert first.mask[0, 5] and torch.equal(first.mask[:, rest], fewer.mask)
+            then = run(backend, x[1:], rule, state=states[0])
+            wanted = run(backend, x[1:], rule, state=states[1])
+            assert torch.equal(then.mask, wanted.mask)
+            decided = torch.cat([fewer.mask.flatten(), wanted.mask.flatten()])
+            assert decided.any() and not decided.all(), "the example decides nothing"
+            if reference == "running_mean":
+                assert states[0].mean.isfinite().all()
+                torch.testing.assert_close(states[0].mean, states[1].mean)
 
 
 @each_backend

@@ -248,14 +248,18 @@ def _compact(
     rows.scatter_(0, slot, torch.arange(keep.numel(), device=flat.device))
     rows = rows[:capacity]
     index.copy_(rows)
-    # The CPU reads the count without waiting; elsewhere the padding is gathered, then wiped.
-    on_cpu = flat.device.type == "cpu"
-    filled = min(int(cu_count[-1]), capacity) if on_cpu else capacity
+    known = _known_count(cu_count)
+    filled = capacity if known is None else min(known, capacity)
     tokens[filled:] = 0
     out_positions[:, filled:] = 0
     source = rows[:filled].clamp_min(0)
     tokens[:filled] = flat.index_select(0, source)
     out_positions[:, :filled] = positions.reshape(3, -1).index_select(1, source)
-    if not on_cpu:
+    if known is None:
         tokens.masked_fill_((rows < 0).unsqueeze(-1), 0)
         out_positions.masked_fill_(rows < 0, 0)
+
+
+def _known_count(cu_count: torch.Tensor) -> int | None:
+    """The count where reading it waits for nothing; else the padding is gathered, then wiped."""
+    return int(cu_count[-1]) if cu_count.device.type == "cpu" else None
