@@ -1,0 +1,1 @@
+"""One module a word; ``registry.load`` imports them all."""

@@ -1,0 +1,130 @@
+"""``vicostream bench``: list and run benchmark cases."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vicostream_kernels.bench import registry, report, results, runner
+
+_CACHES = {"warm": ("warm",), "cold": ("cold",), "both": ("warm", "cold")}
+
+
+def _fail(message: str) -> typer.Exit:
+    typer.echo(f"vicostream bench: {message}", err=True)
+    return typer.Exit(2)
+
+
+def bench(
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[NAME]...",
+            help="A word (append), an op, a case name, a glob or a regular expression; "
+            "none is every case.",
+        ),
+    ] = None,
+    list_: Annotated[bool, typer.Option("--list", help="List the cases and stop.")] = False,
+    backend: Annotated[
+        str, typer.Option(help="Backends or providers to time, separated by commas.")
+    ] = "",
+    baseline: Annotated[
+        str, typer.Option(help="The provider that ratios refer to (default: each case's own).")
+    ] = "",
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N (default: cuda if there).")] = "",
+    dtype: Annotated[str, typer.Option(help="Only cases of this dtype, as bfloat16.")] = "",
+    cache: Annotated[str, typer.Option(help="Inputs in cache or not: warm, cold, both.")] = "both",
+    events: Annotated[
+        bool, typer.Option(help="CUDA: time eager calls instead of graph replays.")
+    ] = False,
+    smoke: Annotated[bool, typer.Option("--smoke", help="Only the smallest cases.")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Measure less; the intervals are wider.")
+    ] = False,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="CPU threads (default: torch's setting).")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the random inputs.")] = 0,
+    json: Annotated[Path | None, typer.Option(help="Write all rows to this file.")] = None,
+    csv: Annotated[Path | None, typer.Option(help="Append the rows to this file.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw .png, .svg or .pdf.")] = None,
+) -> None:
+    """Check every provider against the truth, then time it against the baseline, in turn.
+
+    Exit code 0: all right; 1: a provider gave wrong results (no speed is shown for it); 2: the
+    request can't be served.
+    """
+    try:
+        cases = registry.load()
+        chosen = registry.select(names or ["*"], cases)
+        if smoke:
+            chosen = [case for case in chosen if case.smoke]
+        where = runner.parse_device(device or runner.default_device())
+        if cache not in _CACHES:
+            raise ValueError(f"--cache {cache!r} is not one of {', '.join(_CACHES)}")
+        if plot is not None:
+            from vicostream_kernels.bench import plots
+
+            plots.check_path(plot)
+        chosen = runner.filter_cases(chosen, where, dtype)
+        options = runner.Options(
+            device=where,
+            providers=runner.provider_names(backend),
+            baseline=baseline and runner.provider_names(baseline)[0],
+            caches=_CACHES[cache],
+            graphs=not events,
+            quick=quick,
+            seed=seed,
+        )
+        if list_:
+            _list(chosen, options)
+            return
+        for case in chosen:
+            runner.choose_providers(case, options)
+    except ValueError as error:
+        raise _fail(str(error)) from None
+
+    def keep(document: results.Document) -> None:
+        if json is not None:
+            results.write_json(document, json)
+
+    with runner.threads(threads):
+        document = runner.run(chosen, options, progress=_progress, each=keep)
+    report.print_report(document)
+    try:
+        if csv is not None:
+            results.append_csv(document, csv)
+        if plot is not None:
+            plots.plot(document, plot)
+    except (ValueError, OSError) as error:
+        raise _fail(str(error)) from None
+    if not document.all_match:
+        raise typer.Exit(1)
+
+
+def _progress(line: str) -> None:
+    if sys.stderr.isatty() and "NO_COLOR" not in os.environ:
+        typer.echo(f"\r\x1b[2K{line}", err=True, nl=False)
+        return
+    typer.echo(line, err=True)
+
+
+def _list(cases: list[registry.Case], options: runner.Options) -> None:
+    """One case a line: its name, its least bytes, and who can run it here."""
+    width = max(len(case.name) for case in cases)
+    for case in cases:
+        providers = " ".join(p.name for p in case.providers(options.device))
+        typer.echo(f"{case.name:<{width}}  {case.bytes / 1e6:9.3f} MB  {providers}")
+
+
+def main() -> None:
+    """``python -m vicostream_kernels.bench.cli``: the same command on its own."""
+    typer.run(bench)
+
+
+if __name__ == "__main__":
+    main()

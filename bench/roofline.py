@@ -1,0 +1,125 @@
+"""What this device can do at best, measured: copy bandwidth and matrix-product rate.
+
+The floor of a case is ``max(bytes / bandwidth, flops / rate)``; no implementation runs much faster.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from statistics import median
+
+import torch
+
+from vicostream_kernels.bench.timer import last_level_cache_bytes
+
+_MIB = 1 << 20
+
+
+@dataclass
+class Roofline:
+    """Ceilings of one device at one thread count.
+
+    Attributes:
+        bandwidth: bytes/s (read + written) of a copy far larger than any cache.
+        rates: flop/s of a square matrix product, by dtype.
+        quick: shorter measurements, for a smoke run.
+    """
+
+    device: torch.device
+    bandwidth: float
+    quick: bool = False
+    rates: dict[torch.dtype, float] = field(default_factory=dict)
+    _cached: dict[int, float] = field(default_factory=dict)
+
+    @staticmethod
+    def measure(device: torch.device, *, quick: bool = False) -> Roofline:
+        """Measures the copy bandwidth now; the rest when first asked for."""
+        if device.type == "cuda":
+            size = (256 if quick else 1024) * _MIB
+        else:
+            size = min(8 * last_level_cache_bytes(), (256 if quick else 1024) * _MIB)
+        return Roofline(device, copy_bandwidth(device, size, repeats=5 if quick else 11), quick)
+
+    def bandwidth_at(self, moved_bytes: int, *, cold: bool) -> float:
+        """Bytes/s of a copy: from memory when cold, else of as many bytes as the case moves.
+
+        A working set that stays in cache is not bound by memory, so its ceiling is a copy of its
+        own size, repeated.
+        """
+        if cold:
+            return self.bandwidth
+        size = max(4096, 1 << (max(2, moved_bytes) // 2 - 1).bit_length())
+        if size not in self._cached:
+            rate = copy_bandwidth(self.device, size, repeats=11 if self.quick else 31)
+            self._cached[size] = max(rate, self.bandwidth)
+        return self._cached[size]
+
+    def rate(self, dtype: torch.dtype) -> float:
+        if dtype not in self.rates:
+            self.rates[dtype] = matmul_rate(self.device, dtype, quick=self.quick)
+        return self.rates[dtype]
+
+    def floor_us(self, moved_bytes: int, flops: int, dtype: torch.dtype, *, cold: bool) -> float:
+        """Microseconds below which no implementation of this work can be."""
+        moving = moved_bytes / self.bandwidth_at(moved_bytes, cold=cold)
+        return 1e6 * max(moving, flops / self.rate(dtype))
+
+    def facts(self) -> dict[str, object]:
+        """What was measured, for the results file: GB/s and TFLOP/s."""
+        return {
+            "copy_gb_s": round(self.bandwidth / 1e9, 2),
+            "cached_copy_gb_s": {
+                str(k): round(v / 1e9, 2) for k, v in sorted(self._cached.items())
+            },
+            "matmul_tflop_s": {
+                str(dtype).removeprefix("torch."): round(rate / 1e12, 4)
+                for dtype, rate in self.rates.items()
+            },
+        }
+
+
+def copy_bandwidth(device: torch.device, size: int, *, repeats: int) -> float:
+    """Bytes/s of ``copy_`` from one buffer of ``size`` bytes to another, read plus written."""
+    source = torch.arange(size // 8, device=device)
+    target = torch.zeros_like(source)
+    size = source.nbytes
+    return 2 * size / _seconds(lambda: target.copy_(source), device, repeats)
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype, *, quick: bool = False) -> float:
+    """Flop/s of an n x n x n product on random values (zeros can run faster than real data)."""
+    if device.type == "cuda":
+        n = 4096 if quick or dtype == torch.float32 else 8192
+    else:
+        n = 512 if quick else 1024
+    a = torch.randn(n, n, device=device).to(dtype)
+    b = torch.randn(n, n, device=device).to(dtype)
+    out = torch.empty(n, n, dtype=dtype, device=device)
+    run = lambda: torch.mm(a, b, out=out)  # noqa: E731
+    return 2 * n**3 / _seconds(run, device, 5 if quick else 11)
+
+
+def _seconds(run: Callable[[], object], device: torch.device, repeats: int) -> float:
+    """Median seconds of one call; calls shorter than a clock reading are timed in groups."""
+    run()
+    count = 1
+    while _time(run, device, count) < 1e-4 and count < 4096:
+        count *= 4
+    return median(_time(run, device, count) for _ in range(repeats)) / count
+
+
+def _time(run: Callable[[], object], device: torch.device, count: int) -> float:
+    if device.type == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(count):
+            run()
+        end.record()
+        torch.cuda.synchronize(device)
+        return start.elapsed_time(end) / 1e3
+    start_ns = time.perf_counter_ns()
+    for _ in range(count):
+        run()
+    return (time.perf_counter_ns() - start_ns) / 1e9

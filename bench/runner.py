@@ -1,0 +1,216 @@
+"""Runs cases: check, then time in turn, then rows. The command line and ``gpu_check`` call this."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from vicostream_kernels.backends import BACKENDS
+from vicostream_kernels.bench import environment
+from vicostream_kernels.bench.check import Verdict, check
+from vicostream_kernels.bench.registry import Case, Provider
+from vicostream_kernels.bench.results import Document, Row
+from vicostream_kernels.bench.roofline import Roofline
+from vicostream_kernels.bench.stats import Ratio, paired_ratio, timing
+from vicostream_kernels.bench.timer import FULL, QUICK, Budget, Samples, measure_cpu
+
+
+class NothingToRun(ValueError):
+    """What was asked for leaves no case or no provider; the message says what there is."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to run.
+
+    Attributes:
+        device: where.
+        providers: names to run beside the baseline; () is every one that is not optional.
+        baseline: the provider ratios refer to; "" is each case's own.
+        caches: "warm", "cold" or both.
+        graphs: on CUDA, replay graphs (kernel time) instead of timing eager calls.
+        quick: shorter measurements with wider intervals.
+        seed: of the random inputs; the checked and the timed inputs differ.
+    """
+
+    device: torch.device
+    providers: tuple[str, ...] = ()
+    baseline: str = ""
+    caches: tuple[str, ...] = ("warm", "cold")
+    graphs: bool = True
+    quick: bool = False
+    seed: int = 0
+
+    @property
+    def budget(self) -> Budget:
+        return QUICK if self.quick else FULL
+
+
+@contextmanager
+def threads(count: int | None):
+    """``torch.set_num_threads(count)`` inside; None leaves it alone. Our CPU code follows it."""
+    before = torch.get_num_threads()
+    if count is not None:
+        torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def filter_cases(cases: Sequence[Case], device: torch.device, dtype: str = "") -> list[Case]:
+    """Cases for this device, and of this dtype when one is named. Raises NothingToRun."""
+    kept = [
+        case
+        for case in cases
+        if device.type in case.devices and dtype in ("", str(case.dtype).removeprefix("torch."))
+    ]
+    if not kept:
+        have = sorted({str(c.dtype).removeprefix("torch.") for c in cases})
+        raise NothingToRun(
+            f"no case is left for device={device.type}, dtype={dtype or 'any'} "
+            f"(dtypes there: {', '.join(have) or 'none'})"
+        )
+    return kept
+
+
+def choose_providers(case: Case, options: Options) -> tuple[list[Provider], str]:
+    """The providers to run, the baseline first, and the baseline's name. Raises NothingToRun."""
+    available = {p.name: p for p in case.providers(options.device)}
+    baseline = options.baseline or case.baseline
+    for name in (baseline, case.baseline, *options.providers):
+        if name not in available:
+            raise NothingToRun(
+                f"{case.name} has no provider {name!r} on {options.device.type}; "
+                f"there are: {', '.join(available)}"
+            )
+    wanted = options.providers or [p.name for p in available.values() if not p.optional]
+    names = dict.fromkeys((baseline, *wanted))
+    return [available[name] for name in names], baseline
+
+
+def run(
+    cases: Sequence[Case],
+    options: Options,
+    *,
+    progress: Callable[[str], None] = lambda line: None,
+    each: Callable[[Document], None] = lambda document: None,
+) -> Document:
+    """Runs every case; ``each`` sees the document after each one, so that a stop loses nothing."""
+    for case in cases:
+        choose_providers(case, options)
+    progress(f"measuring the ceilings of {environment.device_name(options.device)}")
+    roofline = Roofline.measure(options.device, quick=options.quick)
+    document = Document(environment.collect(options.device))
+    for case in cases:
+        progress(case.name)
+        document.rows.extend(run_case(case, options, roofline))
+        document.roofline = roofline.facts()
+        each(document)
+    return document
+
+
+def run_case(case: Case, options: Options, roofline: Roofline) -> list[Row]:
+    """Checks every provider, then times those that are right; one row each and cache state."""
+    chosen, baseline = choose_providers(case, options)
+    checked = chosen
+    if case.baseline not in {p.name for p in chosen}:
+        yardstick = {p.name: p for p in case.providers(options.device)}[case.baseline]
+        checked = [yardstick, *chosen]
+    with torch.no_grad():
+        verdicts = check(case, options.device, checked, options.seed)
+        runs = {p.name: p.run for p in chosen if verdicts[p.name].ok}
+        # a wrong baseline leaves nothing to compare with: no speeds at all
+        timed = runs if verdicts[baseline].ok and verdicts[case.baseline].ok else {}
+        rows = []
+        for cache in options.caches:
+            samples = _measure(case, options, timed, cold=cache == "cold") if timed else None
+            rows += [
+                _row(case, p, verdicts[p.name], options, roofline, cache, samples, baseline)
+                for p in chosen
+            ]
+    return rows
+
+
+def _measure(case: Case, options: Options, runs, *, cold: bool) -> Samples:
+    inputs = case.make(options.device, options.seed + 1)
+    if options.device.type == "cuda":
+        from vicostream_kernels.bench.timer_cuda import CudaClock, measure_cuda
+
+        clock = CudaClock(options.device)
+        return measure_cuda(
+            runs, inputs, cold=cold, budget=options.budget, clock=clock, graphs=options.graphs
+        )
+    return measure_cpu(runs, inputs, case.bytes, cold=cold, budget=options.budget)
+
+
+def _row(
+    case: Case,
+    provider: Provider,
+    verdict: Verdict,
+    options: Options,
+    roofline: Roofline,
+    cache: str,
+    samples: Samples | None,
+    baseline: str,
+) -> Row:
+    row = Row(
+        case=case.name,
+        word=case.word,
+        op=case.op,
+        provider=provider.name,
+        axes=dict(case.axes),
+        dtype=str(case.dtype).removeprefix("torch."),
+        device=options.device.type,
+        threads=torch.get_num_threads(),
+        cache=cache,
+        match=verdict.ok,
+        error=verdict.relative,
+        reason=verdict.reason,
+        baseline=baseline,
+        bytes=case.bytes,
+        flops=case.flops,
+        note=provider.note,
+    )
+    if samples is None or provider.name not in samples.nanoseconds:
+        if verdict.ok:
+            row.reason = f"not timed: the baseline {baseline!r} failed its check"
+        return row
+    taken = samples.nanoseconds[provider.name]
+    times = timing(taken)
+    floor = roofline.floor_us(case.bytes, case.flops, case.dtype, cold=cache == "cold")
+    ratio: Ratio = paired_ratio(samples.nanoseconds[baseline], taken)
+    row.method, row.samples = samples.method, times.samples
+    row.p20_us, row.p50_us, row.p80_us = times.p20, times.p50, times.p80
+    row.gb_s = case.bytes / times.p50 / 1e3
+    row.tflop_s = case.flops / times.p50 / 1e6
+    row.floor_us, row.floor_pct = floor, 100 * floor / times.p50
+    row.ratio, row.ratio_low, row.ratio_high = ratio.median, ratio.low, ratio.high
+    row.significant = ratio.significant
+    return row
+
+
+def parse_device(text: str) -> torch.device:
+    """``cpu``, ``cuda`` or ``cuda:N``; raises ValueError when it is no such thing or not there."""
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", text):
+        raise ValueError(f"device {text!r} is not one of cpu, cuda, cuda:N")
+    device = torch.device(text)
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (device.index or 0) >= count:
+            raise ValueError(f"device {text!r} is not there: torch finds {count} CUDA devices")
+    return device
+
+
+def default_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def provider_names(text: str) -> tuple[str, ...]:
+    """``cpu,torch`` -> ``("ours:cpu", "torch")``: a backend's name means this package's own."""
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    return tuple(f"ours:{name}" if name in BACKENDS else name for name in names)

@@ -1,0 +1,135 @@
+"""The paired timer on a CUDA device: events around graph replays, the L2 cache flushed between.
+
+The host never waits inside a measurement: all rounds are queued, then synchronised once.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import torch
+
+from vicostream_kernels.bench.inputs import clone
+from vicostream_kernels.bench.registry import Inputs
+from vicostream_kernels.bench.timer import Budget, Run, Samples, no_garbage_collection, turns
+
+#: Calls unrolled into one graph in the warm state: an event pair alone costs about a microsecond.
+_UNROLL = 16
+#: Rounds queued before the host looks at the clock again.
+_QUEUED = 16
+
+
+class Clock(Protocol):
+    """What the timer needs of a device; tests give a fake one."""
+
+    def event(self) -> Any: ...
+    def flush(self) -> None: ...
+    def synchronize(self) -> None: ...
+    def graph(self, run: Callable[[], Any]) -> Callable[[], None]: ...
+
+
+class CudaClock:
+    """Events, graphs and an L2 flush on one device, on its current stream."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        size = max(2 * torch.cuda.get_device_properties(device).L2_cache_size, 64 << 20)
+        self._flush = torch.empty(size, dtype=torch.uint8, device=device)
+
+    def event(self) -> torch.cuda.Event:
+        return torch.cuda.Event(enable_timing=True)
+
+    def flush(self) -> None:
+        self._flush.zero_()
+
+    def synchronize(self) -> None:
+        torch.cuda.synchronize(self.device)
+
+    def graph(self, run: Callable[[], Any]) -> Callable[[], None]:
+        """Captures ``run``; raises what capture raises."""
+        side = torch.cuda.Stream(self.device)
+        side.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                run()
+        torch.cuda.current_stream(self.device).wait_stream(side)
+        self.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            run()
+        return graph.replay
+
+
+def measure_cuda(
+    runs: Mapping[str, Run],
+    inputs: Inputs,
+    *,
+    cold: bool,
+    budget: Budget,
+    clock: Clock,
+    graphs: bool = True,
+) -> Samples:
+    """Times each run on the device, all by the same method.
+
+    Cold: the L2 is overwritten before each call, outside the timed window. Warm: a graph of 16
+    calls, the time divided by 16. ``graphs=False`` times the calls as a host issues them: what an
+    eager user sees, launch gaps included. Where any run can't be captured, all are timed by events
+    and ``method`` says which one it was.
+    """
+    count = 1 if cold or not graphs else _UNROLL
+    calls: dict[str, Callable[[], Any]] = {}
+    why = "" if graphs else "asked for"
+    if graphs:
+        for name, run in runs.items():
+            try:
+                calls[name] = clock.graph(_repeat(run, clone(inputs), count))
+            except Exception as error:  # capture fails in many ways; the reason goes into the row
+                why = f"{name} can't be captured: {type(error).__name__}"
+                clock.synchronize()
+                break
+    if why:
+        count = 1
+        calls = {name: _repeat(run, clone(inputs), 1) for name, run in runs.items()}
+    method = f"{'cold' if cold else 'warm'}: " + (f"events, {why}" if why else "graph replay")
+    with no_garbage_collection():
+        return Samples(_measure(calls, count, cold, budget, clock), method)
+
+
+def _repeat(run: Run, inputs: Inputs, count: int) -> Callable[[], Any]:
+    def call() -> None:
+        for _ in range(count):
+            run(inputs)
+
+    return call
+
+
+def _measure(
+    calls: Mapping[str, Callable[[], Any]], count: int, cold: bool, budget: Budget, clock: Clock
+) -> dict[str, list[float]]:
+    for call in calls.values():
+        for _ in range(3):
+            call()
+    clock.synchronize()
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    rounds, started = turns(list(calls)), time.perf_counter()
+    done = 0
+    while done < budget.most_rounds:
+        if done >= budget.least_rounds and time.perf_counter() - started > budget.seconds:
+            break
+        queued = []
+        for _ in range(min(_QUEUED, budget.most_rounds - done)):
+            for name in next(rounds):
+                start, end = clock.event(), clock.event()
+                if cold:
+                    clock.flush()
+                start.record()
+                calls[name]()
+                end.record()
+                queued.append((name, start, end))
+            done += 1
+        clock.synchronize()
+        for name, start, end in queued:
+            samples[name].append(start.elapsed_time(end) * 1e6 / count)
+    return samples

@@ -1,0 +1,48 @@
+"""Ceilings are measured on this machine; the floor is the larger of moving and computing."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from vicostream_kernels.bench.roofline import Roofline, copy_bandwidth, matmul_rate
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def known() -> Roofline:
+    """10 GB/s from memory, 40 GB/s for copies of 64 KiB, 1 TFLOP/s."""
+    roof = Roofline(CPU, 10e9, rates={torch.float32: 1e12})
+    roof._cached[64 << 10] = 40e9
+    return roof
+
+
+def test_the_floor_is_the_larger_of_the_two_times(known):
+    assert known.floor_us(10_000, 0, torch.float32, cold=True) == pytest.approx(1.0)
+    assert known.floor_us(10_000, 5_000_000, torch.float32, cold=True) == pytest.approx(5.0)
+
+
+def test_a_cached_working_set_has_the_ceiling_of_a_cached_copy(known):
+    moved = 2 * (64 << 10)
+    cold = known.floor_us(moved, 0, torch.float32, cold=True)
+    assert known.floor_us(moved, 0, torch.float32, cold=False) == pytest.approx(cold / 4)
+
+
+def test_measured_ceilings_are_physical():
+    assert 1e6 < copy_bandwidth(CPU, 1 << 20, repeats=3) < 1e13
+    assert 1e6 < matmul_rate(CPU, torch.float32, quick=True) < 1e15
+
+
+def test_facts_name_what_was_measured(known):
+    assert known.facts() == {
+        "copy_gb_s": 10.0,
+        "cached_copy_gb_s": {"65536": 40.0},
+        "matmul_tflop_s": {"float32": 1.0},
+    }
+
+
+def test_rates_are_measured_once(known, monkeypatch):
+    monkeypatch.setattr("vicostream_kernels.bench.roofline.matmul_rate", lambda *a, **k: 5e12)
+    assert known.rate(torch.bfloat16) == known.rate(torch.bfloat16) == 5e12
+    assert known.rate(torch.float32) == 1e12

@@ -1,0 +1,117 @@
+"""Check, time, rows: wrong providers get no speed, ratios are against the baseline asked for."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from vicostream_kernels.bench import runner
+from vicostream_kernels.bench.results import Document
+from vicostream_kernels.bench.roofline import Roofline
+from vicostream_kernels.bench.runner import NothingToRun, Options, run, run_case
+
+CPU = torch.device("cpu")
+ROOF = Roofline(CPU, 10e9, rates={torch.float32: 1e12})
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch):
+    monkeypatch.setattr(runner, "QUICK", runner.Budget(0.0, 4, 4))
+
+
+def rows_of(case, **options):
+    chosen = {"caches": ("warm",), **options}
+    rows = run_case(case, Options(CPU, quick=True, **chosen), ROOF)
+    return {row.provider: row for row in rows}
+
+
+def test_a_right_provider_gets_times_rates_and_a_ratio(toy, providers):
+    rows = rows_of(toy(torch=providers["slow"], ours_cpu=providers["double"]))
+    ours = rows["ours:cpu"]
+    assert ours.match and ours.ratio > 2 and ours.significant
+    assert ours.ratio_low <= ours.ratio <= ours.ratio_high
+    assert ours.p20_us <= ours.p50_us <= ours.p80_us and ours.samples == 4
+    assert ours.gb_s == pytest.approx(2 * 33 * 7 * 4 / ours.p50_us / 1e3)
+    assert ours.tflop_s == pytest.approx(33 * 7 / ours.p50_us / 1e6)
+    assert ours.floor_pct == pytest.approx(100 * ours.floor_us / ours.p50_us)
+    assert rows["torch"].ratio == 1.0 and rows["torch"].p50_us > 2000
+
+
+@pytest.mark.parametrize("wrong", ["off_by_little", "writes_too_far", "raises"])
+def test_a_wrong_provider_gets_no_speed(toy, providers, wrong):
+    row = rows_of(toy(torch=providers["double"], ours_cpu=providers[wrong]))["ours:cpu"]
+    assert not row.match and row.reason
+    assert row.p50_us is row.ratio is row.gb_s is row.floor_pct is None
+
+
+def test_with_a_wrong_baseline_nothing_gets_a_speed(toy, providers):
+    rows = rows_of(toy(torch=providers["off_by_little"], ours_cpu=providers["double"]))
+    assert rows["ours:cpu"].match and "baseline 'torch' failed" in rows["ours:cpu"].reason
+    assert all(row.p50_us is None for row in rows.values())
+
+
+def test_another_baseline_changes_the_ratios_only(toy, providers):
+    case = toy(torch=providers["double"], other=providers["slow"], ours_cpu=providers["double"])
+    rows = rows_of(case, baseline="other", providers=("ours:cpu",))
+    assert set(rows) == {"other", "ours:cpu"}
+    assert rows["ours:cpu"].baseline == "other" and rows["ours:cpu"].ratio > 2
+
+
+def test_optional_providers_run_only_when_named(toy, providers):
+    case = toy(torch=providers["double"], extra=providers["double"], optional=("extra",))
+    assert set(rows_of(case)) == {"torch"}
+    assert set(rows_of(case, providers=("extra",))) == {"torch", "extra"}
+
+
+def test_unknown_providers_name_what_there_is(toy, providers):
+    with pytest.raises(NothingToRun, match="no provider 'ours:cuda' on cpu; there are: torch"):
+        rows_of(toy(torch=providers["double"]), providers=("ours:cuda",))
+
+
+def test_warm_and_cold_are_rows_of_their_own(toy, providers):
+    case = toy(torch=providers["double"])
+    rows = run_case(case, Options(CPU, quick=True), ROOF)
+    assert [row.cache for row in rows] == ["warm", "cold"]
+    assert rows[1].method.startswith("cold")
+
+
+def test_run_hands_over_the_document_after_each_case(toy, providers, monkeypatch):
+    monkeypatch.setattr(Roofline, "measure", staticmethod(lambda device, quick: ROOF))
+    cases = [toy("append/a", torch=providers["double"]), toy("append/b", torch=providers["double"])]
+    sizes = []
+    options = Options(CPU, quick=True, caches=("warm",))
+    document = run(cases, options, each=lambda d: sizes.append(len(d.rows)))
+    assert sizes == [1, 2] and document.all_match
+    assert document.environment["threads"] == torch.get_num_threads()
+    assert document.roofline["copy_gb_s"] == 10.0
+
+
+def test_nothing_at_all_is_not_a_match():
+    assert not Document({}).all_match
+
+
+def test_threads_are_set_and_put_back():
+    before = torch.get_num_threads()
+    with runner.threads(1):
+        assert torch.get_num_threads() == 1
+    assert torch.get_num_threads() == before
+
+
+def test_cases_are_filtered_by_device_and_dtype(toy, providers):
+    cases = [toy(torch=providers["double"])]
+    assert runner.filter_cases(cases, CPU, "float32") == cases
+    with pytest.raises(NothingToRun, match=r"dtype=int8 \(dtypes there: float32\)"):
+        runner.filter_cases(cases, CPU, "int8")
+    with pytest.raises(NothingToRun, match="device=cuda"):
+        runner.filter_cases(cases, torch.device("cuda"))
+
+
+@pytest.mark.parametrize("text", ["gpu", "cuda:x", "cuda:97", "", "cpu:0"])
+def test_a_device_that_is_not_there_is_refused(text):
+    with pytest.raises(ValueError, match="device"):
+        runner.parse_device(text)
+
+
+def test_a_backend_name_means_our_provider():
+    names = runner.provider_names("cpu, torch,ours:triton,")
+    assert names == ("ours:cpu", "torch", "ours:triton")

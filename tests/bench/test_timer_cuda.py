@@ -1,0 +1,126 @@
+"""The CUDA timer: on a fake clock, what is queued in which order; on a device, that it is right."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from vicostream_kernels.bench.stats import timing
+from vicostream_kernels.bench.timer import Budget
+from vicostream_kernels.bench.timer_cuda import CudaClock, measure_cuda
+
+BUDGET = Budget(seconds=0.0, least_rounds=4, most_rounds=4)
+
+
+class FakeClock:
+    """Counts 1 ms per call, 5 ms per flush; writes down what was asked."""
+
+    def __init__(self, fails: bool = False) -> None:
+        self.log: list[str] = []
+        self.now = 0.0
+        self.fails = fails
+
+    def event(self):
+        clock = self
+
+        class Event:
+            def record(self):
+                self.time = clock.now
+                clock.log.append("record")
+
+            def elapsed_time(self, end):
+                clock.log.append("read")
+                return end.time - self.time
+
+        return Event()
+
+    def flush(self):
+        self.now += 5
+        self.log.append("flush")
+
+    def synchronize(self):
+        self.log.append("synchronize")
+
+    def graph(self, run):
+        if self.fails:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        self.log.append("capture")
+        return run
+
+
+def runs_on(clock: FakeClock, **milliseconds: float):
+    def make(name: str, cost: float):
+        def run(inputs):
+            clock.now += cost
+            clock.log.append(name)
+
+        return run
+
+    return {name: make(name, cost) for name, cost in milliseconds.items()}
+
+
+def measured(clock, *, cold, graphs=True, **milliseconds):
+    runs = runs_on(clock, **milliseconds)
+    inputs = {"x": torch.zeros(1)}
+    return measure_cuda(runs, inputs, cold=cold, budget=BUDGET, clock=clock, graphs=graphs)
+
+
+def test_cold_times_exclude_the_flush_and_are_per_call():
+    taken = measured(FakeClock(), cold=True, a=1.0, b=3.0)
+    assert taken.method == "cold: graph replay"
+    assert timing(taken.nanoseconds["a"]).p50 == pytest.approx(1000)
+    assert timing(taken.nanoseconds["b"]).p50 == pytest.approx(3000)
+
+
+def test_each_cold_window_holds_one_call_and_no_flush_and_no_wait():
+    clock = FakeClock()
+    measured(clock, cold=True, a=1.0, b=3.0)
+    queued = clock.log[clock.log.index("flush") : clock.log.index("read")]
+    assert queued[-1] == "synchronize" and queued.count("synchronize") == 1
+    assert queued[:8] == ["flush", "record", "a", "record", "flush", "record", "b", "record"]
+    assert queued[8:12] == ["flush", "record", "b", "record"]
+
+
+def test_warm_graphs_unroll_and_divide():
+    clock = FakeClock()
+    taken = measured(clock, cold=False, a=1.0)
+    assert timing(taken.nanoseconds["a"]).p50 == pytest.approx(1000)
+    assert "flush" not in clock.log
+    first = clock.log.index("record")
+    assert clock.log[first + 1 : clock.log.index("record", first + 1)] == ["a"] * 16
+
+
+def test_where_one_run_can_not_be_captured_all_use_events():
+    taken = measured(FakeClock(fails=True), cold=True, a=1.0, b=2.0)
+    assert taken.method == "cold: events, a can't be captured: RuntimeError"
+    assert timing(taken.nanoseconds["b"]).p50 == pytest.approx(2000)
+
+
+def test_eager_calls_on_request():
+    clock = FakeClock()
+    taken = measured(clock, cold=True, graphs=False, a=1.0)
+    assert "capture" not in clock.log and taken.method == "cold: events, asked for"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("graphs", [True, False])
+@pytest.mark.parametrize("cold", [True, False])
+def test_on_a_device_twice_the_bytes_take_about_twice_the_time(cold, graphs):
+    device = torch.device("cuda")
+    inputs = {"x": torch.rand(64 << 20, device=device)}
+
+    def copy(times):
+        return lambda given: [given["x"].clone() for _ in range(times)]
+
+    taken = measure_cuda(
+        {"one": copy(1), "two": copy(2)},
+        inputs,
+        cold=cold,
+        budget=Budget(1.0, 10, 20),
+        clock=CudaClock(device),
+        graphs=graphs,
+    )
+    one, two = (timing(taken.nanoseconds[name]).p50 for name in ("one", "two"))
+    assert 1.5 < two / one < 2.6
+    assert 20 < one < 10_000
