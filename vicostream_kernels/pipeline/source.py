@@ -127,9 +127,9 @@ class VideoSource:
                 self._note(clock.now, "decode", f"damaged data skipped: {_reason(error)}")
                 continue
             for frame in decoded:
-                if getattr(frame, "is_corrupt", False):
-                    self._note(clock.now, "decode", "a damaged frame was kept as decoded")
                 time_s = clock.time(frame)
+                if getattr(frame, "is_corrupt", False):
+                    self._note(time_s, "decode", "a damaged frame was kept as decoded")
                 index = self.frames_read
                 self.frames_read += 1
                 if sampler.takes(time_s):

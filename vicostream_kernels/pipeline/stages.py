@@ -271,5 +271,6 @@ class Prefill:
     def _unpin(self) -> None:
         """A full cache may take the oldest chunk, but none that the window still needs."""
         reach, chunks = self._method.engine.window_chunks, self._history.cache.chunks
-        if reach is not None and len(chunks) > reach + 1:
-            chunks[-(reach + 2)].pinned = False
+        leaves = reach is not None and self._method.engine.history == "all"
+        if leaves and len(chunks) > reach:
+            chunks[-(reach + 1)].pinned = False

@@ -1,0 +1,78 @@
+"""Videos in every state, and small engines: what the tests of the pipeline are made of."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fractions import Fraction
+from functools import lru_cache
+from pathlib import Path
+
+import av
+import numpy as np
+
+from vicostream_kernels import methods
+from vicostream_kernels.models import load_model
+from vicostream_kernels.pipeline.engine import StreamEngine
+from vicostream_kernels.pipeline.sample import frame_at
+
+#: Four tokens a row at most: a chunk takes milliseconds.
+SMALL = {"engine.pixels": 56 * 112, "engine.max_new_tokens": 8}
+
+
+@lru_cache(maxsize=1)
+def tiny_runner():
+    return load_model("tiny-random")
+
+
+def small_engine(preset: str = "vicostream", **overrides) -> StreamEngine:
+    """An engine around the one tiny-random; overrides with ``__`` for the dot."""
+    dotted = {key.replace("__", "."): value for key, value in overrides.items()}
+    return StreamEngine(tiny_runner(), methods.get(preset, {**SMALL, **dotted}))
+
+
+def pictures(count: int, height: int = 48, width: int = 80, *, start: int = 0) -> np.ndarray:
+    """``[count, height, width, 3]`` uint8 of the sample clip, one every 0.4 s."""
+    step_y, step_x = 360 // height, 640 // width
+    frames = [frame_at((start + i) * 0.4)[::step_y, ::step_x] for i in range(count)]
+    return np.stack([f[:height, :width] for f in frames])
+
+
+def write_video(
+    path: Path | str,
+    images: Sequence[np.ndarray] | np.ndarray,
+    *,
+    codec: str = "libx264",
+    pixel_format: str = "yuv420p",
+    rate: int = 10,
+    times_ms: Sequence[int] | None = None,
+    options: dict[str, str] | None = None,
+    container_options: dict[str, str] | None = None,
+    color_range: int | None = None,
+    colorspace: int | None = None,
+) -> Path:
+    """Encodes ``images`` (uint8 RGB, one size); without any, the file has a header only."""
+    with av.open(str(path), "w", options=container_options or {}) as container:
+        stream = container.add_stream(codec, rate=rate)
+        height, width = images[0].shape[:2] if len(images) else (48, 80)
+        stream.width, stream.height, stream.pix_fmt = width, height, pixel_format
+        stream.options = options or {}
+        if times_ms is not None:
+            stream.codec_context.time_base = Fraction(1, 1000)
+        if color_range is not None:
+            stream.codec_context.color_range = color_range
+        if colorspace is not None:
+            stream.codec_context.colorspace = colorspace
+        if not len(images):
+            container.start_encoding()
+            return Path(path)
+        for index, image in enumerate(images):
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
+            if color_range is not None or colorspace is not None:
+                frame = frame.reformat(
+                    format=pixel_format, dst_colorspace=colorspace, dst_color_range=color_range
+                )
+            if times_ms is not None:
+                frame.pts, frame.time_base = times_ms[index], Fraction(1, 1000)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    return Path(path)
