@@ -16,9 +16,12 @@ import torch
 import vicostream_kernels
 
 
-def collect(device: torch.device) -> dict[str, Any]:
-    """Plain data about this machine and build, for the head of a results file."""
-    commit, dirty = commit_of_tree()
+def collect(device: torch.device, tree: Path | None = None) -> dict[str, Any]:
+    """Plain data about this machine and build, for the head of a results file.
+
+    ``tree`` is the checkout that was built, where the package is not imported from it.
+    """
+    commit, dirty = commit_of_tree(tree)
     return {
         "time_utc": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "package": _version("vicostream-kernels"),
@@ -76,8 +79,10 @@ def slug(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name).strip("-") or "unknown"
 
 
-def commit_of_tree() -> tuple[str | None, bool | None]:
-    """The commit that the imported package's source tree is at, and whether tracked files differ.
+def commit_of_tree(tree: Path | None = None) -> tuple[str | None, bool | None]:
+    """The commit that a source tree is at, and whether tracked files differ.
+
+    The tree is the one that the package was imported from, unless another is given.
 
     ``VICO_COMMIT`` (as ``abc123`` or ``abc123-dirty``) stands in where the tree was copied without
     its history. None, None for an installed wheel.
@@ -85,7 +90,7 @@ def commit_of_tree() -> tuple[str | None, bool | None]:
     given = os.environ.get("VICO_COMMIT", "")
     if given:
         return given.removesuffix("-dirty"), given.endswith("-dirty")
-    tree = Path(vicostream_kernels.__file__).resolve().parent.parent
+    tree = tree or Path(vicostream_kernels.__file__).resolve().parent.parent
     if not (tree / ".git").exists():
         return None, None
     commit = _git(tree, "rev-parse", "HEAD")

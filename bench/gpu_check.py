@@ -1,6 +1,6 @@
 """``make gpu-check``: everything that needs a GPU, in under ten minutes, into one file.
 
-``python -m vicostream_kernels.bench.gpu_check`` from the root of a checkout that is built: the
+``python -m vicostream_kernels.bench.gpu_check --root CHECKOUT`` once the package is built: the
 tests marked ``gpu``, compute-sanitizer's four tools over the native kernels (and over planted
 faults, to know that they see), then the benchmark. The file ``bench/results/<gpu>-<commit>.json``
 is rewritten after each step, so that a run that is cut off leaves what it had.
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import shutil
 import signal
@@ -55,7 +56,7 @@ def plan(root: Path, work: Path, python: str = sys.executable) -> list[Step]:
             least_s=60,
             verdict=lambda done: pytest_verdict(done, junit),
         ),
-        Step("driver", driver, timeout_s=60, least_s=20, verdict=driver_verdict),
+        Step("driver", driver, timeout_s=60, least_s=20, verdict=driver_verdict, folder=work),
     ]  # fmt: skip
     sanitizer = find_program("compute-sanitizer")
     for tool in TOOLS:
@@ -66,6 +67,7 @@ def plan(root: Path, work: Path, python: str = sys.executable) -> list[Step]:
                 timeout_s=120,
                 least_s=30,
                 needs=("driver",),
+                folder=work,  # not the checkout: it would hide the installed package
                 verdict=sanitizer_verdict,
                 environment=_SANITIZED,
             )
@@ -96,6 +98,7 @@ def plan(root: Path, work: Path, python: str = sys.executable) -> list[Step]:
             (python, "-m", "vicostream_kernels.bench.gpu_check", "--benchmark", str(bench)),
             timeout_s=240,
             least_s=90,
+            folder=work,
             verdict=lambda done: benchmark_verdict(done, bench),
         )
     )
@@ -261,32 +264,38 @@ def check_all(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="gpu-check", description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--out", type=Path, default=Path("bench/results"), help="folder for the file"
+    add = parser.add_argument
+    add("--root", type=Path, default=Path.cwd(), help="the checkout (default: here)")
+    add("--out", type=Path, help="folder for the results file (default: ROOT/bench/results)")
+    add(
+        "--logs",
+        type=Path,
+        help="folder for what each step said (default: ROOT/out/gpu-check/logs)",
     )
-    parser.add_argument("--logs", type=Path, default=Path("out/gpu-check"), help="folder for logs")
-    parser.add_argument("--budget", type=float, default=570.0, help="seconds for everything")
-    parser.add_argument("--benchmark", type=Path, help=argparse.SUPPRESS)
+    add("--budget", type=float, default=570.0, help="seconds for everything")
+    add("--benchmark", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         print(f"gpu-check: torch {torch.__version__} finds no CUDA device here", file=sys.stderr)
         return 2
     if given.benchmark is not None:
         return run_benchmark(given.benchmark)
-    root = Path.cwd()
+    root = given.root.resolve()
     if not (root / _PLANTS).is_file():
         print(f"gpu-check: {root} is no checkout ({_PLANTS} is not there)", file=sys.stderr)
         return 2
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     started = time.monotonic()
-    facts = environment.collect(torch.device("cuda"))
+    facts = environment.collect(torch.device("cuda"), root)
+    if facts["commit"]:
+        os.environ["VICO_COMMIT"] = facts["commit"] + ("-dirty" if facts["dirty"] else "")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     with tempfile.TemporaryDirectory(prefix="gpu-check-") as work:
         return check_all(
             plan(root, Path(work)),
             facts,
             root=root,
-            out=result_path(given.out, facts),
-            logs=given.logs,
+            out=result_path(given.out or root / "bench" / "results", facts),
+            logs=given.logs or root / "out" / "gpu-check" / "logs",
             bench=Path(work) / "bench.json",
             budget_s=given.budget - (time.monotonic() - started),
         )

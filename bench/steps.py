@@ -38,6 +38,7 @@ class Step:
         verdict: ``(finished) -> reason``; "" means passed. Never trusts the exit code alone.
         least_s: seconds of the budget that earlier steps must leave for this one.
         needs: names of steps that must have passed.
+        folder: where it runs; None is the caller's choice.
         environment: variables added to the caller's.
     """
 
@@ -47,6 +48,7 @@ class Step:
     verdict: Callable[[Finished], str]
     least_s: float = 5.0
     needs: tuple[str, ...] = ()
+    folder: Path | None = None
     environment: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -100,7 +102,7 @@ def run_step(step: Step, seconds: float, logs: Path, root: Path) -> Outcome:
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=subprocess.STDOUT,
-                cwd=root,
+                cwd=step.folder or root,
                 env={**os.environ, **step.environment},
                 start_new_session=True,
             )

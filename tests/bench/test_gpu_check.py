@@ -256,11 +256,36 @@ def test_without_a_gpu_one_clear_line_and_exit_code_2(tmp_path, capsys):
 
 def test_outside_a_checkout_exit_code_2(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.chdir(tmp_path)
-    before = signal.getsignal(signal.SIGTERM)
-    assert gpu_check.main([]) == 2
+    assert gpu_check.main(["--root", str(tmp_path)]) == 2
     assert "is no checkout" in capsys.readouterr().err
-    assert signal.getsignal(signal.SIGTERM) == before
+
+
+@pytest.fixture
+def keeps_sigterm():
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+def test_main_runs_the_plan_and_writes_under_the_root(tmp_path, monkeypatch, keeps_sigterm):
+    plants = tmp_path / gpu_check._PLANTS
+    plants.parent.mkdir(parents=True)
+    plants.touch()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    monkeypatch.setenv("VICO_COMMIT", "feedbeef")
+    code = "import os; print(os.environ['VICO_COMMIT'] == 'feedbeef' and 'fine')"
+    monkeypatch.setattr(gpu_check, "plan", lambda root, work: [says("a", code, folder=work)])
+    assert gpu_check.main(["--root", str(tmp_path)]) == 0
+    document = json.loads((tmp_path / "bench/results/h200-feedbeef.json").read_text())
+    assert document["passed"] and document["environment"]["commit"] == "feedbeef"
+    assert (tmp_path / "out/gpu-check/logs/a.log").read_text() == "fine\n"
+
+
+def test_only_pytest_runs_in_the_checkout(tmp_path):
+    """Elsewhere the checkout on sys.path would hide the installed package."""
+    inside = [step.name for step in plan(ROOT, tmp_path) if step.folder is None]
+    assert [name for name in inside if not name.startswith("plants")] == ["pytest"]
 
 
 def test_it_needs_neither_typer_nor_rich():
