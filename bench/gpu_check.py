@@ -267,11 +267,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add = parser.add_argument
     add("--root", type=Path, default=Path.cwd(), help="the checkout (default: here)")
     add("--out", type=Path, help="folder for the results file (default: ROOT/bench/results)")
-    add(
-        "--logs",
-        type=Path,
-        help="folder for what each step said (default: ROOT/out/gpu-check/logs)",
-    )
+    add("--logs", type=Path, help="folder for what steps print (default: ROOT/out/gpu-check/logs)")
     add("--budget", type=float, default=570.0, help="seconds for everything")
     add("--benchmark", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)
