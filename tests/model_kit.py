@@ -37,6 +37,8 @@ def small_model(seed: int = 0, **changes: Any) -> Any:
         if "norm" in name or "ln_q" in name:
             fill_(parameter.data, name, seed, 0.2)
             parameter.data.add_(1.0)
+        elif name.endswith("bias"):
+            fill_(parameter.data, name, seed, 0.2)
     return model
 
 

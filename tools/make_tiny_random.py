@@ -246,7 +246,7 @@ def files() -> dict[str, str]:
         "pad_token_id": ids["<|endoftext|>"],
         "eos_token_id": [ids["<|im_end|>"], ids["<|endoftext|>"]],
         "do_sample": False,
-        "repetition_penalty": 1.05,
+        "repetition_penalty": 1.3,
         "suppress_tokens": unprintable_ids(),
     }
     preprocessor = {

@@ -35,7 +35,11 @@ def fill_model_(model: torch.nn.Module, seed: int) -> None:
     """Fills all parameters of a Qwen2.5-VL module.
 
     Matrices have standard deviation 1 / sqrt(fan in), those that write into the residual stream
-    1 / sqrt(2 x layers) of that; the token embedding and biases are small; norms are 1.
+    1 / sqrt(2 x layers) of that; biases are small, norms are 1.
+
+    What all visual tokens have in common would make any two of them alike, and pruning by
+    similarity would see no change in any video. Hence no biases in the ViT, and a patch embedding
+    of random edge filters: neighbouring columns have opposite weights, so brightness cancels.
     """
     depth = {
         "text": model.config.text_config.num_hidden_layers,
@@ -45,12 +49,14 @@ def fill_model_(model: torch.nn.Module, seed: int) -> None:
         if "norm" in name or "ln_q" in name:
             parameter.data.fill_(1.0)
         elif name.endswith("bias"):
-            fill_(parameter.data, name, seed, 0.1)
+            fill_(parameter.data, name, seed, 0.0 if "visual" in name else 0.1)
         else:
             std = 1.0 / math.sqrt(parameter[0].numel())
             if name.endswith(_RESIDUAL):
                 std /= math.sqrt(2 * depth["vision" if "visual" in name else "text"])
             fill_(parameter.data, name, seed, std)
+            if name.endswith("patch_embed.proj.weight"):
+                parameter.data[..., 1::2] = -parameter.data[..., 0::2]
 
 
 _GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
