@@ -160,14 +160,13 @@ def attend(
     if sink_logits is not None:
         sink_logits = sink_logits.to(q.dtype)[..., None, None]
         top = torch.maximum(top, sink_logits)
-    top = top.masked_fill(top == -math.inf, 0.0)  # else -inf - -inf in a row that sees nothing
     weights = (scores - top).exp()
     total = weights.sum(-1, keepdim=True)
     if sink_logits is not None:
         total = total + (sink_logits - top).exp()
     out = _weigh(weights, v, visible) / total
     log_sum = (top + total.log()).squeeze(-1)
-    if blind is not None:
+    if blind is not None:  # -inf - -inf so far
         out = out.masked_fill(blind[:, None], 0.0)
         log_sum = log_sum.masked_fill(blind, -math.inf)
     return out, log_sum if need_lse else None
