@@ -1,0 +1,305 @@
+"""The command: what it says, what it writes and how it ends, for good and bad input."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+
+import jsonschema
+import numpy as np
+import pytest
+from pipeline_kit import SMALL, pictures, tiny_runner, write_video
+
+from vicostream_kernels.models import errors as model_errors
+from vicostream_kernels.pipeline import run as run_module
+from vicostream_kernels.pipeline.report import SCHEMA_FILE
+from vicostream_kernels.pipeline.run import RunOptions, run
+from vicostream_kernels.pipeline.screen import Screen, clock, mib
+
+SMALL_SET = [f"{key}={value}" for key, value in SMALL.items()]
+
+
+@pytest.fixture
+def video(tmp_path):
+    return write_video(tmp_path / "video.mp4", pictures(40))
+
+
+@pytest.fixture
+def loads_at_once(monkeypatch):
+    """The one tiny-random of the tests in place of a new one for each run."""
+
+    def load(name, **_):
+        if name != "tiny-random":
+            raise model_errors.ModelNotFound(f"{name}: no such model")
+        return tiny_runner()
+
+    monkeypatch.setattr("vicostream_kernels.models.load_model", load)
+
+
+class Outcome:
+    def __init__(self, tmp_path, video, *questions, settings=(), **options):
+        self.folder = tmp_path / "report"
+        out, err = io.StringIO(), io.StringIO()
+        self.code = run(
+            RunOptions(
+                video=str(video),
+                questions=questions,
+                settings=[*SMALL_SET, *settings],
+                report=str(self.folder),
+                **options,
+            ),
+            Screen(out, err),
+        )
+        self.out, self.err = out.getvalue(), err.getvalue()
+        self.lines = [line for line in self.err.splitlines() if "error:" in line]
+
+    @property
+    def report(self):
+        report = json.loads((self.folder / "report.json").read_text(encoding="utf-8"))
+        schema = json.loads(SCHEMA_FILE.read_text(encoding="utf-8"))
+        jsonschema.Draft202012Validator(schema).validate(report)
+        return report
+
+
+pytestmark = pytest.mark.usefixtures("loads_at_once")
+
+
+def test_a_run_answers_and_reports(tmp_path, video):
+    outcome = Outcome(tmp_path, video, "end What happened?", "1.5 What is this?", "0:02 And now?")
+    assert outcome.code == 0 and not outcome.lines
+    report = outcome.report
+    assert report["frames"] == {"read": 40, "processed": 40, "dropped": 0}
+    assert [q["time_s"] for q in report["questions"]] == [1.5, 2.0, 3.9]
+    # Chunks end at 0.7, 1.5, 2.3, ...: a question sees those that ended at or before its time.
+    assert [len(q["blocks"]) for q in report["questions"]] == [2, 2, 5]
+    assert report["source"]["codec"] == "h264" and report["errors"] == []
+    assert set(report["stages_ms"]) == {"decode", "preprocess", "encode", "prune", "prefill"}
+    assert report["config"]["engine"]["pixels"] == SMALL["engine.pixels"]
+    assert report["kv"]["pages"] > 0 and report["fps"]["ingest"] > 0
+    for name in ("trace.json", "stream.png"):
+        assert (outcome.folder / name).stat().st_size > 1000
+    trace = json.loads((outcome.folder / "trace.json").read_text())
+    tracks = {e["args"]["name"] for e in trace["traceEvents"] if e["name"] == "thread_name"}
+    assert {"decode", "preprocess", "encode", "prune", "prefill", "retrieve", "answer"} <= tracks
+    shown = re.sub(r"\s+", " ", outcome.out)
+    assert "[00:01.5] What is this? >" in shown and "frames/s, decode included" in shown
+    assert "nonsense" in outcome.err
+
+
+@pytest.mark.parametrize("preset", ["full-history", "streaming-llm"])
+def test_every_preset_runs(tmp_path, video, preset):
+    outcome = Outcome(tmp_path, video, "end What?", preset=preset)
+    assert outcome.code == 0 and outcome.report["preset"] == preset
+    assert outcome.report["questions"][0]["answer"]
+
+
+@pytest.mark.parametrize(
+    ("name", "codec", "pixel_format", "size"),
+    [
+        ("a.webm", "libvpx-vp9", "yuv420p", (48, 80)),
+        ("a.avi", "mpeg4", "yuv420p", (50, 82)),
+        ("a.mkv", "ffv1", "bgr0", (47, 81)),
+        ("tiny.mkv", "ffv1", "bgr0", (1, 1)),
+        ("deep.mkv", "libx265", "yuv420p10le", (48, 80)),
+    ],
+)
+def test_codecs_and_odd_sizes(tmp_path, name, codec, pixel_format, size):
+    images = np.random.default_rng(0).integers(0, 255, (11, *size, 3), dtype=np.uint8)
+    options = {"x265-params": "log-level=none"} if codec == "libx265" else {}
+    path = write_video(
+        tmp_path / name, images, codec=codec, pixel_format=pixel_format, options=options
+    )
+    outcome = Outcome(tmp_path, path, "end What?")
+    assert (outcome.code, outcome.lines) == (0, [])
+    assert [c["frames"] for c in outcome.report["chunks"]] == [8, 3]
+
+
+@pytest.mark.parametrize("count", [1, 7, 9])
+def test_few_and_odd_frames(tmp_path, count):
+    path = write_video(tmp_path / "a.mp4", pictures(count))
+    outcome = Outcome(tmp_path, path, "0 First?", "end Last?")
+    assert outcome.code == 0 and outcome.report["frames"]["processed"] == count
+    first, last = outcome.report["questions"]
+    assert len(last["blocks"]) == -(-count // 8)
+    assert len(first["blocks"]) == (1 if count == 1 else 0)
+
+
+def test_variable_rate_and_fps(tmp_path):
+    times = [0, 10, 50, 400, 450, 1000, 1001, 1500, 1600, 3000]
+    path = write_video(
+        tmp_path / "a.mkv", pictures(10), codec="ffv1", pixel_format="bgr0", times_ms=times
+    )
+    whole = Outcome(tmp_path, path, "1.5 What?").report
+    assert [(c["start_s"], c["end_s"]) for c in whole["chunks"]] == [(0.0, 1.5), (1.6, 3.0)]
+    assert len(whole["questions"][0]["blocks"]) == 1
+    sampled = Outcome(tmp_path, path, fps=2).report
+    assert sampled["frames"] == {"read": 10, "processed": 4, "dropped": 6}
+
+
+def test_a_size_change_midway(tmp_path):
+    first = write_video(tmp_path / "1.h264", pictures(11))
+    second = write_video(tmp_path / "2.h264", pictures(6, 80, 48))
+    both = tmp_path / "both.h264"
+    both.write_bytes(first.read_bytes() + second.read_bytes())
+    outcome = Outcome(tmp_path, both, "end What?")
+    assert outcome.code == 0
+    assert [c["frames"] for c in outcome.report["chunks"]] == [8, 3, 6]
+
+
+def test_questions_outside_the_video(tmp_path, video):
+    outcome = Outcome(tmp_path, video, "-3 Before?", "0 At the start?", "99 After?")
+    assert outcome.code == 0
+    before, start, after = outcome.report["questions"]
+    assert before["blocks"] == start["blocks"] == [] and before["answer"]
+    assert len(after["blocks"]) == 5 and after["time_s"] == 99.0
+    assert "99 s is after the last frame (3.900 s)" in outcome.err
+
+
+def test_truncated_keeps_what_was_done(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 255, (40, 48, 80, 3), dtype=np.uint8)
+    path = write_video(tmp_path / "a.mkv", noise, options={"g": "5"})
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) * 6 // 10])
+    outcome = Outcome(tmp_path, path, "1 Early?", "end Late?")
+    assert outcome.code == 1 and len(outcome.lines) == 1 and "truncated" in outcome.lines[0]
+    report = outcome.report
+    assert 15 <= report["frames"]["processed"] < 30 and len(report["questions"]) == 2
+    assert [error["where"] for error in report["errors"]] == ["demux"]
+    assert report["errors"][0]["time_s"] > 1
+
+
+def wrong(tmp_path, video):
+    text = tmp_path / "text.mp4"
+    text.write_text("no video\n" * 100)
+    folder = tmp_path / "model"
+    folder.mkdir()
+    return [
+        ({"video": tmp_path / "missing.mp4"}, "no such file"),
+        ({"video": text}, "not a video"),
+        ({"video": tmp_path}, "a folder"),
+        ({"preset": "vicostrem"}, "did you mean 'vicostream'"),
+        ({"settings": ["prune.treshold=0.2"]}, "did you mean 'prune.threshold'"),
+        ({"settings": ["prune.threshold"]}, "give key=value"),
+        ({"settings": ["prune.threshold=much"]}, "prune.threshold='much'"),
+        ({"settings": ["reuse=none", "prune.external=1"]}, "external"),
+        ({"questions": ["What?"]}, "'What\\?' is not a time"),
+        ({"questions": ["3"]}, "the question after the time is empty"),
+        ({"questions": ["3 " + "why " * 2000]}, "tokens, allowed: 1024"),
+        ({"model": "nosuchmodel"}, "nosuchmodel"),
+        ({"device": "cuda:99"}, "--device cuda:99: this machine has"),
+        ({"device": "mps"}, "give cpu, cuda"),
+        ({"device": "gpu!"}, "give cpu, cuda"),
+        ({"fps": -1.0}, "--fps -1.0"),
+    ]
+
+
+def test_what_the_user_got_wrong_is_one_line_and_exit_code_2(tmp_path, video):
+    for given, said in wrong(tmp_path, video):
+        questions = given.pop("questions", ["end What?"])
+        path = given.pop("video", video)
+        outcome = Outcome(tmp_path, path, *questions, **given)
+        assert outcome.code == 2, outcome.err
+        assert len(outcome.lines) == 1 and re.search(said, outcome.lines[0]), outcome.err
+        assert "Traceback" not in outcome.err
+        report = outcome.report
+        assert len(report["errors"]) == 1 and report["errors"][0]["what"] in outcome.lines[0]
+        assert report["chunks"] == [] and report["questions"] == []
+
+
+def test_a_report_folder_that_cannot_be_made_is_found_before_the_work(tmp_path, video):
+    (tmp_path / "file").write_text("in the way")
+    err = io.StringIO()
+    options = RunOptions(video=str(video), report=str(tmp_path / "file"))
+    assert run(options, Screen(io.StringIO(), err)) == 2
+    first = err.getvalue().splitlines()[0]
+    assert first.startswith("vicostream: error: --report") and "loading" not in err.getvalue()
+
+
+def test_a_failure_midway_keeps_what_was_done(tmp_path, video):
+    outcome = Outcome(
+        tmp_path, video, "1 Early?", "end Late?", settings=["engine.max_pages=16", "prune=none"]
+    )
+    assert outcome.code == 1 and "Traceback" not in outcome.err
+    assert "pages" in outcome.lines[0] and "What would help" in outcome.lines[0]
+    report = outcome.report
+    assert 0 < report["frames"]["processed"] < 40
+    assert [q["text"] for q in report["questions"]] == ["Early?"]
+    wheres = [(error["where"], error["what"].split(":")[0]) for error in report["errors"]]
+    assert wheres[0] == ("answer", "not asked") and wheres[1][0] == "ingest"
+    assert report["errors"][1]["time_s"] > 0
+
+
+def test_debug_shows_the_traceback(tmp_path, capsys):
+    Outcome(tmp_path, tmp_path / "missing.mp4", debug=True)
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_an_interrupt_writes_the_report(tmp_path, video, monkeypatch):
+    from vicostream_kernels.pipeline.session import Stream
+
+    ingest = Stream.ingest
+
+    def interrupted(self, frames, times_s=None):
+        if self.time_s > 1:
+            raise KeyboardInterrupt
+        return ingest(self, frames, times_s)
+
+    monkeypatch.setattr(Stream, "ingest", interrupted)
+    outcome = Outcome(tmp_path, video, "end What?")
+    assert outcome.code == 130 and outcome.lines == ["vicostream: error: interrupted"]
+    assert outcome.report["frames"]["processed"] == 16
+
+
+def test_a_bug_is_a_failure_and_not_the_users_fault(tmp_path, video, monkeypatch):
+    def broken(*_):
+        raise ValueError("shapes differ")
+
+    monkeypatch.setattr("vicostream_kernels.pipeline.stages.Prefill.run", broken)
+    outcome = Outcome(tmp_path, video)
+    assert outcome.code == 1 and outcome.lines == ["vicostream: error: shapes differ"]
+    assert outcome.report["errors"][0]["where"] == "ingest"
+
+
+def test_the_sample_has_questions_of_its_own(tmp_path, monkeypatch):
+    from vicostream_kernels.pipeline.sample import write_clip
+
+    monkeypatch.setattr(
+        "vicostream_kernels.pipeline.sample.write_clip", lambda path: write_clip(path, seconds=1)
+    )
+    outcome = Outcome(tmp_path, "sample")
+    assert outcome.code == 0 and len(outcome.report["questions"]) == 3
+    assert outcome.report["frames"]["read"] == 30
+
+
+def test_control_characters_do_not_reach_the_terminal():
+    out = io.StringIO()
+    Screen(out, io.StringIO()).piece("a\x1b[2J\x07\x9bé\tb\nc")
+    assert out.getvalue() == "a␛[2J␇\ufffdé\tb\n    c"
+
+
+def test_live_progress_on_a_terminal(tmp_path, video):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    err, out = Terminal(), io.StringIO()
+    options = RunOptions(str(video), questions=["1 What?"], settings=SMALL_SET)
+    assert run(options, Screen(out, err)) == 0
+    assert "frames/s" in err.getvalue() and "KV" in err.getvalue()
+    assert "[00:01.0] What?" in out.getvalue()
+
+
+def test_numbers_as_people_read_them():
+    assert [clock(t) for t in (0, 65.25, 3600, -1.5, 59.99)] == [
+        "00:00.0",
+        "01:05.2",
+        "1:00:00.0",
+        "-00:01.5",
+        "01:00.0",
+    ]
+    assert (mib(2**20), mib(3 * 2**29)) == ("1.0 MiB", "1.50 GiB")
+
+
+def test_settings_are_split_at_the_first_sign():
+    assert run_module.parse_settings(["a.b = c=d "]) == {"a.b": "c=d"}
