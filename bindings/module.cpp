@@ -24,4 +24,5 @@ PYBIND11_MODULE(_C, m) {
     return info;
   });
   vico::bind_append(m);
+  vico::bind_attention(m);
 }

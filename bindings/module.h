@@ -13,5 +13,6 @@ T* pointer(std::uintptr_t address) {
 }
 
 void bind_append(pybind11::module_& m);
+void bind_attention(pybind11::module_& m);
 
 }  // namespace vico

@@ -47,13 +47,22 @@ Isa active_isa() {
 
 namespace cpu {
 
-void rope_append(const AppendArgs& args, int n_threads) {
 #if defined(VICO_X86)
-  if (active_isa() == Isa::kAvx512) return avx512::rope_append(args, n_threads);
-  if (active_isa() == Isa::kAvx2) return avx2::rope_append(args, n_threads);
+#define VICO_FORWARD(name, Args)                                            \
+  void name(const Args& args, int n_threads) {                              \
+    if (active_isa() == Isa::kAvx512) return avx512::name(args, n_threads); \
+    if (active_isa() == Isa::kAvx2) return avx2::name(args, n_threads);     \
+    return baseline::name(args, n_threads);                                 \
+  }
+#else
+#define VICO_FORWARD(name, Args) \
+  void name(const Args& args, int n_threads) { return baseline::name(args, n_threads); }
 #endif
-  return baseline::rope_append(args, n_threads);
-}
+
+VICO_FORWARD(rope_append, AppendArgs)
+VICO_FORWARD(sink_window_attention, AttentionArgs)
+VICO_FORWARD(varlen_attention, VarlenArgs)
+VICO_FORWARD(merge_states, MergeArgs)
 
 }  // namespace cpu
 }  // namespace vico

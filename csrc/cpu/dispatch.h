@@ -2,18 +2,23 @@
 #pragma once
 
 #include "vico/append.h"
+#include "vico/attention.h"
 
 namespace vico {
 
-#define VICO_DECLARE(isa)                                  \
-  namespace isa {                                          \
-  void rope_append(const AppendArgs& args, int n_threads); \
+#define VICO_DECLARE(isa)                                               \
+  namespace isa {                                                       \
+  void rope_append(const AppendArgs& args, int n_threads);              \
+  void sink_window_attention(const AttentionArgs& args, int n_threads); \
+  void varlen_attention(const VarlenArgs& args, int n_threads);         \
+  void merge_states(const MergeArgs& args, int n_threads);              \
   }
 VICO_DECLARE(baseline)
 #if defined(VICO_X86)
 VICO_DECLARE(avx2)
 VICO_DECLARE(avx512)
 #endif
+VICO_DECLARE(cpu)  // picks one of the others
 #undef VICO_DECLARE
 
 enum class Isa : int { kBaseline = 0, kAvx2 = 1, kAvx512 = 2 };
@@ -22,9 +27,5 @@ enum class Isa : int { kBaseline = 0, kAvx2 = 1, kAvx512 = 2 };
 // so; read once.
 Isa active_isa();
 const char* isa_name(Isa isa);
-
-namespace cpu {
-void rope_append(const AppendArgs& args, int n_threads);
-}
 
 }  // namespace vico

@@ -11,7 +11,10 @@ from vicostream_kernels.ops._registry import register
 
 for _name in ("sink_window_attention", "varlen_attention", "merge_states"):
     backends.declare(
-        "attention", _name, reference=f"vicostream_kernels.reference.attention:{_name}"
+        "attention",
+        _name,
+        reference=f"vicostream_kernels.reference.attention:{_name}",
+        cpu=f"vicostream_kernels.native.attention:{_name}_cpu",
     )
 
 

@@ -3,9 +3,9 @@
 
 #include <cstdint>
 
-namespace vico {
+#include "vico/dtype.h"
 
-enum class DType : int { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
+namespace vico {
 
 // Strides are in elements; the last dimension of every tensor is dense.
 struct AppendArgs {

@@ -1,0 +1,350 @@
+// sink_window_attention on the CPU: compiled once per instruction set (see CMakeLists.txt).
+//
+// Decode is bound by memory at few query heads a KV head and by arithmetic at eight (fp32): each
+// visible K and V row is read once for all query rows of its KV head, in place; hidden slots are
+// not read at all. Keys are split at fixed multiples of logical positions, the partial sums
+// combined in order: no bit depends on the number of threads or on the other streams.
+
+#include "vico/attention.h"
+
+#include <omp.h>
+
+#include <vector>
+
+#include "cpu/attention_rows.h"
+
+namespace vico {
+namespace VICO_ISA {
+namespace {
+
+// Logical keys a task takes for each group of query rows; long prefills have tasks enough without
+// more splits, and their partial sums would grow with rows x keys.
+constexpr int64_t kSplitKeys = 512;
+// Below so many multiply-adds one thread is done before a second one has woken up.
+constexpr int64_t kWorthThreads = 1 << 19;
+constexpr int64_t kNoWindow = int64_t{1} << 48;  // room to subtract it from a position
+
+struct Task {
+  int64_t stream, unit, row0, begin, end;
+  int64_t partial;  // row of the partial sums that it writes; -1: it is the only one of its rows
+  int rows;
+};
+
+struct Group {  // rows whose partial sums are to be combined, or that see nothing
+  int64_t stream, unit, row0, partial, count;
+  int rows;
+};
+
+// Tables, lengths and who does what, before any key is read. A unit is a set of query heads that
+// share a table and a KV head: all heads of a KV head, or one query head with a table of its own.
+struct Plan {
+  const AttentionArgs& a;
+  int64_t units, share;
+  int64_t partials = 0, multiply_adds = 0;
+  std::vector<int64_t> starts;  // [S, X, L + 1] logical position of each entry's first slot
+  std::vector<Task> tasks;
+  std::vector<Group> groups;
+
+  explicit Plan(const AttentionArgs& args)
+      : a(args), units(std::max(args.kv_heads, args.tables)), share(args.heads / units) {
+    starts.resize(a.streams * a.tables * (a.entries + 1));
+    for (int64_t s = 0; s < a.streams; ++s) {
+      const int64_t queries = first_row(s + 1) - first_row(s);
+      if (queries <= 0) continue;
+      for (int64_t x = 0; x < a.tables; ++x) scan(s, x);
+      const int64_t rows = queries * share;
+      const int64_t parts = (rows + kGroupRows - 1) / kGroupRows;
+      for (int64_t row0 = 0; row0 < rows; row0 += kGroupRows)
+        split(s, row0, static_cast<int>(std::min<int64_t>(kGroupRows, rows - row0)), parts);
+    }
+  }
+
+  int64_t first_row(int64_t s) const {
+    return std::clamp<int64_t>(a.cu_seqlens_q[s * a.cu_stride], 0, a.queries);
+  }
+  int64_t table_of(int64_t unit) const { return unit * a.tables / units; }
+  const int64_t* starts_of(int64_t s, int64_t x) const {
+    return starts.data() + (s * a.tables + x) * (a.entries + 1);
+  }
+  int64_t total(int64_t s, int64_t unit) const { return starts_of(s, table_of(unit))[a.entries]; }
+
+  Work work(int64_t s, int64_t unit, int64_t row0, int rows) const {
+    Work w;
+    w.row0 = row0;
+    w.rows = rows;
+    w.share = share;
+    const int64_t keys = total(s, unit);
+    w.first_query = keys - (first_row(s + 1) - first_row(s));
+    w.sinks = a.sink_tokens;
+    w.window = std::min(a.window, kNoWindow);
+    w.start = a.window_start == nullptr ? 0 : a.window_start[s * a.start_stride];
+    w.causal = true;
+    w.begin = 0;
+    w.end = keys;
+    w.scale = a.sm_scale;
+    w.d = a.head_dim;
+    return w;
+  }
+
+ private:
+  void scan(int64_t s, int64_t x) {
+    const int32_t* table = a.page_table + s * a.table_stream + x * a.table_head;
+    int64_t* start = starts.data() + (s * a.tables + x) * (a.entries + 1);
+    const int64_t length = a.kv_len == nullptr ? INT64_MAX : a.kv_len[s * a.len_stride];
+    int64_t at = 0;
+    for (int64_t e = 0; e < a.entries; ++e) {
+      start[e] = at;
+      const int64_t page = table[e * a.table_entry];
+      if (page < 0 || page >= a.pages) continue;
+      const int64_t fill = a.page_fill == nullptr ? length - at : a.page_fill[page * a.fill_stride];
+      at += std::clamp<int64_t>(fill, 0, a.page_size);
+    }
+    start[a.entries] = at;
+  }
+
+  void split(int64_t s, int64_t row0, int rows, int64_t parts) {
+    const int64_t keys = kSplitKeys * parts;
+    std::vector<std::vector<int64_t>> pieces(units);  // begins of the splits that rows see
+    size_t most = 0;
+    for (int64_t u = 0; u < units; ++u) {
+      visible_tiles(work(s, u, row0, rows), [&](int64_t first, int n) {
+        multiply_adds += int64_t{2} * n * rows * a.head_dim;
+        for (const int64_t at : {first / keys * keys, (first + n - 1) / keys * keys})
+          if (pieces[u].empty() || pieces[u].back() != at) pieces[u].push_back(at);
+      });
+      most = std::max(most, pieces[u].size());
+    }
+    std::vector<int64_t> first(units, -1);
+    for (int64_t u = 0; u < units; ++u) {
+      const int64_t count = static_cast<int64_t>(pieces[u].size());
+      if (count == 1) continue;
+      first[u] = partials;
+      groups.push_back({s, u, row0, partials, count, rows});
+      partials += count * rows;
+    }
+    // KV heads of one split side by side: they lie in the same pages.
+    for (size_t i = 0; i < most; ++i)
+      for (int64_t u = 0; u < units; ++u)
+        if (i < pieces[u].size())
+          tasks.push_back({s, u, row0, pieces[u][i], pieces[u][i] + keys,
+                           first[u] < 0 ? -1 : first[u] + static_cast<int64_t>(i) * rows, rows});
+  }
+};
+
+// K and V rows of one table, in place where they are fp32, else converted; keys of pages that have
+// moved are rotated.
+template <typename T>
+class PagedKeys {
+ public:
+  PagedKeys(const Plan& plan, const double* turns, const Task& task, const Scratch& scratch)
+      : a_(plan.a), turns_(turns), scratch_(scratch) {
+    const int64_t x = plan.table_of(task.unit);
+    const int64_t g = task.unit * a_.kv_heads / plan.units;
+    starts_ = plan.starts_of(task.stream, x);
+    table_ = a_.page_table + task.stream * a_.table_stream + x * a_.table_head;
+    if (a_.page_shift != nullptr)
+      shift_ = a_.page_shift + task.stream * a_.shift_stream + x * a_.shift_head;
+    k_ = static_cast<const T*>(a_.k_pages) + g * a_.k_kv;
+    v_ = static_cast<const T*>(a_.v_pages) + g * a_.v_kv;
+  }
+
+  void tile(int64_t first, int n, const float** k, const float** v) {
+    if (first < begin_ || first >= end_) seek(first);
+    for (int j = 0; j < n;) {
+      while (first + j >= end_) enter(entry_ + 1);
+      const int64_t slot = first + j - begin_;
+      const int run = static_cast<int>(std::min<int64_t>(n - j, end_ - first - j));
+      const T* key = k_ + page_ * a_.k_page + slot * a_.k_slot;
+      const T* value = v_ + page_ * a_.v_page + slot * a_.v_slot;
+      for (int i = 0; i < run; ++i, ++j, key += a_.k_slot, value += a_.v_slot) {
+        k[j] = rotated_ ? rotate(key, j) : as_float(key, scratch_.k, j);
+        v[j] = as_float(value, scratch_.v, j);
+      }
+    }
+    for (int j = n; j % kKeysAtOnce != 0; ++j) k[j] = v[j] = zero_row();
+  }
+
+ private:
+  void seek(int64_t key) {
+    enter(std::upper_bound(starts_, starts_ + a_.entries + 1, key) - starts_ - 1);
+  }
+
+  void enter(int64_t entry) {
+    entry_ = entry;
+    begin_ = starts_[entry];
+    end_ = starts_[entry + 1];
+    if (begin_ == end_) return;
+    page_ = table_[entry * a_.table_entry];
+    if (shift_ != nullptr) turn(shift_ + entry * a_.shift_entry);
+  }
+
+  void turn(const int32_t* shift) {
+    const int half = a_.head_dim / 2;
+    const int bounds[4] = {0, a_.t_section, a_.t_section + a_.h_section, half};
+    rotated_ = false;
+    for (int axis = 0; axis < 3; ++axis)
+      rotated_ |= bounds[axis] < bounds[axis + 1] && shift[axis * a_.shift_axis] != 0;
+    if (!rotated_) return;
+    for (int axis = 0; axis < 3; ++axis) {
+      const double position = shift[axis * a_.shift_axis];
+#pragma omp simd
+      for (int f = bounds[axis]; f < bounds[axis + 1]; ++f)
+        sincos_turns(position * turns_[f], &scratch_.sine[f], &scratch_.cosine[f]);
+    }
+  }
+
+  const float* rotate(const T* key, int j) {
+    const int half = a_.head_dim / 2;
+    alignas(64) float stored[kMaxHeadDim];
+    load_row(key, stored, a_.head_dim);
+    float* out = scratch_.k + int64_t{j} * a_.head_dim;
+#pragma omp simd
+    for (int f = 0; f < half; ++f)
+      rotate_pair(stored[f], stored[f + half], scratch_.cosine[f], scratch_.sine[f], &out[f],
+                  &out[f + half]);
+    return out;
+  }
+
+  static const float* as_float(const float* row, float*, int) { return row; }
+  template <typename U>
+  const float* as_float(const U* row, float* rows, int j) const {
+    float* out = rows + int64_t{j} * a_.head_dim;
+    load_row(row, out, a_.head_dim);
+    return out;
+  }
+
+  const AttentionArgs& a_;
+  const double* turns_;
+  const Scratch& scratch_;
+  const int64_t* starts_;
+  const int32_t* table_;
+  const int32_t* shift_ = nullptr;
+  const T *k_, *v_;
+  int64_t entry_ = 0, begin_ = 0, end_ = 0, page_ = 0;
+  bool rotated_ = false;
+};
+
+template <typename T>
+class Attention {
+ public:
+  Attention(const Plan& plan, float* memory, int64_t scratches)
+      : plan_(plan), a_(plan.a), scratch_(memory) {
+    partial_o_ = memory + scratches * Scratch::floats(a_.head_dim);
+    partial_top_ = partial_o_ + plan.partials * a_.head_dim;
+    partial_sum_ = partial_top_ + plan.partials;
+    if (a_.page_shift == nullptr) return;
+    for (int f = 0; f < a_.head_dim / 2; ++f)
+      turns_[f] = static_cast<double>(a_.inv_freq[f]) * kInvTwoPi;
+  }
+
+  static int64_t floats(const Plan& plan, int64_t scratches) {
+    return scratches * Scratch::floats(plan.a.head_dim) + plan.partials * (plan.a.head_dim + 2);
+  }
+
+  void run(const Task& t, int64_t thread) {
+    const int d = a_.head_dim;
+    const Scratch scratch(scratch_ + thread * Scratch::floats(d), d);
+    Work w = plan_.work(t.stream, t.unit, t.row0, t.rows);
+    w.begin = t.begin;
+    w.end = std::min(w.end, t.end);
+    const T* q = static_cast<const T*>(a_.q) + plan_.first_row(t.stream) * a_.q_token +
+                 t.unit * plan_.share * a_.q_head;
+    pack_queries(q, a_.q_token, a_.q_head, w, scratch.q);
+    PagedKeys<T> keys(plan_, turns_, t, scratch);
+    attend(w, keys, scratch);
+    const RowState state = scratch.state();
+    if (t.partial < 0) {
+      for (int r = 0; r < t.rows; ++r)
+        finish(t.stream, t.unit, t.row0 + r, scratch.o + int64_t{r} * d, state.top[r],
+               state.sum[r]);
+      return;
+    }
+    const int64_t at = t.partial;
+    std::memcpy(partial_o_ + at * d, scratch.o, sizeof(float) * t.rows * d);
+    std::memcpy(partial_top_ + at, state.top, sizeof(float) * t.rows);
+    std::memcpy(partial_sum_ + at, state.sum, sizeof(float) * t.rows);
+  }
+
+  void combine(const Group& g) {
+    const int d = a_.head_dim;
+    alignas(64) float row[kMaxHeadDim];
+    for (int r = 0; r < g.rows; ++r) {
+      float top = kNegInf, sum = 0.0f;
+      for (int64_t i = 0; i < g.count; ++i)
+        top = std::max(top, partial_top_[g.partial + i * g.rows + r]);
+      std::fill_n(row, d, 0.0f);
+      for (int64_t i = 0; i < g.count; ++i) {
+        const int64_t at = g.partial + i * g.rows + r;
+        if (partial_sum_[at] == 0.0f) continue;  // saw nothing
+        const float share = std::exp(partial_top_[at] - top);
+        const float* o = partial_o_ + at * d;
+        sum += partial_sum_[at] * share;
+#pragma omp simd
+        for (int c = 0; c < d; ++c) row[c] += o[c] * share;
+      }
+      finish(g.stream, g.unit, g.row0 + r, row, top, sum);
+    }
+  }
+
+ private:
+  void finish(int64_t stream, int64_t unit, int64_t row, const float* o, float top, float sum) {
+    const int64_t token = plan_.first_row(stream) + row / plan_.share;
+    const int64_t head = unit * plan_.share + row % plan_.share;
+    finish_row(o, top, sum, a_.sink_logits == nullptr ? nullptr : a_.sink_logits + head,
+               a_.head_dim, static_cast<T*>(a_.out) + token * a_.out_token + head * a_.out_head,
+               a_.lse == nullptr ? nullptr : a_.lse + token * a_.lse_token + head * a_.lse_head);
+  }
+
+  const Plan& plan_;
+  const AttentionArgs& a_;
+  float *scratch_, *partial_o_, *partial_top_, *partial_sum_;
+  double turns_[kMaxHalfDim];
+};
+
+// Rows of no stream.
+template <typename T>
+void clear_rows(const AttentionArgs& a, int64_t from, int64_t to) {
+  for (int64_t n = from; n < to; ++n)
+    for (int64_t h = 0; h < a.heads; ++h) {
+      std::memset(static_cast<T*>(a.out) + n * a.out_token + h * a.out_head, 0,
+                  a.head_dim * sizeof(T));
+      if (a.lse != nullptr) a.lse[n * a.lse_token + h * a.lse_head] = kNegInf;
+    }
+}
+
+template <typename T>
+void run(const AttentionArgs& a, int n_threads) {
+  const Plan plan(a);
+  if (plan.multiply_adds < kWorthThreads) n_threads = 1;
+  const int64_t tasks = static_cast<int64_t>(plan.tasks.size());
+  const int64_t groups = static_cast<int64_t>(plan.groups.size());
+  n_threads = static_cast<int>(std::clamp<int64_t>(n_threads, 1, std::max<int64_t>(tasks, 1)));
+  Memory memory(Attention<T>::floats(plan, n_threads));
+  Attention<T> attention(plan, memory.at, n_threads);
+#pragma omp parallel num_threads(n_threads) if (n_threads > 1)
+  {
+    const int thread = omp_get_thread_num();
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t i = 0; i < tasks; ++i) attention.run(plan.tasks[i], thread);
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t i = 0; i < groups; ++i) attention.combine(plan.groups[i]);
+  }
+  clear_rows<T>(a, 0, plan.first_row(0));
+  clear_rows<T>(a, plan.first_row(a.streams), a.queries);
+}
+
+}  // namespace
+
+void sink_window_attention(const AttentionArgs& a, int n_threads) {
+  switch (a.dtype) {
+    case DType::kFloat32:
+      return run<float>(a, n_threads);
+    case DType::kFloat16:
+      return run<Half>(a, n_threads);
+    case DType::kBFloat16:
+      return run<BFloat16>(a, n_threads);
+  }
+}
+
+}  // namespace VICO_ISA
+}  // namespace vico

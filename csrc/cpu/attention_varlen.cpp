@@ -1,0 +1,179 @@
+// varlen_attention and merge_states on the CPU: compiled once per instruction set.
+//
+// Windows of the ViT are small (64 queries and keys): bound by arithmetic, all their data in L1 and
+// L2. One task is a window, a head and up to kGroupRows of its queries.
+
+#include <omp.h>
+
+#include <vector>
+
+#include "cpu/attention_rows.h"
+#include "vico/attention.h"
+
+namespace vico {
+namespace VICO_ISA {
+namespace {
+
+constexpr int64_t kWorthThreads = 1 << 19;  // multiply-adds
+
+struct Task {
+  int64_t window, head, row0;
+};
+
+struct Windows {
+  const VarlenArgs& a;
+  std::vector<Task> tasks;
+  int64_t multiply_adds = 0;
+
+  explicit Windows(const VarlenArgs& args) : a(args) {
+    for (int64_t w = 0; w < a.windows; ++w) {
+      const int64_t rows = first_query(w + 1) - first_query(w);
+      const int64_t keys = std::max<int64_t>(first_key(w + 1) - first_key(w), 0);
+      for (int64_t h = 0; h < a.heads; ++h)
+        for (int64_t row0 = 0; row0 < rows; row0 += kGroupRows) tasks.push_back({w, h, row0});
+      multiply_adds += int64_t{2} * a.heads * std::max<int64_t>(rows, 0) * keys * a.head_dim;
+    }
+  }
+  int64_t first_query(int64_t w) const {
+    return std::clamp<int64_t>(a.cu_seqlens_q[w * a.cu_q_stride], 0, a.queries);
+  }
+  int64_t first_key(int64_t w) const {
+    return std::clamp<int64_t>(a.cu_seqlens_k[w * a.cu_k_stride], 0, a.keys);
+  }
+};
+
+// The keys of one window and head: in place where they are fp32, else converted.
+template <typename T>
+struct WindowKeys {
+  const T *k, *v;
+  int64_t k_token, v_token;
+  int d;
+  const Scratch& scratch;
+
+  void tile(int64_t first, int n, const float** keys, const float** values) const {
+    for (int j = 0; j < n; ++j) {
+      keys[j] = as_float(k + (first + j) * k_token, scratch.k, j);
+      values[j] = as_float(v + (first + j) * v_token, scratch.v, j);
+    }
+    for (int j = n; j % kKeysAtOnce != 0; ++j) keys[j] = values[j] = zero_row();
+  }
+
+ private:
+  static const float* as_float(const float* row, float*, int) { return row; }
+  template <typename U>
+  const float* as_float(const U* row, float* rows, int j) const {
+    float* out = rows + int64_t{j} * d;
+    load_row(row, out, d);
+    return out;
+  }
+};
+
+template <typename T>
+void attend_task(const Windows& windows, const Task& t, const Scratch& scratch) {
+  const VarlenArgs& a = windows.a;
+  const int64_t first_query = windows.first_query(t.window) + t.row0;
+  const int64_t first_key = windows.first_key(t.window);
+  Work w;
+  w.row0 = 0;
+  w.rows = static_cast<int>(
+      std::min<int64_t>(kGroupRows, windows.first_query(t.window + 1) - first_query));
+  w.share = 1;
+  w.first_query = 0;
+  w.sinks = w.window = w.start = 0;
+  w.causal = false;
+  w.begin = 0;
+  w.end = std::max<int64_t>(windows.first_key(t.window + 1) - first_key, 0);
+  w.scale = a.sm_scale;
+  w.d = a.head_dim;
+  const T* q = static_cast<const T*>(a.q) + first_query * a.q_token + t.head * a.q_head;
+  pack_queries(q, a.q_token, a.q_head, w, scratch.q);
+  const WindowKeys<T> keys{static_cast<const T*>(a.k) + first_key * a.k_token + t.head * a.k_head,
+                           static_cast<const T*>(a.v) + first_key * a.v_token + t.head * a.v_head,
+                           a.k_token,
+                           a.v_token,
+                           a.head_dim,
+                           scratch};
+  attend(w, keys, scratch);
+  const RowState state = scratch.state();
+  T* out = static_cast<T*>(a.out) + first_query * a.out_token + t.head * a.out_head;
+  for (int r = 0; r < w.rows; ++r)
+    finish_row(scratch.o + int64_t{r} * w.d, state.top[r], state.sum[r], nullptr, w.d,
+               out + r * a.out_token, nullptr);
+}
+
+template <typename T>
+void varlen(const VarlenArgs& a, int n_threads) {
+  const Windows windows(a);
+  const int64_t tasks = static_cast<int64_t>(windows.tasks.size());
+  if (windows.multiply_adds < kWorthThreads) n_threads = 1;
+  n_threads = static_cast<int>(std::clamp<int64_t>(n_threads, 1, std::max<int64_t>(tasks, 1)));
+  const int64_t each = Scratch::floats(a.head_dim);
+  Memory memory(each * n_threads);
+#pragma omp parallel num_threads(n_threads) if (n_threads > 1)
+  {
+    const Scratch scratch(memory.at + each * omp_get_thread_num(), a.head_dim);
+#pragma omp for schedule(dynamic, 4)
+    for (int64_t i = 0; i < tasks; ++i) attend_task<T>(windows, windows.tasks[i], scratch);
+  }
+  const int64_t ranges[2][2] = {{0, windows.first_query(0)},
+                                {windows.first_query(a.windows), a.queries}};
+  for (const auto& range : ranges)
+    for (int64_t n = range[0]; n < range[1]; ++n)
+      for (int64_t h = 0; h < a.heads; ++h)
+        std::memset(static_cast<T*>(a.out) + n * a.out_token + h * a.out_head, 0,
+                    a.head_dim * sizeof(T));
+}
+
+template <typename T>
+void merge_row(const MergeArgs& a, int64_t n) {
+  const int d = a.head_dim;
+  alignas(64) float row[kMaxHeadDim], other[kMaxHeadDim];
+  const float lse[2] = {a.lse_a[n], a.lse_b[n]};
+  const float top = std::max(lse[0], lse[1]);
+  const bool nothing = top == kNegInf;
+  const float total =
+      nothing ? kNegInf : top + std::log(std::exp(lse[0] - top) + std::exp(lse[1] - top));
+  std::fill_n(row, d, 0.0f);
+  for (int part = 0; part < 2; ++part) {
+    if (lse[part] == kNegInf) continue;  // whatever its output holds
+    load_row(static_cast<const T*>(part == 0 ? a.out_a : a.out_b) + n * d, other, d);
+    const float share = std::exp(lse[part] - total);
+#pragma omp simd
+    for (int c = 0; c < d; ++c) row[c] += other[c] * share;
+  }
+  store_row(row, static_cast<T*>(a.out) + n * d, d);
+  a.lse[n] = total;
+}
+
+template <typename T>
+void merge(const MergeArgs& a, int n_threads) {
+#pragma omp parallel for num_threads(n_threads) if (a.rows * a.head_dim > kWorthThreads)
+  for (int64_t n = 0; n < a.rows; ++n) merge_row<T>(a, n);
+}
+
+}  // namespace
+
+void varlen_attention(const VarlenArgs& a, int n_threads) {
+  switch (a.dtype) {
+    case DType::kFloat32:
+      return varlen<float>(a, n_threads);
+    case DType::kFloat16:
+      return varlen<Half>(a, n_threads);
+    case DType::kBFloat16:
+      return varlen<BFloat16>(a, n_threads);
+  }
+}
+
+void merge_states(const MergeArgs& a, int n_threads) {
+  switch (a.dtype) {
+    case DType::kFloat32:
+      return merge<float>(a, n_threads);
+    case DType::kFloat16:
+      return merge<Half>(a, n_threads);
+    case DType::kBFloat16:
+      return merge<BFloat16>(a, n_threads);
+  }
+}
+
+}  // namespace VICO_ISA
+}  // namespace vico

@@ -1,0 +1,8 @@
+// Element types of the tensors, as bindings name them.
+#pragma once
+
+namespace vico {
+
+enum class DType : int { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
+
+}  // namespace vico
