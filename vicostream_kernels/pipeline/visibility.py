@@ -122,9 +122,9 @@ class Window:
 def chunk_window(method: Method, history: History, new_tokens: int) -> Window:
     """What the next chunk of ``new_tokens`` tokens (markers included) sees after the sink."""
     reach = method.engine.window_chunks
-    chunks = history.chunks()
-    if reach is not None:
-        chunks = chunks[len(chunks) - min(reach, len(chunks)) :]
+    # A slice, not a copy of the history: a chunk's cost must not grow with it.
+    known = history.cache.chunks
+    chunks = known[0 if reach is None else max(0, len(known) - reach) :]
     in_reach = reach is None or history.chunks_seen <= reach
     shown = method.engine.system_prompt == "always" or in_reach
     blocks = [history.preamble] if history.preamble is not None and shown else []
