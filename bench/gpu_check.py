@@ -51,6 +51,7 @@ def plan(root: Path, work: Path, python: str = sys.executable) -> list[Step]:
         Step(
             "pytest",
             (python, "-c", _PYTEST, "-m", "gpu", "-q", "-p", "no:cacheprovider",
+             "--continue-on-collection-errors",
              f"--junitxml={junit}", "tests"),
             timeout_s=240,
             least_s=60,
