@@ -255,7 +255,6 @@ def _fold(
     low,
     high,
     keys_ptr,
-    k_pages_ptr,
     rows_ptr,
     key_offsets_ptr,
     start,
@@ -286,8 +285,7 @@ def _fold(
         channels = tl.where((rows[i] >= from_row) & (rows[i] < to_row), HEAD_DIM, 0)
         keys = keys + (tl.load(keys_ptr + offsets[i], mask=c < channels, other=0.0),)
     for i in tl.static_range(SIZE):
-        # The summary is of what the pages hold, so also of its rounding.
-        key = keys[i].to(k_pages_ptr.dtype.element_ty).to(tl.float32)
+        key = keys[i].to(tl.float32)
         # Selected, not added as 0: -0.0 + 0.0 has other bits than -0.0.
         total = tl.where((rows[i] >= from_row) & (rows[i] < to_row), total + key, total)
         if HAS_BOUNDS:
@@ -302,7 +300,6 @@ def _fold(
 @triton.jit(do_not_specialize=["tokens", "parts"])
 def _summary_kernel(
     keys_ptr,  # what the key offsets count from: the pages, or k for a summary of raw keys
-    k_pages_ptr,
     rows_ptr,
     key_offsets_ptr,
     sum_ptr,
@@ -404,7 +401,6 @@ def _summary_kernel(
                             low,
                             high,
                             keys_ptr,
-                            k_pages_ptr,
                             rows_ptr,
                             key_offsets_ptr,
                             fold_from,
@@ -545,7 +541,6 @@ def rope_append(
         grid = (triton.cdiv(tokens, 32), kv_heads * parts, triton.cdiv(head_dim, channels))
         _summary_kernel[grid](
             keys_ptr=keys,
-            k_pages_ptr=k_pages,
             rows_ptr=rows,
             key_offsets_ptr=key_offsets,
             sum_ptr=sum,

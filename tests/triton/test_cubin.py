@@ -107,6 +107,15 @@ def test_append_computes_each_angle_once():
     assert len(re.findall(r"ld\.global\S*\.v4\.b32", ptx)) >= 3 * 2 * 4, "vectors of 16 bytes"
 
 
+def test_the_bounds_of_append_keep_nan():
+    # The interpreter's minimum keeps NaN whether asked to or not; the hardware's must be asked.
+    _, summary = record_launches(append_call(FP16, 64, sub=1))
+    ptx = compile_launch(summary, 80).ptx
+    for name in ("min", "max"):
+        assert re.search(rf"\b{name}\.NaN\.f32", ptx), name
+        assert not re.search(rf"\b{name}\.f32", ptx), name
+
+
 @triton.jit
 def _spilling_kernel(x_ptr, y_ptr, N: tl.constexpr):
     # 512 values per thread, all of them alive until the maximum is known.

@@ -197,9 +197,16 @@ def test_matches_the_oracle(dtype, n, h, g, d, section):
 
 def test_skipped_slots_leave_the_pages_and_still_rotate_the_query():
     call = Call(11, 2, 2, 16, raw=True, sums=True, sub=2)
+    # The pool goes on behind the last page: what lands there is seen.
+    behind = torch.full((3, 1, *call.k_pages.shape[1:]), -7.0)
+    for name, page in zip(("k_pages", "v_pages", "raw_k_pages"), behind):
+        setattr(call, name, torch.cat((getattr(call, name), page))[:-1])
     call.slots[:4] = torch.tensor([-1, 30, 2**31 - 1, -(2**31)])
     before = call.copy()
     call.run()
+    for pages in (call.k_pages, call.v_pages, call.raw_k_pages):
+        after = pages.as_strided(pages.shape[1:], pages.stride()[1:], pages.numel())
+        assert (after == -7.0).all(), "a token at slot P * B was written behind the pages"
     expect_close(call.q_out, rotated(call, call.q), "q_out")
     expect_pages(call, before)
     expect_summary(call, before)
