@@ -52,7 +52,9 @@ build: $(STAMP)
 	  || { cat build-configure.log; exit 1; }
 	@rm -f build-configure.log
 	@PATH="$(BIN):$$PATH" cmake --build build/cmake --parallel
-	@cmp -s build/cmake/_C$(SUFFIX) vicostream_kernels/_C$(SUFFIX) || cp build/cmake/_C$(SUFFIX) vicostream_kernels/
+	@# Moved into place: copying over a module that a running process has mapped would crash it.
+	@cmp -s build/cmake/_C$(SUFFIX) vicostream_kernels/_C$(SUFFIX) || \
+	  { cp build/cmake/_C$(SUFFIX) build/_C.new && mv -f build/_C.new vicostream_kernels/_C$(SUFFIX); }
 
 demo: build
 	$(BIN)/vicostream run sample --report out/demo \
