@@ -89,9 +89,9 @@ def test_append(key, options):
     dtype, d, capability = key
     launches = record_launches(append_call(dtype, d, **options))
     assert [launch.kernel.__name__ for launch in launches] == (
-        ["_rotate_kernel", "_summary_kernel"]
+        ["rotate_kernel", "summary_kernel"]
         if options.get("sums") or options.get("sub")
-        else ["_rotate_kernel"]
+        else ["rotate_kernel"]
     )
     for launch in launches:
         compile_launch(launch, capability).check()
