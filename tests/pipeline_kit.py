@@ -7,7 +7,6 @@ from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
 
-import av
 import numpy as np
 
 from vicostream_kernels import methods
@@ -51,6 +50,8 @@ def write_video(
     colorspace: int | None = None,
 ) -> Path:
     """Encodes ``images`` (uint8 RGB, one size); without any, the file has a header only."""
+    import av  # not there on a machine that runs the GPU tests alone
+
     with av.open(str(path), "w", options=container_options or {}) as container:
         stream = container.add_stream(codec, rate=rate)
         height, width = images[0].shape[:2] if len(images) else (48, 80)

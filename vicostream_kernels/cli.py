@@ -130,7 +130,9 @@ def info(
 
 def info_lines(facts: dict[str, Any]) -> list[str]:
     """``backends.info()`` as text: the machine, word x backend, and the reason of each gap."""
-    native = facts["native"] or facts["native_missing"]
+    native = facts["native_missing"]
+    if facts["native"]:
+        native = ", ".join(f"{name} {value}" for name, value in facts["native"].items() if value)
     lines = [
         f"vicostream-kernels {facts['vicostream_kernels']}, torch {facts['torch']}, "
         f"triton {facts['triton'] or 'not installed'}, {facts['threads']} threads",

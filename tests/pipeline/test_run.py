@@ -225,9 +225,29 @@ def test_a_failure_midway_keeps_what_was_done(tmp_path, video):
     report = outcome.report
     assert 0 < report["frames"]["processed"] < 40
     assert [q["text"] for q in report["questions"]] == ["Early?"]
-    wheres = [(error["where"], error["what"].split(":")[0]) for error in report["errors"]]
-    assert wheres[0] == ("answer", "not asked") and wheres[1][0] == "ingest"
-    assert report["errors"][1]["time_s"] > 0
+    cause, unasked = report["errors"]
+    assert cause["where"] == "ingest" and cause["time_s"] > 0
+    assert (unasked["where"], unasked["what"]) == ("answer", "not asked: Late?")
+
+
+def test_a_question_that_fails_does_not_end_the_stream(tmp_path, video, monkeypatch):
+    from vicostream_kernels.pipeline.session import Stream
+
+    ask = Stream.ask
+
+    def sometimes(self, text, time_s=None, **options):
+        if text == "Broken?":
+            raise RuntimeError("no luck")
+        return ask(self, text, time_s, **options)
+
+    monkeypatch.setattr(Stream, "ask", sometimes)
+    outcome = Outcome(tmp_path, video, "1 Broken?", "end Whole?")
+    assert outcome.code == 1
+    assert outcome.lines == ["vicostream: error: RuntimeError: no luck"]
+    report = outcome.report
+    assert report["frames"]["processed"] == 40
+    assert [question["text"] for question in report["questions"]] == ["Whole?"]
+    assert [error["where"] for error in report["errors"]] == ["answer"]
 
 
 def test_debug_shows_the_traceback(tmp_path, capsys):

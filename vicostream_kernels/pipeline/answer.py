@@ -56,6 +56,8 @@ class Answer:
         self._held = ExitStack()
         self._first = history.fork_id(time_s)
         self._trace = recorder.trace
+        self._decoding_s = 0.0
+        recorder.questions.append(self.figures)
         began = time.perf_counter()
         try:
             with torch.no_grad():
@@ -63,9 +65,7 @@ class Answer:
         except BaseException:
             self._let_go("failed")
             raise
-        recorder.questions.append(self.figures)
-        self._began = time.perf_counter()
-        self.figures.ttft_ms = round(1e3 * (self._began - began), 3)
+        self.figures.ttft_ms = round(1e3 * (time.perf_counter() - began), 3)
 
     @property
     def text(self) -> str:
@@ -94,12 +94,13 @@ class Answer:
         """The next piece of text that is certain; raises StopIteration at the end."""
         while self._block is not None:
             try:
-                with torch.no_grad(), self._trace.span("decode_text", host=True):
+                with torch.no_grad(), self._trace.span("decode_text", host=True) as span:
                     piece, finish = self._advance()
             except BaseException:
                 self._let_go("failed")
                 raise
             self.figures.answer += piece
+            self._decoding_s += span.seconds
             if finish:
                 self._let_go(finish)
             if piece:
@@ -182,9 +183,8 @@ class Answer:
         if self.figures.finish != "open":
             return
         self.figures.finish = finish
-        if self._tokens:
-            spent = time.perf_counter() - self._began
-            self.figures.tokens_per_s = round(len(self._tokens) / max(spent, 1e-9), 3)
+        if self._tokens and self._decoding_s:
+            self.figures.tokens_per_s = round(len(self._tokens) / self._decoding_s, 3)
         cache = self._history.cache
         if self._block is not None and not cache.closed:
             cache.free(self._block)

@@ -26,13 +26,13 @@ from vicostream_kernels.pipeline.trace import Span, Trace, write_atomically
 SCHEMA = "vicostream-report/1"
 SCHEMA_FILE = Path(__file__).with_name("report.schema.json")
 #: Entries kept of chunks, questions and errors each: a stream that never ends keeps the newest.
-KEPT_ENTRIES = 100_000
+KEPT_ENTRIES = 20_000
 #: Stages that a chunk passes, in order; the rest of a trace belongs to questions.
 CHUNK_STAGES = ("decode", "preprocess", "encode", "prune", "prefill")
 _PACKAGES = ("vicostream-kernels", "torch", "transformers", "triton", "av", "numpy")
 
 
-@dataclass
+@dataclass(slots=True)
 class ChunkFigures:
     """One chunk as reported. ``seen`` and ``kept`` count video tokens, markers aside."""
 

@@ -56,6 +56,7 @@ class _Run:
         self._code = 0
         self._part = "options"
         self._time_s: float | None = None
+        self._waiting: list[Question] = []
         self._recorder = Recorder(
             model=options.model, preset=options.preset, config={"set": list(options.settings)}
         )
@@ -63,6 +64,8 @@ class _Run:
     def go(self) -> int:
         with self._caught():
             self._stream()
+        for question in self._waiting:
+            self._recorder.error("answer", f"not asked: {question.text}", question.time_s)
         self._recorder.end()
         if self._options.report is not None:
             with self._caught():
@@ -78,10 +81,13 @@ class _Run:
         except KeyboardInterrupt:
             self._failed("interrupted", INTERRUPTED)
         except Exception as error:
-            code = getattr(error, "exit_code", 1)
-            if isinstance(error, (ValueError, TypeError)) and self._part in _USERS_PARTS:
-                code = 2
-            self._failed(_said(error), code)
+            self._raised(error)
+
+    def _raised(self, error: Exception) -> None:
+        code = getattr(error, "exit_code", 1)
+        if isinstance(error, (ValueError, TypeError)) and self._part in _USERS_PARTS:
+            code = 2
+        self._failed(_said(error), code)
 
     def _failed(self, what: str, code: int) -> None:
         self._screen.stop()
@@ -145,7 +151,7 @@ class _Run:
 
     def _consume(self, source: VideoSource, stream: Any, questions: list[Question]) -> None:
         recorder, screen = self._recorder, self._screen
-        waiting = sorted(questions, key=_when)
+        waiting = self._waiting = sorted(questions, key=_when)
         size = stream.frames_per_chunk
         frames = _Ahead(iter(source))
         screen.start(source.info.duration_s, str(self._options.video))
@@ -174,12 +180,18 @@ class _Run:
         finally:
             recorder.frames_read = source.frames_read
             screen.stop()
-            for question in waiting:
-                recorder.error("answer", f"not asked: {question.text}", question.time_s)
         screen.summary(recorder.report(), source.info.name)
 
     def _ask(self, stream: Any, question: Question) -> None:
+        """A question that fails does not end the stream: the video does not depend on it."""
         part, self._part = self._part, "answer"
+        try:
+            self._answer(stream, question)
+        except Exception as error:
+            self._raised(error)
+        self._part = part
+
+    def _answer(self, stream: Any, question: Question) -> None:
         now = stream.time_s
         time_s = now if question.time_s is None else question.time_s
         if time_s > now and self._recorder.frames_processed:
@@ -189,16 +201,18 @@ class _Run:
             for piece in answer:
                 self._screen.piece(piece)
         self._screen.answered(answer.figures)
-        self._part = part
 
     def _write(self, folder: Path) -> None:
         report = self._recorder.write(folder)
         written = ["report.json", "trace.json"]
+        picture = folder / "stream.png"
         if report["chunks"]:
             from vicostream_kernels.pipeline.plots import plot_report
 
-            plot_report(report, folder / "stream.png")
-            written.append("stream.png")
+            plot_report(report, picture)
+            written.append(picture.name)
+        else:
+            picture.unlink(missing_ok=True)  # of an earlier run
         self._screen.say(f"{folder}: {', '.join(written)}")
 
 

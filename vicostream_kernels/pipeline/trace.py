@@ -19,11 +19,11 @@ from typing import Any
 import torch
 
 #: A trace keeps this many spans, the newest; a stream that never ends must not fill the memory.
-CAPACITY = 200_000
+CAPACITY = 100_000
 _SETTLE_EVERY = 64
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Span:
     """One run of a stage: ``start_s`` from the trace's start; ``seconds`` None while on its way."""
 

@@ -1,0 +1,65 @@
+"""The engine on a GPU: no wait for the device in a chunk, and the answers of the CPU."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from pipeline_kit import SMALL, pictures, small_engine
+
+from vicostream_kernels import StreamEngine
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+
+@pytest.fixture
+def engine():
+    with StreamEngine.from_pretrained(
+        "tiny-random", overrides=SMALL, device="cuda", dtype=torch.float32
+    ) as made:
+        yield made
+
+
+def test_the_host_never_waits_for_a_chunk_but_for_its_count(engine):
+    """Copies that wait, ``item`` and the like raise here; the event of the count does not."""
+    frames = torch.from_numpy(pictures(32)).pin_memory()
+    with engine.open() as stream:
+        stream.ingest(frames[:16])
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            assert stream.ingest(frames[16:]) == 2
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("preset", ["vicostream", "full-history", "streaming-llm"])
+def test_a_stream_gives_what_it_gives_on_the_cpu(preset):
+    changes = {"attention__window": 150} if preset == "streaming-llm" else {}
+    frames, kept, keys = pictures(48), [], []
+    overrides = {**SMALL, **{key.replace("__", "."): value for key, value in changes.items()}}
+    on_gpu = StreamEngine.from_pretrained(
+        "tiny-random", preset=preset, overrides=overrides, device="cuda", dtype=torch.float32
+    )
+    for made in (small_engine(preset, **changes), on_gpu):
+        with made, made.open() as stream:
+            stream.ingest(frames)
+            kept.append([chunk["kept"] for chunk in stream.report()["chunks"]])
+            block = stream.history.chunks()[-1]
+            page = block.body.pages[0]
+            keys.append(made.cache.k_pages[:, page, : min(16, block.body_tokens)].cpu())
+            assert "".join(stream.ask("What?", max_new_tokens=3))
+    assert kept[0] == kept[1]
+    torch.testing.assert_close(keys[0], keys[1], rtol=1e-2, atol=1e-2)
+
+
+def test_the_report_has_the_times_of_the_device(engine):
+    with engine.open() as stream:
+        stream.ingest(pictures(80))
+        report = stream.report()
+    assert report["device"]["type"] == "cuda" and report["memory"]["peak_device_bytes"] > 0
+    assert all(stage["p50"] > 0 for stage in report["stages_ms"].values())
+    json.dumps(report)
