@@ -261,11 +261,13 @@ def _attached_picture(stream: Any) -> bool:
 
 def _describe(video: str, container: Any, stream: Any) -> VideoInfo:
     rate = stream.average_rate or stream.guessed_rate
+    # Not codec_context.pix_fmt: older PyAV crashes where the format is unknown.
+    pixels = stream.codec_context.format
     return VideoInfo(
         name=video,
         container=container.format.name,
         codec=stream.codec_context.name,
-        pixel_format=stream.codec_context.pix_fmt,
+        pixel_format=None if pixels is None else pixels.name,
         width=stream.width or 0,
         height=stream.height or 0,
         rate=float(rate) if rate else None,
