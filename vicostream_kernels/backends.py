@@ -11,10 +11,13 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache, lru_cache
+from importlib.util import find_spec
 from typing import Any
 
 import torch
+
+from vicostream_kernels.triton_kernels import refusal
 
 WORDS = ("prune", "attention", "reuse", "retrieve", "preprocess", "append")
 BACKENDS = ("cuda", "triton", "cpu", "reference")
@@ -22,7 +25,6 @@ _AUTO_ORDER = {"cuda": ("cuda", "triton", "reference"), "cpu": ("cpu", "referenc
 _FALLBACK_ORDER = ("reference",)
 #: Triton's interpreter decides when a kernel is decorated, so the variable counts at import.
 INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"
-_MIN_TRITON = (3, 2)
 
 
 class BackendUnavailable(RuntimeError):
@@ -54,7 +56,8 @@ def _read_environment() -> tuple[str, ...]:
     for name in names:
         if name not in (*BACKENDS, "auto"):
             raise ValueError(
-                f"VICO_BACKEND={','.join(names)}: {name!r} is not one of auto, {', '.join(BACKENDS)}"
+                f"VICO_BACKEND={','.join(names)}: {name!r} is not one of "
+                f"auto, {', '.join(BACKENDS)}"
             )
     return names or ("auto",)
 
@@ -72,19 +75,18 @@ def native() -> tuple[Any | None, str | None]:
         return None, f"the compiled module _C is missing ({error}); build it with `make build`"
 
 
-@lru_cache(maxsize=1)
-def _triton_missing() -> str | None:
+@cache
+def _triton_missing(device_type: str, dtype: torch.dtype | None = None) -> str | None:
     try:
         triton = importlib.import_module("triton")
     except ImportError as error:
         return f"triton is not installed ({error}); pip install 'vicostream-kernels[triton]'"
-    version = tuple(int(p) for p in triton.__version__.split(".")[:2])
-    if version < _MIN_TRITON:
-        return f"triton {triton.__version__} is too old; {_MIN_TRITON[0]}.{_MIN_TRITON[1]} or newer"
-    return None
+    usable = device_type == "cuda" and torch.cuda.is_available()
+    capability = torch.cuda.get_device_capability() if usable else (8, 0)
+    return refusal(triton.__version__, None if device_type != "cuda" else capability, dtype)
 
 
-def missing(backend: str, device_type: str) -> str | None:
+def missing(backend: str, device_type: str, dtype: torch.dtype | None = None) -> str | None:
     """Why ``backend`` can't run on this kind of device here, or None when it can."""
     if backend == "reference":
         return None
@@ -94,7 +96,7 @@ def missing(backend: str, device_type: str) -> str | None:
                 "Triton runs on CUDA tensors; on the CPU only in its interpreter "
                 "(set TRITON_INTERPRET=1 before the import)"
             )
-        return _triton_missing()
+        return _triton_missing(device_type, dtype)
     if backend != device_type:
         return f"the {backend} backend takes {backend} tensors, got {device_type}"
     module, reason = native()
@@ -105,30 +107,32 @@ def missing(backend: str, device_type: str) -> str | None:
     return None
 
 
-def why_not(op_name: str, backend: str, device_type: str) -> str | None:
+def why_not(
+    op_name: str, backend: str, device_type: str, dtype: torch.dtype | None = None
+) -> str | None:
     """Why ``backend`` can't serve the op on this kind of device, or None when it can."""
     if backend not in BACKENDS:
         return f"no such backend; choose from auto, {', '.join(BACKENDS)}"
     if backend not in OPS[op_name].implementations:
         return f"{op_name} has no {backend} implementation yet"
-    return missing(backend, device_type)
+    return missing(backend, device_type, dtype)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _load(op_name: str, backend: str) -> Callable[..., Any]:
     module, _, function = OPS[op_name].implementations[backend].partition(":")
     return getattr(importlib.import_module(module), function)
 
 
-def served_by(op_name: str, device_type: str) -> tuple[str, ...]:
+def served_by(op_name: str, device_type: str, dtype: torch.dtype | None = None) -> tuple[str, ...]:
     """The backends that can serve the op on this kind of device here, the fastest first."""
     order = _AUTO_ORDER.get(device_type, _FALLBACK_ORDER)
     rest = tuple(b for b in BACKENDS if b not in order)
-    return tuple(b for b in order + rest if why_not(op_name, b, device_type) is None)
+    return tuple(b for b in order + rest if why_not(op_name, b, device_type, dtype) is None)
 
 
-@lru_cache(maxsize=None)
-def choose(op_name: str, backend: str, device_type: str) -> str:
+@cache
+def choose(op_name: str, backend: str, device_type: str, dtype: torch.dtype | None = None) -> str:
     """The backend that serves this request; raises BackendUnavailable, ValueError."""
     if backend not in (*BACKENDS, "auto"):
         raise ValueError(
@@ -139,20 +143,20 @@ def choose(op_name: str, backend: str, device_type: str) -> str:
         order += _AUTO_ORDER.get(device_type, _FALLBACK_ORDER) if name == "auto" else (name,)
     reasons = {}
     for name in order:
-        reasons[name] = why_not(op_name, name, device_type)
+        reasons[name] = why_not(op_name, name, device_type, dtype)
         if reasons[name] is None:
             return name
     said = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
     source = f"VICO_BACKEND={','.join(AUTO)}" if backend == "auto" else f"backend={backend!r}"
     raise BackendUnavailable(
         f"{op_name}: {source} can't be served on {device_type} ({said}); "
-        f"what can: {', '.join(served_by(op_name, device_type)) or 'nothing'}"
+        f"what can: {', '.join(served_by(op_name, device_type, dtype)) or 'nothing'}"
     )
 
 
 def resolve(op_name: str, backend: str, tensor: torch.Tensor) -> Callable[..., Any]:
     """The function that serves ``op_name`` for tensors like ``tensor``."""
-    return _load(op_name, choose(op_name, backend, tensor.device.type))
+    return _load(op_name, choose(op_name, backend, tensor.device.type, tensor.dtype))
 
 
 def table(device_type: str) -> list[dict[str, Any]]:
@@ -172,7 +176,7 @@ def info() -> dict[str, Any]:
     """What is installed here and what serves each op, as plain data (``vicostream info``)."""
     module, reason = native()
     triton = sys.modules.get("triton") or (
-        importlib.import_module("triton") if _triton_missing() is None else None
+        importlib.import_module("triton") if find_spec("triton") is not None else None
     )
     cuda = torch.cuda.is_available()
     return {
