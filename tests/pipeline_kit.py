@@ -29,8 +29,9 @@ def small_engine(preset: str = "vicostream", **overrides) -> StreamEngine:
     return StreamEngine(tiny_runner(), methods.get(preset, {**SMALL, **dotted}))
 
 
+@lru_cache(maxsize=32)
 def pictures(count: int, height: int = 48, width: int = 80, *, start: int = 0) -> np.ndarray:
-    """``[count, height, width, 3]`` uint8 of the sample clip, one every 0.4 s."""
+    """uint8 ``[count, height, width, 3]`` of the sample clip, one every 0.4 s; read only."""
     step_y, step_x = 360 // height, 640 // width
     frames = [frame_at((start + i) * 0.4)[::step_y, ::step_x] for i in range(count)]
     return np.stack([f[:height, :width] for f in frames])

@@ -329,6 +329,54 @@ def test_an_engine_refuses_what_it_would_ignore():
         made.open(fps=0)
 
 
+def first_logits(preset, **changes):
+    frames = pictures(60)
+    with small_engine(preset, **changes) as made, made.open() as stream:
+        stream.ingest(frames)
+        stream.flush()
+        logits = []
+        head = made.runner.logits
+        made.runner.logits = lambda hidden: logits.append(head(hidden)) or logits[-1]
+        try:
+            list(stream.ask("What happened?", max_new_tokens=2))
+        finally:
+            del made.runner.logits
+        return torch.cat(logits)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_page_size_and_padding_change_nothing(preset):
+    changes = CHANGES[preset]
+    expected = first_logits(preset, **changes)
+    for layout in ({"engine__page_size": 1}, {"engine__page_size": 7, "engine__bucket": 32}):
+        got = first_logits(preset, **changes, **layout)
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("preset", "changes"),
+    [
+        ("vicostream", {"engine__frames_per_chunk": 1}),
+        ("vicostream", {"engine__frames_per_chunk": 5, "engine__window_chunks": 0}),
+        ("vicostream", {"attention__sink_tokens": 4}),
+        ("vicostream", {"prune": "none", "retrieve": "none"}),
+        ("vicostream", {"retrieve": "none", "engine__history": "window"}),
+        ("vicostream", {"retrieve__force_last": 1, "retrieve__k": 2, "retrieve__score": "dot"}),
+        ("full-history", {"prune": "vicostream", "retrieve": "vicostream"}),
+        ("full-history", {"engine__max_pages": 40}),
+        ("streaming-llm", {"attention__window": 20}),
+        ("streaming-llm", {"attention__window": 60, "attention__sink_tokens": 0}),
+        ("streaming-llm", {"attention__window": 60, "attention__positions": "absolute"}),
+        ("streaming-llm", {"attention__window": 60, "attention__sink_tokens": 500}),
+        ("streaming-llm", {"attention__window": 60, "prune": "vicostream"}),
+        ("streaming-llm", {"attention__window": 60, "engine__history": "all"}),
+    ],
+)
+def test_methods_can_be_mixed(preset, changes):
+    logits = first_logits(preset, **changes)
+    assert logits.shape[0] == 2 and logits.isfinite().all()
+
+
 def test_the_readme_example():
     with StreamEngine.from_pretrained("tiny-random", overrides={"engine.pixels": 6272}) as made:
         with made.open() as stream:

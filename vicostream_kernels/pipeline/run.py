@@ -116,6 +116,8 @@ class _Run:
             recorder.source = asdict(source.info)
             self._part = "model"
             self._screen.say(f"loading {options.model} on {device} ...")
+            if device.type == "cpu" and (hint := busy_hint()):
+                self._screen.say(hint)
             engine = self._load(method, device)
             with engine:
                 self._part = "options"
@@ -283,6 +285,20 @@ def parse_device(name: str) -> torch.device:
                 "(`vicostream info` says why); use --device cpu"
             )
     return device
+
+
+def busy_hint() -> str | None:
+    """What helps where other work keeps the cores busy: threads that spin while they wait for each
+    other then cost most of the speed."""
+    if not hasattr(os, "getloadavg") or os.environ.get("OMP_WAIT_POLICY"):
+        return None
+    load, cores, threads = os.getloadavg()[0], os.cpu_count() or 1, torch.get_num_threads()
+    if threads == 1 or load < cores:
+        return None
+    return (
+        f"this machine is busy (load {load:.1f} on {cores} cores): OMP_WAIT_POLICY=passive makes "
+        "threads wait without spinning"
+    )
 
 
 def _check_folder(folder: str) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import os
 import tempfile
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -60,16 +61,15 @@ def write_clip(path: str | os.PathLike[str], *, seconds: float = SECONDS, rate: 
         stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "yuv420p"
         # One thread: x264 cuts slices by thread, and the clip must not depend on the machine.
         stream.options = {"preset": "veryfast", "crf": "23", "threads": "1", "g": str(2 * rate)}
-        texture = _texture()
         for index in range(int(seconds * rate)):
-            image = frame_at(index / rate, texture)
+            image = frame_at(index / rate)
             container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
         container.mux(stream.encode(None))
 
 
-def frame_at(time_s: float, texture: np.ndarray | None = None) -> np.ndarray:
+def frame_at(time_s: float) -> np.ndarray:
     """The clip's picture at a time: uint8 ``[360, 640, 3]``."""
-    texture = _texture() if texture is None else texture
+    texture = _texture()
     scene, into = divmod(time_s, SECONDS / len(_SCENES))
     first, first_colour, second, second_colour = _SCENES[int(scene) % len(_SCENES)]
     pan = int(time_s * 12) % (texture.shape[1] - WIDTH)
@@ -98,6 +98,7 @@ def _draw(image: np.ndarray, shape: str, colour: tuple[int, int, int], centre: t
     image[y0:y1, x0:x1][inside] = colour
 
 
+@lru_cache(maxsize=1)
 def _texture() -> np.ndarray:
     """A wide soft texture from integers alone, so that every machine draws the same."""
     rng = np.random.Generator(np.random.PCG64(2606))
