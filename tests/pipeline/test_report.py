@@ -38,6 +38,7 @@ def filled_recorder(chunks=5):
         taken = {"preprocess": 0.001, "encode": 0.004, "prune": 0.001, "prefill": 0.002}
         spans = [Span(stage, i, seconds) for stage, seconds in taken.items()]
         recorder.ingest_s += 0.008
+        recorder.frames_ingested += 8
         recorder.chunk(ChunkFigures(i, i + 0.9, 8, 100, 25, 10 * i, 1000 * i, 5, spans))
     recorder.questions.append(
         QuestionFigures(2.0, "What?", "that", 12.0, 3, 9.0, [(0.0, 0.9)], "stop")

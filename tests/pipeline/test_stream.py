@@ -113,6 +113,7 @@ def test_a_partial_chunk_is_seen_after_a_flush_only():
         stream.ingest(pictures(11))
         answer = stream.ask("What?")
         assert answer.figures.blocks == [(0.0, pytest.approx(0.7))]
+        assert stream.report()["frames"] == {"read": 11, "processed": 8, "dropped": 3}
         assert stream.flush() == 1 and stream.flush() == 0
         assert len(stream.ask("What?").figures.blocks) == 2
         report = stream.report()

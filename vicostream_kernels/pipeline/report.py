@@ -103,6 +103,7 @@ class Recorder:
         self.questions: deque[QuestionFigures] = deque(maxlen=KEPT_ENTRIES)
         self.errors: deque[Trouble] = deque(maxlen=KEPT_ENTRIES)
         self.frames_read: int | None = None
+        self.frames_ingested = 0
         self.frames_processed = 0
         self.chunk_count = 0
         self.tokens_seen = 0
@@ -156,7 +157,7 @@ class Recorder:
         """Everything so far as plain JSON data."""
         self.trace.settle(wait=True)
         chunks = [chunk.entry() for chunk in self.chunks]
-        read = self.frames_processed if self.frames_read is None else self.frames_read
+        read = self.frames_ingested if self.frames_read is None else self.frames_read
         return {
             "schema": SCHEMA,
             "versions": versions(),

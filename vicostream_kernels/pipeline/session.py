@@ -92,6 +92,7 @@ class Stream:
         frames = _as_frames(frames)
         self._preprocess.check_size(*frames.shape[1:3])
         times = self._check_times(frames.shape[0], times_s)
+        self.recorder.frames_ingested += frames.shape[0]
         began, done, at = time.perf_counter(), 0, 0
         try:
             while at < frames.shape[0]:

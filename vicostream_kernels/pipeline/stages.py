@@ -121,9 +121,11 @@ class Preprocess:
             raise InputError(f"frames of {width} x {height} pixels: {error}") from error
 
     def run(self, chunk: ChunkFrames) -> ChunkPatches:
-        runner = self._runner
+        runner, images = self._runner, chunk.images
+        if runner.device.type == "cuda" and not images.is_cuda:
+            images = images.pin_memory()  # from pageable memory the host would wait for the copy
         patches, grid = preprocess_frames(
-            chunk.images.to(runner.device, non_blocking=True),
+            images.to(runner.device, non_blocking=True),
             min_pixels=self.min_pixels,
             max_pixels=self.max_pixels,
             mean=runner.image_mean,
