@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -78,6 +79,25 @@ def run(targets: Sequence[str], *options: str) -> Run:
         )
         lines = [json.loads(line) for line in report.read_text().splitlines()]
     return Run({n: Outcome(outcome, text) for n, outcome, text in lines}, done.stdout)
+
+
+def pytest_configure() -> None:
+    """In the interpreter process: lets `for n in range(...)` take the kernels' own scalars."""
+    if not ACTIVE:
+        return
+    try:
+        from triton.runtime import interpreter
+    except ImportError:
+        return
+    patch = interpreter._patch_lang_tensor
+
+    def patch_with_index(tensor: type, scope: Any) -> None:
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    # Until Triton 3.7 it converts arrays of one element, which numpy 2.4 refuses
+    # (https://github.com/triton-lang/triton/issues/9171).
+    interpreter._patch_lang_tensor = patch_with_index
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:

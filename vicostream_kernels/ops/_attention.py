@@ -13,6 +13,7 @@ for _name in ("sink_window_attention", "varlen_attention", "merge_states"):
     backends.declare(
         "attention",
         _name,
+        triton=f"vicostream_kernels.triton_kernels.attention:{_name}",
         reference=f"vicostream_kernels.reference.attention:{_name}",
         cpu=f"vicostream_kernels.native.attention:{_name}_cpu",
     )

@@ -1,0 +1,375 @@
+"""attention in Triton: sink + window over pages, packed windows, the merging of results.
+
+The functions have the semantics of the raw ops of `vicostream_kernels.ops.attention`, which holds
+the contract and checks the arguments. Nothing here waits for the device: grids are bounds that the
+host knows, and programs without work leave.
+
+`sink_window_attention` launches `index_kernel`, which finds the visible keys; then for streams of
+more than FEW_QUERIES rows `prefill_kernel`, for the others `split_kernel` and `combine_kernel`.
+Which of the two serves a stream is settled on the device by its own rows: its bits must not depend
+on what else is in the call.
+"""
+
+import contextlib
+import math
+from collections.abc import Sequence
+
+import torch
+import triton
+
+from vicostream_kernels.triton_kernels._attention_decode import (
+    FEW_QUERIES,
+    MAX_RUNS,
+    MIN_RUN,
+    combine_kernel,
+    split_kernel,
+)
+from vicostream_kernels.triton_kernels._attention_index import GRANULE, index_kernel
+from vicostream_kernels.triton_kernels._attention_prefill import prefill_kernel
+from vicostream_kernels.triton_kernels._attention_varlen import merge_kernel, varlen_kernel
+
+_LOG2_E = math.log2(math.e)
+_INT32_MAX = 2**31 - 1
+
+
+def _strides(tensor: torch.Tensor, name: str, axes: str) -> dict[str, int]:
+    """The stride arguments of one tensor, named after its axes."""
+    return {
+        f"{name}_stride_{axis}": value for axis, value in zip(axes, tensor.stride(), strict=True)
+    }
+
+
+def _on(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+def _parts(head_dim: int, halves: bool) -> dict[str, int]:
+    """How a head's channels are laid out: see `_attention_tile`."""
+    if halves:
+        half = head_dim // 2
+        width = max(16, triton.next_power_of_2(half))
+        return {"HEAD_DIM": head_dim, "SPLIT": half, "PART_A": width, "PART_B": width}
+    whole = max(16, triton.next_power_of_2(head_dim))
+    low = whole // 2
+    high = max(16, triton.next_power_of_2(head_dim - low))
+    if head_dim <= low or low + high >= whole:
+        return {"HEAD_DIM": head_dim, "SPLIT": head_dim, "PART_A": whole, "PART_B": 0}
+    return {"HEAD_DIM": head_dim, "SPLIT": low, "PART_A": low, "PART_B": high}
+
+
+def _prefill_config(width: int, itemsize: int, turned: bool) -> dict[str, int]:
+    """Tile and launch of the prefill, by the channels that the parts have together.
+
+    Fixed by class, for sm_80 and sm_90 alike; the compile gate holds each against spills.
+    """
+    if itemsize == 4:
+        return {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1}
+    if width <= 64:
+        return {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3}
+    if width <= 128:
+        return {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2 if turned else 3}
+    return {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2}
+
+
+def _decode_config(width: int, itemsize: int, turned: bool) -> dict[str, int]:
+    """Tile and launch of the split kernel."""
+    if itemsize == 4:
+        return {"BLOCK_M": 16, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1}
+    return {"BLOCK_M": 16, "BLOCK_N": 64 if width <= 128 else 32, "num_warps": 4, "num_stages": 3}
+
+
+def _varlen_config(width: int, itemsize: int) -> dict[str, int]:
+    """Tile and launch of the packed windows: 64 rows, as the ViT's windows have."""
+    if itemsize == 4:
+        return {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1}
+    if width <= 128:
+        return {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2}
+    return {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2}
+
+
+def sink_window_attention(
+    q: torch.Tensor,
+    k_pages: torch.Tensor,
+    v_pages: torch.Tensor,
+    page_table: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor | None = None,
+    kv_len: torch.Tensor | None = None,
+    page_fill: torch.Tensor | None = None,
+    sink_tokens: int = 0,
+    window: int | None = None,
+    window_start: torch.Tensor | None = None,
+    sm_scale: float | None = None,
+    sink_logits: torch.Tensor | None = None,
+    page_shift: torch.Tensor | None = None,
+    inv_freq: torch.Tensor | None = None,
+    mrope_section: Sequence[int] | None = None,
+    max_seqlen_q: int | None = None,
+) -> None:
+    """Attention of q over the listed pages into out and lse.
+
+    The arguments are those of the raw op `vicostream::sink_window_attention`, which has checked
+    them; any strides. Runs on the current stream of their device. Raises ValueError for a table
+    that lists 2^31 slots or more a stream.
+    """
+    rows, heads, head_dim = q.shape
+    pages, page_size, kv_heads = k_pages.shape[:3]
+    tables = page_table if page_table.dim() == 3 else page_table[:, None]
+    streams, per_stream, length = tables.shape
+    if rows * heads == 0:
+        return
+    if streams * length * pages == 0:
+        out.zero_()
+        if lse is not None:
+            lse.fill_(-math.inf)
+        return
+    if length * page_size + rows > _INT32_MAX:
+        raise ValueError(
+            f"sink_window_attention: page_table lists {length} pages of {page_size} slots; with "
+            f"{rows} query rows the triton backend takes at most {_INT32_MAX} logical positions"
+        )
+
+    # Counts that hide nothing are no window, and sinks without a window are nothing special.
+    if window is not None:
+        window = None if window > length * page_size else int(window)
+    windowed = window is not None or window_start is not None
+    sink_tokens = min(int(sink_tokens), length * page_size) if windowed else 0
+    granules = triton.cdiv(length * page_size, GRANULE)
+    if window is not None:
+        # Of a stream with n queries, window + n - 1 keys at most, at any alignment.
+        seen = triton.cdiv(sink_tokens, GRANULE) + triton.cdiv(window + rows, GRANULE) + 1
+        granules = min(granules, seen)
+    capacity = granules * GRANULE
+    scale = (head_dim**-0.5 if sm_scale is None else sm_scale) * _LOG2_E
+    groups = max(per_stream, kv_heads)
+    parts = _parts(head_dim, halves=page_shift is not None)
+    width = parts["PART_A"] + parts["PART_B"]
+    cu_seqlens_q = cu_seqlens_q.contiguous()
+    window_start = None if window_start is None else window_start.contiguous()
+    sink_logits = None if sink_logits is None else sink_logits.contiguous()
+
+    with _on(q):
+        device = {"device": q.device}
+        totals = torch.empty(streams * per_stream, dtype=torch.int32, **device)
+        slot_type = torch.int32 if pages * page_size <= _INT32_MAX else torch.int64
+        slots = torch.empty(streams * per_stream, capacity, dtype=slot_type, **device)
+        entries = angles = None
+        if page_shift is not None:
+            entries = torch.empty(streams * per_stream, capacity, dtype=torch.int32, **device)
+            size = (streams * per_stream, length, head_dim)
+            angles = torch.empty(size, dtype=torch.float32, **device)
+        _index(
+            tables, pages, page_size, kv_len, page_fill, cu_seqlens_q, rows, sink_tokens, window,
+            window_start, page_shift, inv_freq, mrope_section, head_dim, totals, slots, entries,
+            angles,
+        )  # fmt: skip
+
+        found = {
+            "cu_seqlens_ptr": cu_seqlens_q,
+            "window_start_ptr": window_start,
+            "totals_ptr": totals,
+            "streams": streams,
+            "rows": rows,
+            "sink_tokens": sink_tokens,
+            "window": window,
+            "TABLES": per_stream,
+        }
+        keys = {
+            "q_ptr": q,
+            "k_ptr": k_pages,
+            "v_ptr": v_pages,
+            "slots_ptr": slots,
+            "entries_ptr": entries,
+            "angles_ptr": angles,
+            "length": length,
+            "capacity": capacity,
+            "kv_heads": kv_heads,
+            "scale": scale,
+            **_strides(q, "q", "nhd"),
+            **_strides(k_pages, "k", "pbhd"),
+            **_strides(v_pages, "v", "pbhd"),
+            "PAGE_SIZE": page_size,
+            "GROUP": heads // groups,
+            **parts,
+        }
+        results = {
+            "out_ptr": out,
+            "lse_ptr": lse,
+            "sink_logits_ptr": sink_logits,
+            "out_stride_n": out.stride(0),
+            "out_stride_h": out.stride(1),
+            "lse_stride_n": 0 if lse is None else lse.stride(0),
+        }
+        if rows > FEW_QUERIES:
+            config = _prefill_config(width, q.element_size(), page_shift is not None)
+            tiles = rows * (heads // groups) // config["BLOCK_M"] + streams + 1
+            prefill_kernel[(tiles, groups)](
+                few_queries=FEW_QUERIES, **found, **keys, **results, **config
+            )
+
+        config = _decode_config(width, q.element_size(), page_shift is not None)
+        few = min(rows, FEW_QUERIES)
+        by_row = rows <= streams * FEW_QUERIES
+        partial_rows = rows if by_row else streams * FEW_QUERIES
+        runs = min(MAX_RUNS, triton.cdiv(granules, MIN_RUN))
+        hint = few if max_seqlen_q is None else max(1, min(few, max_seqlen_q))
+        row_tiles = triton.cdiv(hint * (heads // groups), config["BLOCK_M"])
+        shape = (partial_rows, heads, runs)
+        partial = torch.empty(*shape, head_dim, dtype=torch.float32, **device)
+        state = torch.empty(*shape, 2, dtype=torch.float32, **device)
+        split_kernel[(streams * row_tiles * groups * runs,)](
+            partial_ptr=partial, state_ptr=state, groups=groups, row_tiles=row_tiles, runs=runs,
+            BY_ROW=by_row, **found, **keys, **config,
+        )  # fmt: skip
+        combine_kernel[(partial_rows * heads,)](
+            partial_ptr=partial, state_ptr=state, heads=heads, runs=runs, BY_ROW=by_row, **found,
+            **results, HEAD_DIM=head_dim, CHANNELS=triton.next_power_of_2(head_dim), RUNS=16,
+            num_warps=4 if head_dim > 64 else 2,
+        )  # fmt: skip
+
+
+def _index(
+    tables: torch.Tensor,
+    pages: int,
+    page_size: int,
+    kv_len: torch.Tensor | None,
+    page_fill: torch.Tensor | None,
+    cu_seqlens_q: torch.Tensor,
+    rows: int,
+    sink_tokens: int,
+    window: int | None,
+    window_start: torch.Tensor | None,
+    page_shift: torch.Tensor | None,
+    inv_freq: torch.Tensor | None,
+    mrope_section: Sequence[int] | None,
+    head_dim: int,
+    totals: torch.Tensor,
+    slots: torch.Tensor,
+    entries: torch.Tensor | None,
+    angles: torch.Tensor | None,
+) -> None:
+    """Writes totals, slots, entries and angles: see `index_kernel`."""
+    streams, per_stream, length = tables.shape
+    half = head_dim // 2
+    sections = (half, 0) if mrope_section is None else mrope_section
+    shift_strides = (0, 0, 0, 0)
+    if page_shift is not None:
+        shifts = page_shift if page_shift.dim() == 4 else page_shift[:, None]
+        shift_strides = shifts.stride()
+    entries_of_program = 16
+    grid = (streams * per_stream * triton.cdiv(length, entries_of_program),)
+    index_kernel[grid](
+        table_ptr=tables,
+        page_fill_ptr=None if page_fill is None else page_fill.contiguous(),
+        kv_len_ptr=None if kv_len is None else kv_len.contiguous(),
+        cu_seqlens_ptr=cu_seqlens_q,
+        window_start_ptr=window_start,
+        shift_ptr=page_shift,
+        inv_freq_ptr=None if page_shift is None else inv_freq.contiguous(),
+        totals_ptr=totals,
+        slots_ptr=slots,
+        entries_ptr=entries,
+        angles_ptr=angles,
+        per_stream=per_stream,
+        length=length,
+        pages=pages,
+        rows=rows,
+        sink_tokens=sink_tokens,
+        window=window,
+        capacity=slots.shape[1],
+        height_from=sections[0],
+        width_from=sections[0] + sections[1],
+        **_strides(tables, "table", "sxl"),
+        **{f"shift_stride_{axis}": value for axis, value in zip("sxla", shift_strides)},
+        PAGE_SIZE=page_size,
+        HALF=half,
+        FREQUENCIES=triton.next_power_of_2(half),
+        ENTRIES=entries_of_program,
+        SLOTS=min(64, triton.next_power_of_2(page_size)),
+        SCAN=min(1024, triton.next_power_of_2(length)),
+        num_warps=4,
+    )
+
+
+def varlen_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    sm_scale: float | None = None,
+) -> torch.Tensor:
+    """Attention inside each packed window.
+
+    The arguments are those of the raw op `vicostream::varlen_attention`, which has checked them.
+    """
+    rows, heads, head_dim = q.shape
+    windows = cu_seqlens_q.shape[0] - 1
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    if out.numel() == 0:
+        return out
+    parts = _parts(head_dim, halves=False)
+    config = _varlen_config(parts["PART_A"] + parts["PART_B"], q.element_size())
+    row_tiles = triton.cdiv(max(1, min(max_seqlen_q, rows)), config["BLOCK_M"])
+    with _on(q):
+        varlen_kernel[((windows + 1) * heads * row_tiles,)](
+            q_ptr=q,
+            k_ptr=k,
+            v_ptr=v,
+            out_ptr=out,
+            cu_seqlens_q_ptr=cu_seqlens_q.contiguous(),
+            cu_seqlens_k_ptr=cu_seqlens_k.contiguous(),
+            windows=windows,
+            q_rows=rows,
+            k_rows=k.shape[0],
+            heads=heads,
+            row_tiles=row_tiles,
+            scale=(head_dim**-0.5 if sm_scale is None else sm_scale) * _LOG2_E,
+            **_strides(q, "q", "nhd"),
+            **_strides(k, "k", "nhd"),
+            **_strides(v, "v", "nhd"),
+            out_stride_n=out.stride(0),
+            out_stride_h=out.stride(1),
+            **parts,
+            **config,
+        )
+    return out
+
+
+def merge_states(
+    out_a: torch.Tensor, lse_a: torch.Tensor, out_b: torch.Tensor, lse_b: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The attention over two disjoint sets of keys, from the results over each.
+
+    The arguments are those of the raw op `vicostream::merge_states`, which has checked them.
+    """
+    rows, heads, head_dim = out_a.shape
+    out = torch.empty(out_a.shape, dtype=out_a.dtype, device=out_a.device)
+    lse = torch.empty(lse_a.shape, dtype=torch.float32, device=out_a.device)
+    if lse.numel() == 0:
+        return out, lse
+    channels = triton.next_power_of_2(head_dim)
+    tile = max(1, 2048 // channels)
+    with _on(out_a):
+        merge_kernel[(triton.cdiv(rows * heads, tile),)](
+            out_a_ptr=out_a,
+            lse_a_ptr=lse_a,
+            out_b_ptr=out_b,
+            lse_b_ptr=lse_b,
+            out_ptr=out,
+            lse_ptr=lse,
+            rows=rows,
+            heads=heads,
+            **_strides(out_a, "out_a", "nhd"),
+            **_strides(lse_a, "lse_a", "nh"),
+            **_strides(out_b, "out_b", "nhd"),
+            **_strides(lse_b, "lse_b", "nh"),
+            HEAD_DIM=head_dim,
+            CHANNELS=channels,
+            ROWS=tile,
+            num_warps=4,
+        )
+    return out, lse
