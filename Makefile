@@ -23,7 +23,9 @@ export VICO_CUDA := 0
 endif
 endif
 
-BIN := $(abspath $(VENV))/bin
+# Relative, since the checkout may lie in a folder whose name has a space; BIN_PATH is to be quoted.
+BIN := $(VENV)/bin
+BIN_PATH := $(abspath $(BIN))
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 STAMP := $(VENV)/.installed
 SUFFIX = $(shell $(BIN)/python -c "import sysconfig; print(sysconfig.get_config_var('EXT_SUFFIX'))")
@@ -31,6 +33,8 @@ NATIVE := $(wildcard csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/include/vico/*.h b
 
 .PHONY: demo test build bench lint format packaging gpu-check clean help
 .DEFAULT_GOAL := help
+# A python that could not make a virtual environment leaves half of one behind.
+.DELETE_ON_ERROR:
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -47,11 +51,11 @@ $(STAMP): pyproject.toml setup.py CMakeLists.txt | $(BIN)/python
 	@touch $@
 
 build: $(STAMP)
-	@PATH="$(BIN):$$PATH" cmake -S . -B build/cmake -G Ninja -Wno-dev --log-level=WARNING \
-	  -DPython_EXECUTABLE=$(BIN)/python -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir) >build-configure.log 2>&1 \
+	@PATH="$(BIN_PATH):$$PATH" cmake -S . -B build/cmake -G Ninja -Wno-dev --log-level=WARNING \
+	  -DPython_EXECUTABLE="$(BIN_PATH)/python" -Dpybind11_DIR="$$($(BIN)/python -m pybind11 --cmakedir)" >build-configure.log 2>&1 \
 	  || { cat build-configure.log; exit 1; }
 	@rm -f build-configure.log
-	@PATH="$(BIN):$$PATH" cmake --build build/cmake --parallel
+	@PATH="$(BIN_PATH):$$PATH" cmake --build build/cmake --parallel
 	@# Moved into place: copying over a module that a running process has mapped would crash it.
 	@cmp -s build/cmake/_C$(SUFFIX) vicostream_kernels/_C$(SUFFIX) || \
 	  { cp build/cmake/_C$(SUFFIX) build/_C.new && mv -f build/_C.new vicostream_kernels/_C$(SUFFIX); }
@@ -80,14 +84,14 @@ packaging: $(STAMP)
 	$(BIN)/pytest tests/packaging -m packaging
 
 # No network and no virtual environment: the machine's own python has torch, Triton and pytest.
-GPU_PYTHON ?= $(shell python3 -c "import torch" 2>/dev/null && echo python3 || echo $(BIN)/python)
-GPU_SITE := $(abspath out/gpu-check/site)
+GPU_PYTHON ?= $(shell python3 -c "import torch" 2>/dev/null && echo python3 || echo "$(BIN_PATH)/python")
+GPU_SITE := out/gpu-check/site
 
 gpu-check:
 	@nvidia-smi -L >/dev/null 2>&1 || { echo "make gpu-check needs an NVIDIA GPU; none was found" >&2; exit 2; }
 	rm -rf $(GPU_SITE) && mkdir -p $(GPU_SITE)
-	VICO_CUDA=1 VICO_STRICT=1 $(GPU_PYTHON) -m pip install -q --no-index --no-build-isolation --no-deps --target $(GPU_SITE) .
-	cd out/gpu-check && PYTHONPATH=$(GPU_SITE) $(GPU_PYTHON) -m vicostream_kernels.bench.gpu_check --root $(CURDIR)
+	VICO_CUDA=1 VICO_STRICT=1 "$(GPU_PYTHON)" -m pip install -q --no-index --no-build-isolation --no-deps --target $(GPU_SITE) .
+	cd out/gpu-check && PYTHONPATH="$(abspath $(GPU_SITE))" "$(GPU_PYTHON)" -m vicostream_kernels.bench.gpu_check --root "$(CURDIR)"
 
 clean:
 	rm -rf build out dist vicostream_kernels/_C*.so *.egg-info
