@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import operator
 import os
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from functools import lru_cache, wraps
+from functools import cache, wraps
 
 import torch
 
@@ -53,7 +54,7 @@ def remember(check: Callable[..., None]) -> Callable[..., None]:
     return remembering
 
 
-@lru_cache(maxsize=None)
+@cache
 def _names(spec: str) -> tuple[str, ...]:
     return tuple(spec.split())
 
@@ -145,13 +146,60 @@ def check_range(
 
 
 def check_last_dim_dense(op: str, **tensors: torch.Tensor | None) -> None:
-    """Tensors that are written in place need stride 1 along the last dimension."""
+    """Tensors written in place need stride 1 along the last dimension, and no expanded dimension.
+
+    An expanded dimension (stride 0) holds several elements in one place: the last write would win.
+    """
     for name, tensor in tensors.items():
-        if tensor is not None and tensor.dim() and tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+        if tensor is None:
+            continue
+        if tensor.dim() and tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
             raise ValueError(
                 f"{op}: {name} is written in place and needs a dense last dimension, "
                 f"got strides {tuple(tensor.stride())}"
             )
+        if any(stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride())):
+            raise ValueError(
+                f"{op}: {name} is written in place and can't be an expanded tensor, "
+                f"got shape {tuple(tensor.shape)} with strides {tuple(tensor.stride())}"
+            )
+
+
+def check_apart(op: str, **tensors: torch.Tensor | None) -> None:
+    """Tensors written in place may lie between each other, but no two start at one address.
+
+    Reads addresses, which ``remember`` does not know of: call it outside remembered checks.
+    """
+    seen: dict[int, str] = {}
+    for name, tensor in tensors.items():
+        if tensor is None or not (address := tensor.data_ptr()):  # 0: no elements
+            continue
+        if address in seen:
+            raise ValueError(
+                f"{op}: {seen[address]} and {name} are the same memory; both are written, so each "
+                "needs its own"
+            )
+        seen[address] = name
+
+
+def check_tensors(op: str, optional: bool = False, **tensors: object) -> None:
+    """The public functions' share: what is no tensor never reaches the dispatcher's own errors."""
+    for name, value in tensors.items():
+        if not isinstance(value, torch.Tensor) and not (optional and value is None):
+            raise TypeError(
+                f"{op}: {name} must be a tensor{' or None' if optional else ''}, "
+                f"got {type(value).__name__}"
+            )
+
+
+def int_list(op: str, name: str, value: Iterable[object] | None) -> list[int] | None:
+    """``value`` as a list of ints, None as None; raises TypeError for anything else."""
+    if value is None:
+        return None
+    try:
+        return [operator.index(v) for v in value]
+    except TypeError:
+        raise TypeError(f"{op}: {name}={value!r} must be a sequence of ints or None") from None
 
 
 def check_mrope_section(op: str, section: Sequence[int] | None, half: int) -> None:

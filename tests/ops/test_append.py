@@ -330,7 +330,39 @@ BAD = {
         ValueError,
         "summary.source='both' is not one of 'rotated', 'raw'",
     ),
-    "not a tensor": (dict(q=lambda x: x.numpy()), (TypeError, AttributeError, RuntimeError), ""),
+    "no tensor": (dict(q=lambda x: x.numpy()), TypeError, "q must be a tensor, got ndarray"),
+    "slots in a list": (dict(slots=lambda x: x.tolist()), TypeError, "slots must be a tensor"),
+    "sections of floats": (
+        dict(mrope_section=lambda x: [2.0, 3.0, 3.0]),
+        TypeError,
+        "mrope_section=.* must be a sequence of ints",
+    ),
+    "a summary of another type": (
+        dict(summary=lambda x: (x.sum, x.count)),
+        TypeError,
+        "summary must be a KeySummary or None, got tuple",
+    ),
+    "pages expanded": (
+        dict(k_pages=lambda x: x[:1].expand(5, 3, 2, 16)),
+        ValueError,
+        "k_pages is written in place and can't be an expanded tensor",
+    ),
+    "sums expanded": (
+        dict(summary=lambda x: KeySummary(x.sum[:1].expand(3, 2, 16), x.count)),
+        ValueError,
+        "sum is written in place and can't be an expanded tensor",
+    ),
+    "bounds without parts": (
+        dict(summary=lambda x: KeySummary(kmin=x.kmin[:, :0], kmax=x.kmax[:, :0])),
+        ValueError,
+        "sub=0 parts a block, allowed: 1 or more",
+    ),
+    "no KV heads": (
+        dict.fromkeys(("k", "v", "k_pages", "v_pages", "raw_k_pages"), lambda x: x[..., :0, :])
+        | dict(summary=lambda x: KeySummary(x.sum[:, :0], x.count)),
+        ValueError,
+        "k has 0 heads, allowed: 1 or more",
+    ),
 }
 
 
@@ -347,6 +379,66 @@ def test_bad_input_raises_before_anything_is_written(what):
         call.run("auto")
     for name, tensor in kept.items():
         assert_same_bits(tensor, before[name], name=name)
+
+
+@pytest.mark.skipif(backends.INTERPRET, reason="runs in the main process")
+def test_memory_that_is_written_twice_is_refused():
+    """Also when a call of the same layout has passed before."""
+    call = Call()
+    call.run("auto")
+    before = call.snapshot()
+    kept = call.written()
+    for first, second in (("k_pages", "v_pages"), ("v_pages", "raw_k_pages")):
+        wrong = Call()
+        wrong.__dict__.update(call.__dict__)
+        setattr(wrong, second, getattr(call, first))
+        with pytest.raises(ValueError, match=f"{first} and {second} are the same memory"):
+            wrong.run("auto")
+    for name, tensor in kept.items():
+        assert_same_bits(tensor, before[name], name=name)
+
+    pool = torch.zeros(5, 2, 3, 2, 16)  # K and V of a page side by side
+    call.k_pages, call.v_pages = pool[:, 0], pool[:, 1]
+    call.run("auto")
+    wanted = Call()
+    wanted.k_pages, wanted.v_pages = torch.zeros(5, 3, 2, 16), torch.zeros(5, 3, 2, 16)
+    wanted.run("auto")
+    assert_same_bits(call.k_pages, wanted.k_pages)
+    assert_same_bits(call.v_pages, wanted.v_pages)
+
+
+def test_an_empty_summary_is_float32_whatever_the_default():
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        summary = KeySummary.empty(2, 1, 8, kind="both")
+    finally:
+        torch.set_default_dtype(default)
+    assert {t.dtype for t in (summary.sum, summary.kmin, summary.kmax)} == {torch.float32}
+    assert summary.count.dtype == torch.int32
+
+
+@pytest.mark.skipif(backends.INTERPRET, reason="runs in the main process")
+def test_forward_mode_is_refused():
+    """A tangent that got lost would be a derivative of zero."""
+    call = Call()
+    with pytest.raises(RuntimeError, match="no backward"):
+        torch.func.jvp(lambda x: vars(call).update(q=x) or call.run("auto"), (call.q,), (call.q,))
+    call = Call()
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(RuntimeError, match="no backward"):
+        call.q = torch.autograd.forward_ad.make_dual(call.q, torch.ones_like(call.q))
+        call.run("auto")
+
+
+@pytest.mark.skipif(backends.INTERPRET, reason="runs in the main process")
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+def test_autograd_notices_that_the_pages_were_written(backend):
+    call = Call()
+    weight = torch.ones_like(call.k_pages, requires_grad=True)
+    loss = (weight * call.k_pages).sum()
+    call.run(backend)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
 
 
 @pytest.mark.skipif(backends.INTERPRET, reason="runs in the main process")

@@ -19,16 +19,6 @@ for _name in ("sink_window_attention", "varlen_attention", "merge_states"):
     )
 
 
-def check_tensors(op: str, optional: bool = False, **tensors: object) -> None:
-    """The public functions' share: what is no tensor never reaches the dispatcher's own errors."""
-    for name, value in tensors.items():
-        if not isinstance(value, torch.Tensor) and not (optional and value is None):
-            raise TypeError(
-                f"{op}: {name} must be a tensor{' or None' if optional else ''}, "
-                f"got {type(value).__name__}"
-            )
-
-
 def _check_scale(op: str, sm_scale: float | None) -> None:
     if sm_scale is not None and not math.isfinite(sm_scale):
         raise ValueError(f"{op}: sm_scale={sm_scale} must be finite, or None for d**-0.5")

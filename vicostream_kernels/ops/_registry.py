@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 NAMESPACE = "vicostream"
 _LIBRARY = torch.library.Library(NAMESPACE, "DEF")
@@ -17,9 +18,9 @@ _LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 def register(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Any:
     """Defines ``vicostream::<schema>`` and returns its overload.
 
-    ``run`` checks its arguments, picks a backend and computes; ``fake`` gives shapes and dtypes only
-    (and runs the same checks). An op either returns fresh tensors or writes into arguments that its
-    schema marks as mutated and returns nothing.
+    ``run`` checks its arguments, picks a backend and computes; ``fake`` gives shapes and dtypes
+    only (and runs the same checks). An op either returns fresh tensors or writes into arguments
+    that its schema marks as mutated and returns nothing.
     """
     name = schema.partition("(")[0]
     _LIBRARY.define(schema)
@@ -32,15 +33,32 @@ def register(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> 
 
 
 def _refuse_autograd(name: str, overload: Any) -> Callable[..., Any]:
+    arguments = overload._schema.arguments
+    written = [i for i, a in enumerate(arguments) if a.alias_info and a.alias_info.is_write]
+
+    def refuse() -> None:
+        raise RuntimeError(
+            f"{name} has no backward: an input requires grad. Call it under "
+            "torch.no_grad() or torch.inference_mode(), or detach() the input."
+        )
+
     def below_autograd(*args: Any, **kwargs: Any) -> Any:
         if torch.is_grad_enabled():
             for value in (*args, *kwargs.values()):
                 if isinstance(value, torch.Tensor) and value.requires_grad:
-                    raise RuntimeError(
-                        f"{name} has no backward: an input requires grad. Call it under "
-                        "torch.no_grad() or torch.inference_mode(), or detach() the input."
-                    )
+                    refuse()
+        if forward_ad._current_level >= 0:  # its tangents do not show in requires_grad
+            for value in (*args, *kwargs.values()):
+                dual = isinstance(value, torch.Tensor) and forward_ad.unpack_dual(value)
+                if dual and dual.tangent is not None:
+                    refuse()
         with torch._C._AutoDispatchBelowAutograd():
-            return overload(*args, **kwargs)
+            result = overload(*args, **kwargs)
+        if written:
+            # Autograd refuses to use what it saved of a tensor that was written since; the kernels
+            # write behind its back.
+            changed = [args[i] for i in written if i < len(args) and args[i] is not None]
+            torch.autograd.graph.increment_version(changed)
+        return result
 
     return below_autograd

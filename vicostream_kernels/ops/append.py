@@ -28,7 +28,7 @@ _SCHEMA = (
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class KeySummary:
     """Growing summaries of blocks of keys; ``rope_append`` updates the tensors in place.
 
@@ -64,13 +64,14 @@ class KeySummary:
         """A summary of no keys yet; ``kind`` is "mean", "minmax" or "both"."""
         checks.check_choice("KeySummary", "kind", kind, ("mean", "minmax", "both"))
         made: dict[str, torch.Tensor] = {}
+        floats = {"dtype": torch.float32, "device": device}  # whatever torch's default dtype is
         if kind != "minmax":
-            made["sum"] = torch.zeros(blocks, kv_heads, head_dim, device=device)
+            made["sum"] = torch.zeros(blocks, kv_heads, head_dim, **floats)
             made["count"] = torch.zeros(blocks, dtype=torch.int32, device=device)
         if kind != "mean":
             shape = (blocks, sub, kv_heads, head_dim)
-            made["kmin"] = torch.full(shape, torch.inf, device=device)
-            made["kmax"] = torch.full(shape, -torch.inf, device=device)
+            made["kmin"] = torch.full(shape, torch.inf, **floats)
+            made["kmax"] = torch.full(shape, -torch.inf, **floats)
         return KeySummary(**made, source=source)
 
 
@@ -103,8 +104,10 @@ def rope_append(
         k_pages: [P, B, G, d], written in place: the rotated keys.
         v_pages: [P, B, G, d], written in place: the values.
         slots: [N] int32, ``page * B + offset`` of each token. Slots are unique; -1, or any slot
-            outside the pool, leaves that token out of the pages (its query is rotated all the same).
-        raw_k_pages: [P, B, G, d]?, written in place: the keys before rotation.
+            outside the pool, leaves that token out of the pages (its query is rotated all the
+            same).
+        raw_k_pages: [P, B, G, d]?, written in place: the keys before rotation. What is written must
+            not overlap the inputs or each other.
         summary: KeySummary?, updated in place with the stored keys, tokens in order, so that
             feeding a block in pieces gives the bits of feeding it whole. Needs ``block_of_page``.
         block_of_page: [P] int32?, the summary row of each page; outside [0, NB) means none.
@@ -123,16 +126,28 @@ def rope_append(
     multimodal sections of Qwen2-VL (arXiv 2409.12191, section 2.1). Angles are reduced in float64
     turns, so positions may grow for days of stream.
     """
-    q_out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    if not isinstance(summary, KeySummary | None):
+        raise TypeError(
+            f"rope_append: summary must be a KeySummary or None, got {type(summary).__name__}"
+        )
     parts = summary if summary is not None else KeySummary()
+    checks.check_tensors(
+        "rope_append", q=q, k=k, v=v, positions=positions, inv_freq=inv_freq, k_pages=k_pages,
+        v_pages=v_pages, slots=slots,
+    )  # fmt: skip
+    checks.check_tensors(
+        "rope_append", optional=True, raw_k_pages=raw_k_pages, sum=parts.sum, count=parts.count,
+        kmin=parts.kmin, kmax=parts.kmax, block_of_page=block_of_page,
+    )  # fmt: skip
     checks.check_choice("rope_append", "summary.source", parts.source, ("rotated", "raw"))
+    q_out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     torch.ops.vicostream.rope_append(
         q,
         k,
         v,
         positions,
         inv_freq,
-        None if mrope_section is None else list(mrope_section),
+        checks.int_list("rope_append", "mrope_section", mrope_section),
         k_pages,
         v_pages,
         slots,
@@ -195,6 +210,10 @@ def _check(
     )  # fmt: skip
     if k_pages.shape[1] == 0:
         raise ValueError("rope_append: k_pages has page size 0, allowed: 1 or more")
+    if dims["G"] == 0:
+        raise ValueError("rope_append: k has 0 heads, allowed: 1 or more")
+    if kmin is not None and dims["sub"] == 0:
+        raise ValueError("rope_append: kmin has sub=0 parts a block, allowed: 1 or more")
 
 
 def _check_values(slots: torch.Tensor, pool: int) -> None:
@@ -215,6 +234,10 @@ def _run(
     _check(
         q, k, v, positions, inv_freq, mrope_section, k_pages, v_pages, slots, q_out, raw_k_pages,
         sum, count, kmin, kmax, block_of_page,
+    )  # fmt: skip
+    checks.check_apart(
+        "rope_append", k_pages=k_pages, v_pages=v_pages, raw_k_pages=raw_k_pages, sum=sum,
+        kmin=kmin, kmax=kmax,
     )  # fmt: skip
     if checks.CHECK_VALUES:
         _check_values(slots, k_pages.shape[0] * k_pages.shape[1])

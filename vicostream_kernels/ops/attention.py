@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
-from vicostream_kernels.ops import _attention
+from vicostream_kernels import checks
+from vicostream_kernels.ops import _attention  # noqa: F401  (registers the raw ops)
 
 
 def sink_window_attention(
@@ -94,11 +95,11 @@ def sink_window_attention(
     pass with LSE, FlashAttention-2 (arXiv 2307.08691); page tables, PagedAttention (arXiv
     2309.06180); learned sink logits, gpt-oss (arXiv 2508.10925).
     """
-    _attention.check_tensors(
+    checks.check_tensors(
         "sink_window_attention", q=q, k_pages=k_pages, v_pages=v_pages, page_table=page_table,
         cu_seqlens_q=cu_seqlens_q,
     )  # fmt: skip
-    _attention.check_tensors(
+    checks.check_tensors(
         "sink_window_attention", optional=True, kv_len=kv_len, page_fill=page_fill,
         window_start=window_start, sink_logits=sink_logits, page_shift=page_shift,
         inv_freq=inv_freq, out=out,
@@ -122,7 +123,7 @@ def sink_window_attention(
         sink_logits,
         page_shift,
         inv_freq,
-        None if mrope_section is None else list(mrope_section),
+        checks.int_list("sink_window_attention", "mrope_section", mrope_section),
         max_seqlen_q,
         backend,
     )
@@ -168,7 +169,7 @@ def varlen_attention(
 
     Source: window attention of Qwen2.5-VL's ViT (arXiv 2502.13923, section 2.1.1).
     """
-    _attention.check_tensors(
+    checks.check_tensors(
         "varlen_attention", q=q, k=k, v=v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k
     )
     return torch.ops.vicostream.varlen_attention(
@@ -208,5 +209,5 @@ def merge_states(
     Source: online softmax (Milakov and Gimelshein, arXiv 1805.02867), as FlashInfer's cascade
     merge (arXiv 2501.01005, section 2.2).
     """
-    _attention.check_tensors("merge_states", out_a=out_a, lse_a=lse_a, out_b=out_b, lse_b=lse_b)
+    checks.check_tensors("merge_states", out_a=out_a, lse_a=lse_a, out_b=out_b, lse_b=lse_b)
     return torch.ops.vicostream.merge_states(out_a, lse_a, out_b, lse_b, backend)
