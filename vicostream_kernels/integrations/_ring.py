@@ -168,7 +168,7 @@ class SinkWindowRing:
         else:
             flat = member.flatten()
             total = min(self.streams * longest, flat.shape[0])
-            rows = torch.argsort(flat.logical_not(), stable=True)[:total]
+            rows = torch.argsort((~flat).to(torch.uint8), stable=True)[:total]
             home = torch.where(flat[rows], rows, flat.shape[0])
             starts = torch.zeros(self.streams + 1, dtype=torch.int64, device=self.device)
             torch.cumsum(member.sum(1), 0, out=starts[1:])
