@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from kit import tensors
 from kit.compare import assert_matches, assert_same_bits
 from kit.topk import assert_valid_topk
@@ -38,6 +39,16 @@ def test_assert_matches_allows_twice_the_error_of_torch():
     assert_matches((truth + 1.9e-3).float(), truth, (truth + 1e-3).float())
     with pytest.raises(AssertionError, match="allowed"):
         assert_matches((truth + 2.1e-3).float(), truth, (truth + 1e-3).float())
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_assert_matches_takes_no_measure_from_an_overflow_of_torch(bad):
+    truth = torch.ones(10, dtype=torch.float64)
+    overflown = truth.float()
+    overflown[3] = bad
+    assert_matches(truth.float(), truth, overflown)
+    with pytest.raises(AssertionError, match="allowed"):
+        assert_matches((truth + 1e-3).float(), truth, overflown)
 
 
 def test_assert_matches_catches_a_bias_that_no_single_error_shows():

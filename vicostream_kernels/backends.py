@@ -23,6 +23,8 @@ WORDS = ("prune", "attention", "reuse", "retrieve", "preprocess", "append")
 BACKENDS = ("cuda", "triton", "cpu", "reference")
 _AUTO_ORDER = {"cuda": ("cuda", "triton", "reference"), "cpu": ("cpu", "reference")}
 _FALLBACK_ORDER = ("reference",)
+#: The oldest GPU that the architectures in CMakeLists.txt serve.
+_MIN_CAPABILITY = (8, 0)
 #: Triton's interpreter decides when a kernel is decorated, so the variable counts at import.
 INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
@@ -104,6 +106,13 @@ def missing(backend: str, device_type: str, dtype: torch.dtype | None = None) ->
         return reason
     if backend == "cuda" and not module.has_cuda:
         return "_C was built without CUDA (no nvcc at build time, or VICO_CUDA=0)"
+    if backend == "cuda" and torch.cuda.is_available():
+        capability = torch.cuda.get_device_capability()
+        if capability < _MIN_CAPABILITY:
+            return (
+                "_C holds kernels for compute capability 8.0 and newer, "
+                f"this device has {capability[0]}.{capability[1]}"
+            )
     return None
 
 

@@ -6,8 +6,10 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 import vicostream_kernels as vk
 from vicostream_kernels import backends
@@ -84,6 +86,26 @@ def test_a_request_that_cannot_be_served_says_why_and_what_can(monkeypatch):
     with pytest.raises(vk.BackendUnavailable, match="_C is missing"):
         backends.choose("rope_append", "cpu", "cpu")
     backends.choose.cache_clear()
+
+
+def test_a_gpu_too_old_for_the_kernels_gets_the_reference(monkeypatch):
+    monkeypatch.setattr(backends, "native", lambda: (SimpleNamespace(has_cuda=True), None))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    capability = (7, 5)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    caches = (backends.choose, backends._triton_missing)
+    try:
+        for clear in caches:
+            clear.cache_clear()
+        assert backends.choose("rope_append", "auto", "cuda") == "reference"
+        with pytest.raises(vk.BackendUnavailable, match=r"capability 8.0 and newer.* has 7.5"):
+            backends.choose("rope_append", "cuda", "cuda")
+        capability = (8, 6)
+        backends.choose.cache_clear()
+        assert backends.choose("rope_append", "auto", "cuda") == "cuda"
+    finally:
+        for clear in caches:
+            clear.cache_clear()
 
 
 def test_info_has_a_reason_for_every_gap():
