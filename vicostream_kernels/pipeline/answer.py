@@ -54,7 +54,7 @@ class Answer:
         self._tokens: list[int] = []
         self._block: Block | None = None
         self._held = ExitStack()
-        self._first = history.fork_id(time_s)
+        self._first, self._preamble = history.fork_id(time_s), history.preamble
         self._trace = recorder.trace
         self._decoding_s = 0.0
         recorder.questions.append(self.figures)
@@ -154,7 +154,9 @@ class Answer:
         return selected_view(history, table, chosen, last)
 
     def _windowed(self, new_tokens: int) -> View:
-        window = question_window(self._method, self._history, new_tokens, self._time_s)
+        window = question_window(
+            self._method, self._history, self._preamble, new_tokens, self._time_s
+        )
         return window_view(self._method, self._history, window, self._first)
 
     def _advance(self) -> tuple[str, str | None]:

@@ -131,14 +131,17 @@ def chunk_window(method: Method, history: History, new_tokens: int) -> Window:
     return _cut(method, blocks + chunks, new_tokens)
 
 
-def question_window(method: Method, history: History, new_tokens: int, time_s: float) -> Window:
+def question_window(
+    method: Method, history: History, preamble: Block | None, new_tokens: int, time_s: float
+) -> Window:
     """What a question of ``new_tokens`` tokens at ``time_s`` sees after the sink, without
-    retrieval: all that the method keeps, the last window included."""
+    retrieval: all that the method keeps, the last window included. ``preamble`` is the history's at
+    the fork: video that comes later may retire it."""
     chunks = history.chunks(time_s)
     reach = method.engine.window_chunks
     if method.engine.history == "window" and reach is not None:
         chunks = chunks[-(reach + 1) :]
-    blocks = [] if history.preamble is None else [history.preamble]
+    blocks = [] if preamble is None else [preamble]
     return _cut(method, blocks + chunks, new_tokens)
 
 
