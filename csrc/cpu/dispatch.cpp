@@ -2,14 +2,16 @@
 
 #include <cstdlib>
 #include <cstring>
+#include <stdexcept>
+#include <string>
 
 namespace vico {
 namespace {
 
 Isa detect() {
+  Isa best = Isa::kBaseline;
 #if defined(VICO_X86)
   __builtin_cpu_init();
-  Isa best = Isa::kBaseline;
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
       __builtin_cpu_supports("f16c"))
     best = Isa::kAvx2;
@@ -17,14 +19,13 @@ Isa detect() {
       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512vl"))
     best = Isa::kAvx512;
-  if (const char* wanted = std::getenv("VICO_ISA")) {
-    for (int i = 0; i <= static_cast<int>(best); ++i)
-      if (std::strcmp(wanted, isa_name(static_cast<Isa>(i))) == 0) return static_cast<Isa>(i);
-  }
-  return best;
-#else
-  return Isa::kBaseline;
 #endif
+  const char* wanted = std::getenv("VICO_ISA");
+  if (wanted == nullptr || *wanted == '\0') return best;
+  for (const Isa isa : {Isa::kBaseline, Isa::kAvx2, Isa::kAvx512})
+    if (std::strcmp(wanted, isa_name(isa)) == 0) return isa < best ? isa : best;
+  throw std::invalid_argument(std::string("VICO_ISA=") + wanted +
+                              " is not one of baseline, avx2, avx512");
 }
 
 }  // namespace

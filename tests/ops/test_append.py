@@ -490,3 +490,17 @@ print(backends.native()[0].build_info()["isa"])
     assert done.returncode == 0, done.stderr
     if done.stdout.strip() != isa:
         pytest.skip(f"this processor has {done.stdout.strip()} at most")
+
+
+def test_an_unknown_instruction_set_is_refused(tmp_path):
+    import os
+    import subprocess
+    import sys
+
+    if backends.why_not("rope_append", "cpu", "cpu"):
+        pytest.skip(backends.why_not("rope_append", "cpu", "cpu"))
+    done = subprocess.run(
+        [sys.executable, "-c", "from vicostream_kernels import backends as b; b.info()"],
+        env={**os.environ, "VICO_ISA": "AVX2"}, capture_output=True, text=True, cwd=tmp_path,
+    )  # fmt: skip
+    assert "ValueError: VICO_ISA=AVX2 is not one of baseline, avx2, avx512" in done.stderr
