@@ -135,6 +135,7 @@ def test_variable_rate_and_fps(tmp_path):
     assert len(whole["questions"][0]["blocks"]) == 1
     sampled = Outcome(tmp_path, path, fps=2).report
     assert sampled["frames"] == {"read": 10, "processed": 4, "dropped": 6}
+    assert (whole["source"]["fps"], sampled["source"]["fps"]) == (None, 2)
 
 
 def test_a_size_change_midway(tmp_path):

@@ -113,7 +113,7 @@ class _Run:
         if video == "sample":
             video, questions = self._sample(questions)
         with VideoSource(video, fps=options.fps) as source:
-            recorder.source = asdict(source.info)
+            recorder.source = {**asdict(source.info), "fps": options.fps}
             self._part = "model"
             self._screen.say(f"loading {options.model} on {device} ...")
             if device.type == "cpu" and (hint := busy_hint()):
