@@ -64,6 +64,10 @@ VICO_FORWARD(rope_append, AppendArgs)
 VICO_FORWARD(sink_window_attention, AttentionArgs)
 VICO_FORWARD(varlen_attention, VarlenArgs)
 VICO_FORWARD(merge_states, MergeArgs)
+VICO_FORWARD(select_changed, ChangedArgs)
+VICO_FORWARD(gather_rows, GatherArgs)
+VICO_FORWARD(merge_rows, MergeRowsArgs)
+VICO_FORWARD(prune_tokens, PruneArgs)
 
 }  // namespace cpu
 }  // namespace vico

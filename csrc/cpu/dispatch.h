@@ -3,6 +3,8 @@
 
 #include "vico/append.h"
 #include "vico/attention.h"
+#include "vico/prune.h"
+#include "vico/reuse.h"
 
 namespace vico {
 
@@ -12,6 +14,10 @@ namespace vico {
   void sink_window_attention(const AttentionArgs& args, int n_threads); \
   void varlen_attention(const VarlenArgs& args, int n_threads);         \
   void merge_states(const MergeArgs& args, int n_threads);              \
+  void select_changed(const ChangedArgs& args, int n_threads);          \
+  void gather_rows(const GatherArgs& args, int n_threads);              \
+  void merge_rows(const MergeRowsArgs& args, int n_threads);            \
+  void prune_tokens(const PruneArgs& args, int n_threads);              \
   }
 VICO_DECLARE(baseline)
 #if defined(VICO_X86)

@@ -16,7 +16,12 @@ __all__ = ["PruneRule", "PruneState", "PrunedTokens", "Term", "prune_tokens"]
 
 _OP = "prune_tokens"
 
-backends.declare("prune", _OP, reference="vicostream_kernels.reference.prune:prune_tokens")
+backends.declare(
+    "prune",
+    _OP,
+    reference="vicostream_kernels.reference.prune:prune_tokens",
+    cpu="vicostream_kernels.native.prune:prune_tokens_cpu",
+)
 
 _SCHEMA = (
     "prune_tokens(Tensor x, Tensor positions, str rule, int[]? shapes, Tensor(a!) tokens, "
@@ -158,10 +163,11 @@ def _tensors_of(state: PruneState) -> tuple[torch.Tensor | None, ...]:
     return state.steps, state.previous, state.last_kept, state.mean, state.mean_count
 
 
+@checks.remember
 def _check(
     x, positions, rule, shapes, tokens, out_positions, index, cu_count, mask, steps, previous,
     last_kept, mean, mean_count, external_score, external_mask, group_ids, group_k,
-) -> PruneRule:  # fmt: skip
+) -> None:  # fmt: skip
     parsed = PruneRule.parse(rule)
     dims = checks.Dims(_OP)
     rows = "T N" if shapes is None else "M"
@@ -193,7 +199,6 @@ def _check(
         _OP, tokens=tokens, out_positions=out_positions, index=index, mask=mask, cu_count=cu_count,
         steps=steps, **state,
     )  # fmt: skip
-    return parsed
 
 
 def _chunks(x: torch.Tensor, shapes: Sequence[int] | None) -> list[tuple[int, int]]:
@@ -264,13 +269,14 @@ def _run(
     previous=None, last_kept=None, mean=None, mean_count=None, external_score=None,
     external_mask=None, group_ids=None, group_k=None, backend="auto",
 ) -> None:  # fmt: skip
-    parsed = _check(
+    _check(
         x, positions, rule, shapes, tokens, out_positions, index, cu_count, mask, steps, previous,
         last_kept, mean, mean_count, external_score, external_mask, group_ids, group_k,
     )  # fmt: skip
     backends.resolve(_OP, backend, x)(
-        x, positions, parsed, shapes, tokens, out_positions, index, cu_count, mask, steps,
-        previous, last_kept, mean, mean_count, external_score, external_mask, group_ids, group_k,
+        x, positions, PruneRule.parse(rule), shapes, tokens, out_positions, index, cu_count, mask,
+        steps, previous, last_kept, mean, mean_count, external_score, external_mask, group_ids,
+        group_k,
     )  # fmt: skip
 
 

@@ -16,7 +16,12 @@ METRICS = ("cosine", "l1", "l2", "dot")
 _RANGE = {"cosine": (-1.0, 1.0), "l1": (None, 0.0), "l2": (None, 0.0), "dot": (None, None)}
 
 for _name in ("select_changed", "gather_rows", "merge_rows"):
-    backends.declare("reuse", _name, reference=f"vicostream_kernels.reference.reuse:{_name}")
+    backends.declare(
+        "reuse",
+        _name,
+        reference=f"vicostream_kernels.reference.reuse:{_name}",
+        cpu=f"vicostream_kernels.native.reuse:{_name}_cpu",
+    )
 
 
 class Changed(NamedTuple):
@@ -167,6 +172,7 @@ def _check_index(op: str, index: torch.Tensor, places: int, unique: bool) -> Non
         raise ValueError(f"{op}: index holds the same row twice in a frame, allowed: each once")
 
 
+@checks.remember
 def _check_select(feature, reference, k, threshold, capacity, metric, force) -> None:
     op = "select_changed"
     checks.check_choice(op, "metric", metric, METRICS)
@@ -205,6 +211,7 @@ def _select_fake(
     )
 
 
+@checks.remember
 def _check_gather(x, index) -> None:
     dims = checks.Dims("gather_rows")
     dims.bind("x", x, "F N C", checks.FLOAT_DTYPES)
@@ -224,6 +231,7 @@ def _gather_fake(x, index, backend="auto") -> torch.Tensor:
     return x.new_empty((*index.shape, x.shape[-1]))
 
 
+@checks.remember
 def _check_merge(base, rows, index, residual) -> None:
     op = "merge_rows"
     dims = checks.Dims(op)

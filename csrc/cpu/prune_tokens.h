@@ -1,0 +1,68 @@
+// What the stages of prune_tokens share: where a segment's tokens lie, and what is known of each.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "cpu/row_sums.h"
+#include "vico/prune.h"
+
+namespace vico {
+namespace VICO_ISA {
+
+// One chunk, or one segment of the packed form.
+template <typename T>
+struct Segment {
+  int64_t number, steps, places, start;  // start: its first token in the call
+  const T* x;
+  int64_t x_step, x_row;
+
+  const T* token(int64_t t, int64_t n) const { return x + t * x_step + n * x_row; }
+  int64_t at(int64_t t, int64_t n) const { return start + t * places + n; }
+};
+
+template <typename T>
+std::vector<Segment<T>> segments_of(const PruneArgs& a) {
+  std::vector<Segment<T>> made;
+  int64_t start = 0;
+  for (int64_t s = 0; s < a.segments; ++s) {
+    const int64_t steps = a.shapes[2 * s], places = a.shapes[2 * s + 1];
+    made.push_back({s, steps, places, start, static_cast<const T*>(a.x) + start * a.x_row,
+                    a.packed ? places * a.x_row : a.x_step, a.x_row});
+    start += steps * places;
+  }
+  return made;
+}
+
+// A token that must stay, or that may not: known before its score is.
+enum Mark : uint8_t { kFirstStep = 1, kBroken = 2, kMaskedIn = 4, kMaskedOut = 8 };
+constexpr uint8_t kMust = kFirstStep | kBroken | kMaskedIn;
+
+// One value or mark for each token of the call.
+struct Judged {
+  std::vector<float> score, squares;
+  std::vector<uint8_t> marks, keep;
+  explicit Judged(int64_t total)
+      : score(total, 0.0f), squares(total, 0.0f), marks(total, 0), keep(total, 0) {}
+};
+
+// Written as what it does not drop, so that NaN is kept.
+inline bool passes(const PruneRule& rule, float score) {
+  if (std::isnan(rule.threshold)) return true;
+  switch (rule.keep) {
+    case PruneKeep::kBelow:
+      return !(score >= rule.threshold);
+    case PruneKeep::kAtMost:
+      return !(score > rule.threshold);
+    case PruneKeep::kAbove:
+      return !(score <= rule.threshold);
+    default:
+      return !(score < rule.threshold);
+  }
+}
+
+inline int64_t padded_width(int64_t width) { return (width + kLanes - 1) / kLanes * kLanes; }
+
+}  // namespace VICO_ISA
+}  // namespace vico

@@ -1,0 +1,178 @@
+// select_changed, gather_rows, merge_rows on the CPU: compiled once per instruction set.
+//
+// Bound by memory. select_changed reads features and references once (a shared reference row serves
+// all frames while it is in cache); merge_rows reads only the rows that it writes.
+
+#include "vico/reuse.h"
+
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "cpu/row_sums.h"
+#include "vico/similarity.h"
+
+namespace vico {
+namespace VICO_ISA {
+namespace {
+
+template <typename T>
+float likeness(const T* a, const T* b, float b_squares, const ChangedArgs& s) {
+  const int64_t n = s.width;
+  switch (s.metric) {
+    case Likeness::kL1:
+      return -(absolute_distance(a, b, n) / static_cast<float>(n));
+    case Likeness::kL2:
+      return -std::sqrt(square_distance(a, 1.0f, b, 1.0f, n) / static_cast<float>(n));
+    case Likeness::kDot:
+      return dot_of(a, b, n);
+    case Likeness::kCosine:
+      break;
+  }
+  const SquaresAndDot sums = squares_and_dot(a, b, n);
+  return cosine_of(sums.dot, sums.squares, b_squares);
+}
+
+template <typename T>
+void compare_place(const ChangedArgs& s, int64_t place) {
+  const T* feature = static_cast<const T*>(s.feature) + place * s.feature_row;
+  const T* reference = static_cast<const T*>(s.reference) + place * s.reference_row;
+  float squares = 0.0f;
+  for (int64_t f = 0; f < s.frames; ++f) {
+    const T* other = reference + f * s.reference_frame;
+    if (s.metric == Likeness::kCosine && (f == 0 || s.reference_frame != 0))
+      squares = squares_of(other, s.width);
+    s.similarity[f * s.places + place] = likeness(feature + f * s.feature_frame, other, squares, s);
+  }
+}
+
+// The key of rank `wanted - 1`: what is not above it is among the first `wanted`.
+uint64_t bound_of(std::vector<uint64_t>& keys, int64_t wanted) {
+  if (wanted == 0) return 0;
+  if (wanted >= static_cast<int64_t>(keys.size())) return ~uint64_t{0};
+  std::nth_element(keys.begin(), keys.begin() + (wanted - 1), keys.end());
+  return keys[wanted - 1];
+}
+
+void list_frame(const ChangedArgs& s, int64_t f) {
+  const float* alike = s.similarity + f * s.places;
+  const bool* force = s.force == nullptr ? nullptr : s.force + f * s.force_frame;
+  const auto key = [&](int64_t i) { return rank_key(force == nullptr || !force[i], alike[i], i); };
+  std::vector<uint64_t> keys(s.places);
+  for (int64_t i = 0; i < s.places; ++i) keys[i] = key(i);
+  const uint64_t changed_bound = bound_of(keys, s.k);
+  const uint64_t listed_bound = s.capacity == s.k ? changed_bound : bound_of(keys, s.capacity);
+
+  int32_t* index = s.index + f * s.capacity;
+  int64_t listed = 0;
+  int32_t count = 0;
+  const bool by_threshold = !std::isnan(s.threshold);
+  for (int64_t i = 0; i < s.places; ++i) {
+    const uint64_t own = key(i);
+    const bool changed = (s.k > 0 && own <= changed_bound) || (force != nullptr && force[i]) ||
+                         (by_threshold && !(alike[i] >= s.threshold));
+    count += changed;
+    if (changed && own <= listed_bound) index[listed++] = static_cast<int32_t>(i);
+  }
+  std::fill(index + listed, index + s.capacity, -1);
+  s.count[f] = count;
+}
+
+template <typename T>
+void select(const ChangedArgs& s, int n_threads) {
+  const int workers = worthwhile_threads(s.frames * s.places * s.width, n_threads);
+#pragma omp parallel num_threads(workers)
+  {
+#pragma omp for schedule(static)
+    for (int64_t place = 0; place < s.places; ++place) compare_place<T>(s, place);
+#pragma omp for schedule(static)
+    for (int64_t f = 0; f < s.frames; ++f) list_frame(s, f);
+  }
+}
+
+template <typename T>
+void gather(const GatherArgs& g, int n_threads) {
+  const int64_t total = g.frames * g.rows, bytes = g.width * int64_t{sizeof(T)};
+  const int workers = worthwhile_threads(total * g.width, n_threads);
+#pragma omp parallel for num_threads(workers) schedule(static)
+  for (int64_t i = 0; i < total; ++i) {
+    const int64_t f = i / g.rows, row = g.index[f * g.index_frame + i % g.rows];
+    T* out = static_cast<T*>(g.out) + i * g.width;
+    if (row < 0 || row >= g.places) {
+      std::memset(out, 0, bytes);
+    } else {
+      std::memcpy(out, static_cast<const T*>(g.x) + f * g.x_frame + row * g.x_row, bytes);
+    }
+  }
+}
+
+void add_rows(const float* a, const float* b, float* out, int64_t n) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) out[i] = a[i] + b[i];
+}
+
+// Added in fp32, rounded once.
+template <typename T>
+void add_rows(const T* a, const T* b, T* out, int64_t n) {
+  alignas(64) float first[8], second[8], sum[8];
+  int64_t i = 0;
+  for (; i + 8 <= n; i += 8) {
+    load_row(a + i, first, 8);
+    load_row(b + i, second, 8);
+    for (int j = 0; j < 8; ++j) sum[j] = first[j] + second[j];
+    store_row(sum, out + i, 8);
+  }
+  if (i == n) return;
+  T padded[3][8] = {};
+  std::memcpy(padded[0], a + i, (n - i) * sizeof(T));
+  std::memcpy(padded[1], b + i, (n - i) * sizeof(T));
+  add_rows(padded[0], padded[1], padded[2], 8);
+  std::memcpy(out + i, padded[2], (n - i) * sizeof(T));
+}
+
+template <typename T>
+void merge(const MergeRowsArgs& m, int n_threads) {
+  const int64_t total = m.frames * m.places, bytes = m.width * int64_t{sizeof(T)};
+  std::vector<int32_t> row_of(total, -1);
+  for (int64_t f = 0; f < m.frames; ++f) {
+    for (int64_t k = 0; k < m.replaced; ++k) {
+      const int64_t place = m.index[f * m.index_frame + k];
+      if (place >= 0 && place < m.places) row_of[f * m.places + place] = static_cast<int32_t>(k);
+    }
+  }
+  const int workers = worthwhile_threads(total * m.width, n_threads);
+#pragma omp parallel for num_threads(workers) schedule(static)
+  for (int64_t i = 0; i < total; ++i) {
+    const int64_t f = i / m.places, place = i % m.places;
+    const T* source =
+        row_of[i] >= 0 ? static_cast<const T*>(m.rows) + f * m.rows_frame + row_of[i] * m.rows_row
+                       : static_cast<const T*>(m.base) + f * m.base_frame + place * m.base_row;
+    T* out = static_cast<T*>(m.out) + i * m.width;
+    if (m.residual == nullptr) {
+      std::memcpy(out, source, bytes);
+    } else {
+      add_rows(source,
+               static_cast<const T*>(m.residual) + f * m.residual_frame + place * m.residual_row,
+               out, m.width);
+    }
+  }
+}
+
+}  // namespace
+
+#define VICO_BY_DTYPE(function, args)             \
+  switch ((args).dtype) {                         \
+    case DType::kFloat32:                         \
+      return function<float>(args, n_threads);    \
+    case DType::kFloat16:                         \
+      return function<Half>(args, n_threads);     \
+    case DType::kBFloat16:                        \
+      return function<BFloat16>(args, n_threads); \
+  }
+
+void select_changed(const ChangedArgs& args, int n_threads) { VICO_BY_DTYPE(select, args) }
+void gather_rows(const GatherArgs& args, int n_threads) { VICO_BY_DTYPE(gather, args) }
+void merge_rows(const MergeRowsArgs& args, int n_threads) { VICO_BY_DTYPE(merge, args) }
+
+}  // namespace VICO_ISA
+}  // namespace vico

@@ -1,0 +1,162 @@
+// Sums over one or two rows of any length, in fp32. The order of the additions depends on the
+// length alone, so the bits do not depend on threads, neighbours or how a stream is cut.
+#pragma once
+
+#include <cstring>
+
+#include "cpu/rows.h"
+#include "cpu/simd.h"
+
+namespace vico {
+namespace VICO_ISA {
+
+using Floats = Lanes<kLanes>::F;
+using Ints = Lanes<kLanes>::I;
+
+// Smaller work than this is not worth waking threads for.
+constexpr int64_t kElementsPerThread = 1 << 15;
+
+inline int worthwhile_threads(int64_t elements, int n_threads) {
+  const int64_t most = elements / kElementsPerThread + 1;
+  return most < n_threads ? static_cast<int>(most) : n_threads;
+}
+
+VICO_INLINE Floats load_lanes(const float* at) { return load<Floats>(at); }
+
+VICO_INLINE Floats load_lanes(const BFloat16* at) {
+  typedef uint16_t Shorts __attribute__((vector_size(kLanes * 2)));
+  using Unsigned = Lanes<kLanes>::U;
+  return (Floats)(__builtin_convertvector(load<Shorts>(at), Unsigned) << 16);
+}
+
+VICO_INLINE Floats load_lanes(const Half* at) {
+#if defined(__AVX512F__)
+  // The mask of all lanes: the plain intrinsic warns of its own undefined operand in GCC 12.
+  const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at));
+  return (Floats)_mm512_maskz_cvtph_ps(static_cast<__mmask16>(0xffff), halves);
+#else
+  alignas(64) float wide[8];
+  static_assert(kLanes <= 8, "");
+  load_row(at, wide, kLanes);
+  return load<Floats>(wide);
+#endif
+}
+
+// The next kLanes elements of a row, or the last `left` of them with zeros behind.
+template <typename T>
+VICO_INLINE Floats load_lanes(const T* at, int64_t left) {
+  if (left >= kLanes) return load_lanes(at);
+  T padded[kLanes];
+  std::memset(padded, 0, sizeof(padded));
+  std::memcpy(padded, at, left * sizeof(T));
+  return load_lanes(padded);
+}
+
+VICO_INLINE float sum_lanes(Floats v) {
+  alignas(64) float lane[kLanes];
+  store(lane, v);
+  for (int half = kLanes / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) lane[i] += lane[i + half];
+  return lane[0];
+}
+
+VICO_INLINE Floats absolute(Floats v) { return (Floats)((Ints)v & 0x7fffffff); }
+
+// A product as it is in memory: contracted into a difference it would tell equal vectors apart.
+VICO_INLINE Floats rounded(Floats v) {
+#if defined(__aarch64__)
+  __asm__("" : "+w"(v));
+#else
+  __asm__("" : "+v"(v));
+#endif
+  return v;
+}
+
+// K sums over a row of n: `add(i, left, total)` adds elements i to min(i + kLanes, n) to K totals.
+template <int K, typename Add>
+VICO_INLINE void row_sums(int64_t n, float* out, Add&& add) {
+  constexpr int kChains = 4;  // hides the latency of the additions
+  Floats total[kChains][K];
+  std::memset(total, 0, sizeof(total));
+  int64_t i = 0;
+  for (; i + kChains * kLanes <= n; i += kChains * kLanes) {
+#pragma GCC unroll 4
+    for (int chain = 0; chain < kChains; ++chain)
+      add(i + chain * kLanes, int64_t{kLanes}, total[chain]);
+  }
+  for (; i < n; i += kLanes) add(i, n - i, total[0]);
+  for (int k = 0; k < K; ++k)
+    out[k] = sum_lanes((total[0][k] + total[1][k]) + (total[2][k] + total[3][k]));
+}
+
+// Channels to leave out, as integers of zeros (out) and ones (in), padded to whole vectors.
+struct AllChannels {
+  VICO_INLINE Floats operator()(Floats v, int64_t) const { return v; }
+};
+struct SomeChannels {
+  const int32_t* mask;
+  VICO_INLINE Floats operator()(Floats v, int64_t i) const {
+    return (Floats)((Ints)v & load<Ints>(mask + i));  // not a product: NaN stays out
+  }
+};
+
+template <typename A, typename Channels = AllChannels>
+VICO_INLINE float squares_of(const A* a, int64_t n, Channels channels = {}) {
+  float sum;
+  row_sums<1>(n, &sum, [&](int64_t i, int64_t left, Floats* total) {
+    const Floats v = channels(load_lanes(a + i, left), i);
+    total[0] += v * v;
+  });
+  return sum;
+}
+
+template <typename A, typename B, typename Channels = AllChannels>
+VICO_INLINE float dot_of(const A* a, const B* b, int64_t n, Channels channels = {}) {
+  float sum;
+  row_sums<1>(n, &sum, [&](int64_t i, int64_t left, Floats* total) {
+    total[0] += channels(load_lanes(a + i, left), i) * channels(load_lanes(b + i, left), i);
+  });
+  return sum;
+}
+
+struct SquaresAndDot {
+  float squares, dot;  // of the first row; with the second
+};
+
+template <typename T>
+VICO_INLINE SquaresAndDot squares_and_dot(const T* a, const T* b, int64_t n) {
+  float sum[2];
+  row_sums<2>(n, sum, [&](int64_t i, int64_t left, Floats* total) {
+    const Floats v = load_lanes(a + i, left), w = load_lanes(b + i, left);
+    total[0] += v * v;
+    total[1] += v * w;
+  });
+  return {sum[0], sum[1]};
+}
+
+// sum |a - b|
+template <typename A, typename B, typename Channels = AllChannels>
+VICO_INLINE float absolute_distance(const A* a, const B* b, int64_t n, Channels channels = {}) {
+  float sum;
+  row_sums<1>(n, &sum, [&](int64_t i, int64_t left, Floats* total) {
+    total[0] += absolute(channels(load_lanes(a + i, left) - load_lanes(b + i, left), i));
+  });
+  return sum;
+}
+
+// sum (a * a_scale - b * b_scale)^2
+template <typename A, typename B, typename Channels = AllChannels>
+VICO_INLINE float square_distance(const A* a, float a_scale, const B* b, float b_scale, int64_t n,
+                                  Channels channels = {}) {
+  float sum;
+  row_sums<1>(n, &sum, [&](int64_t i, int64_t left, Floats* total) {
+    const Floats v = rounded(load_lanes(a + i, left) * a_scale);
+    const Floats w = rounded(load_lanes(b + i, left) * b_scale);
+    const Floats difference = channels(v - w, i);
+    total[0] += difference * difference;
+  });
+  return sum;
+}
+
+}  // namespace VICO_ISA
+}  // namespace vico
