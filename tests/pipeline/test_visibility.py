@@ -133,6 +133,9 @@ def test_a_vicostream_question_reads_the_system_prompt_the_best_chunks_and_the_l
         frames = pictures(80)
         times = np.arange(80) / 8
         stream.ingest(frames, times)
+        torch.testing.assert_close(
+            stream.history.cache.summaries()[0], torch.stack(kept).float(), rtol=1e-5, atol=1e-6
+        )
         runner = made.runner
         for text, chunks in (("What color is it?", 10), ("Where?", 6)):
             ids = runner.question_ids(text)
