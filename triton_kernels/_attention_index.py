@@ -6,8 +6,8 @@ stream may see, in logical order: the attention kernels load BLOCK_N slots and g
 window stand next to each other in this list; keys hidden between them have no place in it.
 
 What bounds it: latency. It reads the table and the fills and writes 4 bytes a visible key, 1/256 of
-the key and value of two heads of 128 in 16 bits. With `page_shift` it also writes the angles of each
-page (4 d bytes), so that no attention tile computes one.
+the key and value of two heads of 128 in 16 bits. With `page_shift` it also writes the angles of a
+page (4 d bytes): no attention tile computes one.
 """
 
 import triton

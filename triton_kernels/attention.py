@@ -13,6 +13,7 @@ on what else is in the call.
 import contextlib
 import math
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 import triton
@@ -57,34 +58,41 @@ def _parts(head_dim: int, halves: bool) -> dict[str, int]:
     return {"HEAD_DIM": head_dim, "SPLIT": low, "PART_A": low, "PART_B": high}
 
 
-def _prefill_config(width: int, itemsize: int, turned: bool) -> dict[str, int]:
-    """Tile and launch of the prefill, by the channels that the parts have together.
+def _config(rows: int, keys: int, warps: int, stages: int) -> dict[str, int]:
+    return {"BLOCK_M": rows, "BLOCK_N": keys, "num_warps": warps, "num_stages": stages}
 
-    Fixed by class, for sm_80 and sm_90 alike; the compile gate holds each against spills.
-    """
+
+# Tiles and launches are fixed by class: the channels that the parts have together, the bytes of an
+# element, and whether the device has wgmma, whose operands stay in shared memory. Each is as large
+# as the compile gate allows without a spill. A float32 product takes no tensor core.
+
+
+def _prefill_config(width: int, itemsize: int, turned: bool, wgmma: bool) -> dict[str, int]:
     if itemsize == 4:
-        return {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1}
-    if width <= 64:
-        return {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3}
-    if width <= 128:
-        return {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2 if turned else 3}
-    return {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2}
+        return _config(16 if width > 64 else 32, 32, 8, 1)
+    if width > 128:
+        return _config(32, 16, 4, 2) if turned and not wgmma else _config(64, 32, 8, 2)
+    return _config(128, 64 if wgmma and not turned else 32, 8, 2 if turned else 3)
 
 
-def _decode_config(width: int, itemsize: int, turned: bool) -> dict[str, int]:
-    """Tile and launch of the split kernel."""
+def _decode_config(width: int, itemsize: int, wgmma: bool) -> dict[str, int]:
     if itemsize == 4:
-        return {"BLOCK_M": 16, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1}
-    return {"BLOCK_M": 16, "BLOCK_N": 64 if width <= 128 else 32, "num_warps": 4, "num_stages": 3}
+        return _config(16, 32, 8 if width > 64 else 4, 1)
+    return _config(16, 64 if wgmma and width in (16, 32, 64, 128) else 32, 4, 3)
 
 
-def _varlen_config(width: int, itemsize: int) -> dict[str, int]:
-    """Tile and launch of the packed windows: 64 rows, as the ViT's windows have."""
+def _varlen_config(width: int, itemsize: int, wgmma: bool) -> dict[str, int]:
+    """64 rows, as the ViT's windows have."""
     if itemsize == 4:
-        return {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1}
-    if width <= 128:
-        return {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2}
-    return {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2}
+        return _config(16 if width > 64 else 32, 32, 8, 1)
+    if width > 128:
+        return _config(64, 32, 8, 2 if wgmma else 1)
+    return _config(64, 64 if wgmma and width <= 96 else 32, 4, 2)
+
+
+@cache
+def _has_wgmma(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def sink_window_attention(
@@ -202,13 +210,15 @@ def sink_window_attention(
             "lse_stride_n": 0 if lse is None else lse.stride(0),
         }
         if rows > FEW_QUERIES:
-            config = _prefill_config(width, q.element_size(), page_shift is not None)
+            config = _prefill_config(
+                width, q.element_size(), page_shift is not None, _has_wgmma(q.device)
+            )
             tiles = rows * (heads // groups) // config["BLOCK_M"] + streams + 1
             prefill_kernel[(tiles, groups)](
                 few_queries=FEW_QUERIES, **found, **keys, **results, **config
             )
 
-        config = _decode_config(width, q.element_size(), page_shift is not None)
+        config = _decode_config(width, q.element_size(), _has_wgmma(q.device))
         few = min(rows, FEW_QUERIES)
         by_row = rows <= streams * FEW_QUERIES
         partial_rows = rows if by_row else streams * FEW_QUERIES
@@ -312,7 +322,8 @@ def varlen_attention(
     if out.numel() == 0:
         return out
     parts = _parts(head_dim, halves=False)
-    config = _varlen_config(parts["PART_A"] + parts["PART_B"], q.element_size())
+    width = parts["PART_A"] + parts["PART_B"]
+    config = _varlen_config(width, q.element_size(), _has_wgmma(q.device))
     row_tiles = triton.cdiv(max(1, min(max_seqlen_q, rows)), config["BLOCK_M"])
     with _on(q):
         varlen_kernel[((windows + 1) * heads * row_tiles,)](

@@ -13,14 +13,17 @@ from hypothesis import strategies as st
 import vicostream_kernels as vk
 from kit.backends import backends_of
 from kit.compare import assert_same_bits
+from vicostream_kernels import backends
 
 each_backend = pytest.mark.parametrize("backend", backends_of("sink_window_attention"))
 quick = settings(
-    max_examples=60,
+    max_examples=8 if backends.INTERPRET else 60,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
-FLOATS = st.sampled_from((torch.float32, torch.float16, torch.bfloat16))
+# Triton's interpreter computes bfloat16 wrongly, so it is refused there.
+DTYPES = (torch.float32, torch.float16) + (() if backends.INTERPRET else (torch.bfloat16,))
+FLOATS = st.sampled_from(DTYPES)
 
 
 @st.composite

@@ -15,9 +15,31 @@ pytest.importorskip("triton")
 WORDS = sorted({op.word for op in backends.OPS.values() if "triton" in op.implementations})
 
 
+# Too long for every run; the slow test below has them, and the others cover what they cover.
+_LONG = tuple(
+    f"tests/ops/test_attention{test}"
+    for test in (
+        ".py::test_a_streams_bits_do_not_depend_on_the_others[float32",
+        ".py::test_launch_hint_never_changes_results",
+        ".py::test_page_sizes[256",
+        ".py::test_page_sizes[3-",
+        ".py::test_head_groups[1-7",
+        ".py::test_head_groups[3-5",
+        "_properties.py::test_each_streams_bits_are_its_own",
+        "_properties.py::test_two_parts_merge_to_the_whole",
+        "_shift.py::test_evictions_and_any_number_of_moves_equal_a_fresh_run[1",
+        "_shift.py::test_evictions_and_any_number_of_moves_equal_a_fresh_run[2",
+        "_shift.py::test_evictions_and_any_number_of_moves_equal_a_fresh_run[3",
+        "_varlen.py::test_varlen_bits_do_not_depend_on_other_windows[float32",
+    )
+)
+
+
 @cache
 def run() -> interpreter.Run:
-    return interpreter.run(["tests/ops"], "-k", "triton-cpu")
+    left_out = [f"--deselect={test}" for test in _LONG]
+    # bfloat16 is refused there: the interpreter computes it wrongly.
+    return interpreter.run(["tests/ops"], "-k", "triton-cpu and not bfloat16", *left_out)
 
 
 @pytest.mark.skipif(interpreter.ACTIVE, reason="this is the interpreter's process")
@@ -28,3 +50,15 @@ def test_the_ops_tests_pass_in_the_interpreter(word):
     assert not failed, "\n\n".join(failed)
     passed = [nodeid for nodeid, o in outcomes.items() if o.outcome == "passed"]
     assert passed, f"no test of {word} ran on the Triton backend:\n{run().output}"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(interpreter.ACTIVE, reason="this is the interpreter's process")
+@pytest.mark.parametrize("test", _LONG)
+def test_the_long_ones_pass_too(test):
+    path, _, parameters = test.partition("[")
+    chosen = f"triton-cpu and not bfloat16 and {parameters.rstrip('-') or 'triton'}"
+    outcomes = interpreter.run([path], "-k", chosen).outcomes
+    failed = [f"{nodeid}\n{o.text}" for nodeid, o in outcomes.items() if o.outcome == "failed"]
+    assert not failed, "\n\n".join(failed)
+    assert any(o.outcome == "passed" for o in outcomes.values()), f"{test} did not run"

@@ -1,0 +1,188 @@
+"""Every configuration of the attention kernels compiles for sm_80 and sm_90 without a spill.
+
+No GPU is needed: what a call launches is recorded and compiled. A compilation takes some seconds,
+so the whole product of dtypes, head dims and devices is marked slow; by default each head dim, each
+dtype and each variant is compiled where its registers are tightest.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from kit import interpreter
+
+pytest.importorskip("triton")
+if interpreter.ACTIVE:
+    pytest.skip("in the interpreter nothing is compiled", allow_module_level=True)
+
+from kit.cubin import Cubin, compile_launch, record_launches  # noqa: E402
+from vicostream_kernels.triton_kernels import attention  # noqa: E402
+
+FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
+
+
+@pytest.fixture(autouse=True, scope="module")
+def fresh_compiler_cache(tmp_path_factory):
+    """Compile, and not find what an earlier session compiled."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
+        yield
+
+
+def empty(*shape, dtype=torch.int32):
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def paged_call(
+    dtype, d, *, rows=320, window=False, shift=False, logits=False, per_head=False, page=64
+):
+    """A layer of a 7B model: 28 query heads, 4 key heads, 256 listed pages."""
+    h, g, pages, listed = 28, 4, 300, 256
+    table = (1, g, listed) if per_head else (1, listed)
+    return lambda: attention.sink_window_attention(
+        empty(rows, h, d, dtype=dtype), empty(pages, page, g, d, dtype=dtype),
+        empty(pages, page, g, d, dtype=dtype), empty(*table), empty(2),
+        empty(rows, h, d, dtype=dtype), empty(rows, h, dtype=FP32), None, empty(pages),
+        4 if window else 0, 4096 if window else None, empty(1) if window else None, None,
+        empty(h, dtype=FP32) if logits else None, empty(*table, 3) if shift else None,
+        empty(d // 2, dtype=FP32) if shift else None, [d // 8, d // 8, d // 4] if shift else None,
+    )  # fmt: skip
+
+
+def varlen_call(dtype, d):
+    """A frame of the ViT in windows of 64 patches."""
+    x = empty(1280, 16, d, dtype=dtype)
+    return lambda: attention.varlen_attention(x, x, x, empty(21), empty(21), 64, 64)
+
+
+def build(monkeypatch, call, capability) -> dict[str, Cubin]:
+    """What the call would run on such a device, by the kernels' names; each is held to the gate."""
+    monkeypatch.setattr(attention, "_has_wgmma", lambda device: capability >= 90)
+    return {
+        launch.kernel.__name__: compile_launch(launch, capability)
+        for launch in record_launches(call)
+    }
+
+
+def check(built: dict[str, Cubin], dtype, capability) -> None:
+    for name, cubin in built.items():
+        wanted = None
+        if dtype != FP32 and name in ("prefill_kernel", "varlen_kernel"):
+            wanted = "wgmma" if capability >= 90 else "mma"
+        if dtype != FP32 and name == "split_kernel":
+            wanted = "mma"  # 16 rows; wgmma takes 64
+        cubin.check(expect_instruction=wanted)
+
+
+# The plain call is the smallest; a window adds a loop, a shift the angles.
+PAGED = {
+    (FP32, 64, 90): dict(window=True),
+    (FP32, 128, 80): dict(shift=True),
+    (FP16, 80, 80): dict(),
+    (FP16, 256, 90): dict(window=True),
+    (BF16, 64, 80): dict(window=True, logits=True),
+    (BF16, 128, 80): dict(window=True),
+    (BF16, 128, 90): dict(window=True, shift=True, per_head=True),
+    (BF16, 256, 80): dict(shift=True),
+}
+VARLEN = [(FP32, 128, 90), (FP16, 64, 90), (BF16, 80, 80), (BF16, 80, 90), (BF16, 256, 80)]
+
+
+def name_of(value) -> str:
+    return "-".join(map(str, value)).replace("torch.", "")
+
+
+@pytest.mark.parametrize(("key", "options"), PAGED.items(), ids=name_of)
+def test_pages(monkeypatch, key, options):
+    dtype, d, capability = key
+    built = build(monkeypatch, paged_call(dtype, d, **options), capability)
+    assert list(built) == ["index_kernel", "prefill_kernel", "split_kernel", "combine_kernel"]
+    check(built, dtype, capability)
+
+
+@pytest.mark.parametrize("key", VARLEN, ids=name_of)
+def test_packed_windows(monkeypatch, key):
+    dtype, d, capability = key
+    built = build(monkeypatch, varlen_call(dtype, d), capability)
+    assert list(built) == ["varlen_kernel"]
+    check(built, dtype, capability)
+
+
+def test_merge(monkeypatch):
+    out, lse = empty(320, 28, 128, dtype=BF16), empty(320, 28, dtype=FP32)
+    built = build(monkeypatch, lambda: attention.merge_states(out, lse, out, lse), 90)
+    assert list(built) == ["merge_kernel"]
+    check(built, BF16, 90)
+    assert "ld.global.v4.b32" in built["merge_kernel"].ptx, "vectors of 16 bytes"
+
+
+PRODUCT = list(itertools.product((FP32, FP16, BF16), (64, 80, 128, 256), (80, 90)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("key", PRODUCT, ids=name_of)
+@pytest.mark.parametrize("turned", (False, True), ids=("plain", "turned"))
+def test_the_whole_product(monkeypatch, key, turned):
+    dtype, d, capability = key
+    call = paged_call(dtype, d, window=True, shift=turned)
+    check(build(monkeypatch, call, capability), dtype, capability)
+    if not turned:
+        check(build(monkeypatch, varlen_call(dtype, d), capability), dtype, capability)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", (80, 90))
+@pytest.mark.parametrize("d", (8, 24, 96, 112, 160, 192, 224))
+def test_other_head_dims(monkeypatch, d, capability):
+    check(build(monkeypatch, paged_call(BF16, d, window=True), capability), BF16, capability)
+    check(build(monkeypatch, varlen_call(BF16, d), capability), BF16, capability)
+
+
+# ---- what is launched
+
+
+def test_few_rows_launch_no_prefill():
+    names = [launch.kernel.__name__ for launch in record_launches(paged_call(BF16, 128, rows=16))]
+    assert names == ["index_kernel", "split_kernel", "combine_kernel"]
+
+
+def test_head_dim_80_is_not_padded_to_128():
+    for call in (varlen_call(BF16, 80), paged_call(BF16, 80, rows=1)):
+        for launch in record_launches(call):
+            if "PART_A" in launch.arguments:
+                assert (launch.arguments["PART_A"], launch.arguments["PART_B"]) == (64, 16)
+
+
+def test_keys_and_values_are_copied_in_16_bytes_and_asynchronously(monkeypatch):
+    (launch,) = [
+        launch
+        for launch in record_launches(paged_call(BF16, 128, rows=1))
+        if launch.kernel.__name__ == "split_kernel"
+    ]
+    ptx = compile_launch(launch, 90).ptx
+    # A tile of 64 keys is 8 vectors of each of 128 threads, for keys and for values.
+    assert ptx.count("cp.async.cg.shared.global") >= 16
+    assert launch.grid == (4 * 64,), "one tile of rows, 4 key heads, a run for each 256 keys"
+
+
+def test_the_temporary_memory_does_not_grow_with_the_history():
+    def bytes_of(listed: int) -> int:
+        table, x = empty(1, listed), empty(1, 28, 128, dtype=BF16)
+        pool = empty(300, 64, 4, 128, dtype=BF16)
+        launches = record_launches(
+            lambda: attention.sink_window_attention(
+                x, pool, pool, table, empty(2), x, None, None, empty(300), 4, 4096
+            )
+        )
+        made = {
+            id(value): value.numel() * value.element_size()
+            for launch in launches
+            for name, value in launch.arguments.items()
+            if name in ("slots_ptr", "totals_ptr", "partial_ptr", "state_ptr")
+        }
+        return sum(made.values())
+
+    assert bytes_of(10_000) == bytes_of(1000) < 2**20
