@@ -130,7 +130,9 @@ def test_variable_rate_and_fps(tmp_path):
     path = write_video(
         tmp_path / "a.mkv", pictures(10), codec="ffv1", pixel_format="bgr0", times_ms=times
     )
-    whole = Outcome(tmp_path, path, "1.5 What?").report
+    outcome = Outcome(tmp_path, path, "1.55 What?")
+    assert "after the last frame" not in outcome.err  # a gap is not the end
+    whole = outcome.report
     assert [(c["start_s"], c["end_s"]) for c in whole["chunks"]] == [(0.0, 1.5), (1.6, 3.0)]
     assert len(whole["questions"][0]["blocks"]) == 1
     sampled = Outcome(tmp_path, path, fps=2).report

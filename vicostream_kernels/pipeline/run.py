@@ -178,7 +178,11 @@ class _Run:
             stream.flush()
             screen.update(recorder, stream.time_s)
             while waiting:
-                self._ask(stream, waiting.pop(0))
+                question = waiting.pop(0)
+                late, last = question.time_s, stream.time_s
+                if late is not None and late > last and recorder.frames_processed:
+                    screen.say(f"{late:g} s is after the last frame ({last:.3f} s): asked there")
+                self._ask(stream, question)
         finally:
             recorder.frames_read = source.frames_read
             screen.stop()
@@ -194,10 +198,7 @@ class _Run:
         self._part = part
 
     def _answer(self, stream: Any, question: Question) -> None:
-        now = stream.time_s
-        time_s = now if question.time_s is None else question.time_s
-        if time_s > now and self._recorder.frames_processed:
-            self._screen.say(f"{time_s:g} s is after the last frame ({now:.3f} s): asked there")
+        time_s = stream.time_s if question.time_s is None else question.time_s
         self._screen.question(time_s, question.text)
         with stream.ask(question.text, time_s) as answer:
             for piece in answer:
