@@ -10,7 +10,7 @@ from functools import cache, wraps
 import torch
 
 #: Checks that must read device data (index ranges, uniqueness) run only with VICO_CHECK=1.
-CHECK_VALUES = os.environ.get("VICO_CHECK", "0") not in ("", "0")
+CHECK_VALUES = os.environ.get("VICO_CHECK", "0").lower() not in ("", "0", "false", "off", "no")
 
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_HEAD_DIM = 256
