@@ -101,8 +101,7 @@ def varlen_kernel(
     from_row = tl.minimum(tl.maximum(tl.load(cu_seqlens_q_ptr + w), 0), q_rows)
     to_row = tl.load(cu_seqlens_q_ptr + w + 1, mask=w < windows, other=q_rows)
     queries = tl.minimum(to_row, q_rows) - from_row
-    last_w = tl.minimum(w, windows - 1)
-    from_key, keys = rows_of_stream(cu_seqlens_k_ptr, tl.maximum(last_w, 0) * (windows > 0), k_rows)
+    from_key, keys = rows_of_stream(cu_seqlens_k_ptr, tl.minimum(w, windows - 1), k_rows)
     keys = tl.where(w < windows, keys, 0)
     k_ptr += from_key.to(tl.int64) * k_stride_n + head * k_stride_h
     v_ptr += from_key.to(tl.int64) * v_stride_n + head * v_stride_h

@@ -10,10 +10,6 @@ from collections.abc import Sequence
 import torch
 import triton
 
-from vicostream_kernels.triton_kernels._angles import cos_sin as _cos_sin  # noqa: F401
-from vicostream_kernels.triton_kernels._angles import (  # noqa: F401
-    turns_per_position as _turns_per_position,
-)
 from vicostream_kernels.triton_kernels._append_rotate import rotate_kernel
 from vicostream_kernels.triton_kernels._append_summary import summary_kernel
 

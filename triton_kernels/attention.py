@@ -138,9 +138,10 @@ def sink_window_attention(
             f"{rows} query rows the triton backend takes at most {_INT32_MAX} logical positions"
         )
 
-    # Counts that hide nothing are no window, and sinks without a window are nothing special.
+    # Sinks without a window are nothing special. What is compiled must not follow from the length
+    # of the table, which other streams may settle: a window that hides nothing stays one.
     if window is not None:
-        window = None if window > length * page_size else int(window)
+        window = min(int(window), _INT32_MAX - rows)
     windowed = window is not None or window_start is not None
     sink_tokens = min(int(sink_tokens), length * page_size) if windowed else 0
     granules = triton.cdiv(length * page_size, GRANULE)
@@ -319,8 +320,8 @@ def varlen_attention(
     rows, heads, head_dim = q.shape
     windows = cu_seqlens_q.shape[0] - 1
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    if out.numel() == 0:
-        return out
+    if out.numel() == 0 or windows == 0:
+        return out.zero_()
     parts = _parts(head_dim, halves=False)
     width = parts["PART_A"] + parts["PART_B"]
     config = _varlen_config(width, q.element_size(), _has_wgmma(q.device))
