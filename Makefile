@@ -59,7 +59,7 @@ build: $(STAMP)
 	@# Moved into place: copying over a module that a running process has mapped would crash it.
 	@# Imported before that: a module that does not load must not replace one that does.
 	@cmp -s build/cmake/_C$(SUFFIX) vicostream_kernels/_C$(SUFFIX) || \
-	  { (cd build/cmake && "$(BIN)/python" -c "import torch, _C") && cp build/cmake/_C$(SUFFIX) build/_C.new && mv -f build/_C.new vicostream_kernels/_C$(SUFFIX); }
+	  { (cd build/cmake && "$(BIN_PATH)/python" -c "import torch, _C") && cp build/cmake/_C$(SUFFIX) build/_C.new && mv -f build/_C.new vicostream_kernels/_C$(SUFFIX); }
 
 demo: build
 	$(BIN)/vicostream run sample --report out/demo \

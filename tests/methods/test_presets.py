@@ -22,6 +22,7 @@ def test_vicostream_is_as_published():
     method = methods.get("vicostream")
     engine = method.engine
     assert (engine.pixels, engine.frames_per_chunk, engine.window_chunks) == (90_000, 8, 4)
+    assert engine.resizes == 2
     assert engine.seconds_per_step == 1.0
     assert engine.system_prompt == "with_first_chunk" and engine.history == "all"
     rule = method.prune

@@ -257,3 +257,19 @@ def test_the_raw_op_refuses_a_size_that_patches_do_not_fill():
     frames = torch.zeros(2, 30, 40, 3, dtype=torch.uint8)
     with pytest.raises(ValueError, match="width=30 must be a positive multiple of .*28"):
         torch.ops.vicostream.preprocess_frames(frames, 28, 30, MEAN, STD)
+
+
+@pytest.mark.parametrize(
+    "height, width, once, twice",
+    [(360, 640, 112, 135), (480, 640, 108, 130), (500, 500, 100, 121)],
+    ids=["16:9", "4:3", "square"],
+)
+def test_the_rule_applied_twice_gives_the_published_token_counts(height, width, once, twice):
+    """ViCoStream at 90,000 pixels: tokens a step after one and after two resizes."""
+    frames = torch.zeros(2, height, width, 3, dtype=torch.uint8)
+    for resizes, tokens in ((1, once), (2, twice)):
+        _, (t, h, w) = preprocess_frames(
+            frames, min_pixels=90_000, max_pixels=90_000, mean=[0.5] * 3, std=[0.5] * 3,
+            resizes=resizes,
+        )  # fmt: skip
+        assert t * h * w // 4 == tokens

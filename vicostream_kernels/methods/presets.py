@@ -24,9 +24,10 @@ VICOSTREAM = Method(
     ),
     retrieve=RetrieveRule(k=64, score="cosine"),
     engine=EngineRule(
-        # The released code resizes twice and so lands above this budget (252 x 420 for 16:9); one
-        # resize stays below it (224 x 392).
         pixels=90_000,
+        # The released loader applies the rule and the processor does again: 16:9 becomes 252 x 420
+        # (135 tokens a step), not 224 x 392.
+        resizes=2,
         frames_per_chunk=8,
         # The released drivers never pass a frame rate: a step is always one second.
         seconds_per_step=1.0,
@@ -40,7 +41,7 @@ VICOSTREAM = Method(
 FULL_HISTORY = Method(
     name="full-history",
     source="Qwen2.5-VL, arXiv 2502.13923: plain causal attention over the whole video",
-    engine=EngineRule(pixels=90_000),
+    engine=EngineRule(pixels=90_000, resizes=2),
 )
 
 #: Four sink tokens and a window of recent ones; nothing else is kept.
@@ -48,7 +49,7 @@ STREAMING_LLM = Method(
     name="streaming-llm",
     source="StreamingLLM, arXiv 2309.17453; window of the paper's longer setting",
     attention=AttentionRule(sink_tokens=4, window=2044, positions="cache"),
-    engine=EngineRule(pixels=90_000, history="window"),
+    engine=EngineRule(pixels=90_000, resizes=2, history="window"),
 )
 
 PRESETS = {method.name: method for method in (VICOSTREAM, FULL_HISTORY, STREAMING_LLM)}

@@ -81,6 +81,7 @@ class EngineRule:
 
     pixels: each frame is resized to about this many pixels (least = most), within the checkpoint's
         own limits; None takes those limits.
+    resizes: how often the resize rule is applied to the frames' size (they are resampled once).
     frames_per_chunk: raw frames of a chunk; two make a temporal step.
     seconds_per_step: what a step counts as in the temporal position ids. None measures it from the
         frame times of the chunk.
@@ -97,6 +98,7 @@ class EngineRule:
     """
 
     pixels: int | None = None
+    resizes: int = 1
     frames_per_chunk: int = 8
     seconds_per_step: float | None = None
     window_chunks: int | None = None
@@ -113,7 +115,13 @@ class EngineRule:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value} must be at least 1, or none")
-        for name in ("frames_per_chunk", "page_size", "max_new_tokens", "max_question_tokens"):
+        for name in (
+            "resizes",
+            "frames_per_chunk",
+            "page_size",
+            "max_new_tokens",
+            "max_question_tokens",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if self.window_chunks is not None and self.window_chunks < 0:

@@ -78,6 +78,7 @@ def preprocess_frames(
     patch: int = 14,
     merge: int = 2,
     temporal: int = 2,
+    resizes: int = 1,
     dtype: torch.dtype = torch.float32,
     backend: str = "auto",
 ) -> tuple[torch.Tensor, tuple[int, int, int]]:
@@ -101,6 +102,9 @@ def preprocess_frames(
         patch: side of a patch in pixels.
         merge: patches along each side of a merged token; they stand next to each other in the rows.
         temporal: raw frames a step.
+        resizes: how often the rule of ``smart_resize`` is applied to the size before the frames are
+            resampled, once, to the result. Video loaders apply it and the processor does again,
+            which changes the size where min_pixels is above the first result's area.
         dtype: float32, float16 or bfloat16.
         backend: "auto", "cuda", "triton", "cpu" or "reference".
 
@@ -118,10 +122,10 @@ def preprocess_frames(
     ``Qwen2VLVideoProcessor``.
     """
     checks.Dims(_OP).bind("frames", frames, "F H W 3", torch.uint8)
-    _check_sizes(patch=patch, merge=merge, temporal=temporal)
-    height, width = smart_resize(
-        frames.shape[1], frames.shape[2], patch * merge, min_pixels, max_pixels
-    )
+    _check_sizes(patch=patch, merge=merge, temporal=temporal, resizes=resizes)
+    height, width = frames.shape[1:3]
+    for _ in range(resizes):
+        height, width = smart_resize(height, width, patch * merge, min_pixels, max_pixels)
     patches = torch.ops.vicostream.preprocess_frames(
         frames, height, width, list(mean), list(std), patch, merge, temporal, dtype, backend
     )

@@ -106,6 +106,7 @@ class Preprocess:
 
     def __init__(self, runner: Qwen2_5_VLRunner, method: Method) -> None:
         self._runner = runner
+        self._resizes = method.engine.resizes
         pixels = method.engine.pixels
         self.min_pixels, self.max_pixels = runner.min_pixels, runner.max_pixels
         if pixels is not None:
@@ -133,6 +134,7 @@ class Preprocess:
             patch=runner.patch_size,
             merge=runner.merge_size,
             temporal=runner.temporal_patch_size,
+            resizes=self._resizes,
             dtype=runner.dtype,
             backend=runner.backend,
         )
