@@ -25,6 +25,7 @@ PYBIND11_MODULE(_C, m) {
   });
   vico::bind_append(m);
   vico::bind_attention(m);
+  vico::bind_retrieve(m);
   vico::bind_prune(m);
   vico::bind_reuse(m);
 }

@@ -14,6 +14,7 @@ T* pointer(std::uintptr_t address) {
 
 void bind_append(pybind11::module_& m);
 void bind_attention(pybind11::module_& m);
+void bind_retrieve(pybind11::module_& m);
 void bind_prune(pybind11::module_& m);
 void bind_reuse(pybind11::module_& m);
 

@@ -4,6 +4,7 @@
 #include "vico/append.h"
 #include "vico/attention.h"
 #include "vico/prune.h"
+#include "vico/retrieve.h"
 #include "vico/reuse.h"
 
 namespace vico {
@@ -14,6 +15,10 @@ namespace vico {
   void sink_window_attention(const AttentionArgs& args, int n_threads); \
   void varlen_attention(const VarlenArgs& args, int n_threads);         \
   void merge_states(const MergeArgs& args, int n_threads);              \
+  void summarize_blocks(const SummarizeArgs& args, int n_threads);      \
+  void score_blocks(const ScoreArgs& args, int n_threads);              \
+  void select_blocks(const SelectArgs& args, int n_threads);            \
+  void select_pages(const PagesArgs& args, int n_threads);              \
   void select_changed(const ChangedArgs& args, int n_threads);          \
   void gather_rows(const GatherArgs& args, int n_threads);              \
   void merge_rows(const MergeRowsArgs& args, int n_threads);            \

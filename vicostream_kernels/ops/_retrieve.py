@@ -11,7 +11,12 @@ from vicostream_kernels import backends, checks
 from vicostream_kernels.ops._registry import register
 
 for _name in ("summarize_blocks", "topk_blocks", "select_pages"):
-    backends.declare("retrieve", _name, reference=f"vicostream_kernels.reference.retrieve:{_name}")
+    backends.declare(
+        "retrieve",
+        _name,
+        cpu=f"vicostream_kernels.native.retrieve:{_name}_cpu",
+        reference=f"vicostream_kernels.reference.retrieve:{_name}",
+    )
 
 SCORES = ("dot", "cosine", "bound")
 POOLS = ("mean", "max", "softmax")

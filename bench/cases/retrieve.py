@@ -1,0 +1,229 @@
+"""retrieve: scores and choice of blocks, and the list of their pages, against torch's forms."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+
+from vicostream_kernels import backends, select_pages, topk_blocks
+from vicostream_kernels.bench.registry import Case, Inputs, Outputs, Provider, case
+from vicostream_kernels.reference import retrieve as reference
+
+_NO_RULE = {"ratio": None, "mass": None, "token_budget": None, "tokens_per_block": None}
+_ALL_FREE = {"min_k": 1, "group": 1, "force_first": 0, "force_last": 0}
+
+
+def _providers(op: str, run: Any, rivals: list[Provider], device: torch.device) -> list[Provider]:
+    ours = [
+        Provider(f"ours:{name}", partial(run, backend=name), optional=name == "reference")
+        for name in backends.served_by(op, device.type)
+    ]
+    return [*ours, *rivals]
+
+
+def _chosen_scores(inputs: Inputs, result: tuple[torch.Tensor, torch.Tensor]) -> Outputs:
+    """The scores of all blocks, and of the chosen ones in order of size.
+
+    Indices are not compared: two scores within rounding may change places.
+    """
+    index, scores = result
+    found = scores.gather(-1, index.long()).sort(dim=-1).values
+    return {"scores": scores, "chosen": found}
+
+
+def _truth(inputs: Inputs) -> Outputs:
+    summary, summary_max = inputs["summary"], inputs.get("summary_max")
+    score, scope = ("dot", "stream") if summary_max is None else ("bound", "query_head")
+    index, _, scores = reference.topk_blocks(
+        inputs["query"], summary, summary_max, None, None, None, None, None,
+        score, "mean", scope, None, k=inputs["k"], **_NO_RULE, **_ALL_FREE, capacity=inputs["k"],
+    )  # fmt: skip
+    return _chosen_scores(inputs, (index, scores))
+
+
+# --- dot: one mean vector a block ----------------------------------------------------------------
+
+
+def _make_dot(
+    device: torch.device, seed: int, *, blocks: int, width: int, k: int, dtype: torch.dtype
+) -> Inputs:
+    random = torch.Generator().manual_seed(seed)
+    return {
+        "query": torch.randn(1, width, generator=random).to(device, dtype),
+        "summary": torch.randn(1, blocks, width, generator=random).to(device, dtype),
+        "k": k,
+    }
+
+
+def _ours_dot(inputs: Inputs, *, backend: str) -> tuple[torch.Tensor, torch.Tensor]:
+    found = topk_blocks(inputs["query"], inputs["summary"], k=inputs["k"], backend=backend)
+    return found.block_index, found.scores
+
+
+def _torch_dot(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
+    scores = inputs["summary"][0] @ inputs["query"][0]
+    index = scores.topk(inputs["k"]).indices.sort().values.int()
+    return index[None], scores.float()[None]
+
+
+def _dot_case(
+    blocks: int, width: int, k: int, dtype: torch.dtype = torch.float32, *, smoke: bool = False
+) -> Case:
+    axes = dict(blocks=blocks, width=width, k=k)
+    return Case(
+        name=f"retrieve/dot-{blocks}n-{width}w-{k}k/{str(dtype).removeprefix('torch.')}",
+        word="retrieve",
+        op="topk_blocks",
+        axes=axes,
+        dtype=dtype,
+        bytes=(blocks + 1) * width * dtype.itemsize + 4 * (blocks + k),
+        flops=2 * blocks * width,
+        make=partial(_make_dot, dtype=dtype, **axes),
+        providers=partial(_providers, "topk_blocks", _ours_dot, [Provider("torch", _torch_dot)]),
+        reference=_truth,
+        outputs=_chosen_scores,
+        smoke=smoke,
+    )
+
+
+# --- bound: the smallest and largest key of each page --------------------------------------------
+
+
+def _make_bound(
+    device: torch.device, seed: int, *, pages: int, heads: int, kv_heads: int, head_dim: int, k: int
+) -> Inputs:
+    random = torch.Generator().manual_seed(seed)
+    low = torch.randn(1, pages, 1, kv_heads, head_dim, generator=random)
+    high = low + torch.rand(low.shape, generator=random)
+    return {
+        "query": torch.randn(1, heads, head_dim, generator=random).to(device),
+        "summary": low.to(device),
+        "summary_max": high.to(device),
+        "k": k,
+    }
+
+
+def _ours_bound(inputs: Inputs, *, backend: str) -> tuple[torch.Tensor, torch.Tensor]:
+    found = topk_blocks(
+        inputs["query"], (inputs["summary"], inputs["summary_max"]), k=inputs["k"],
+        score="bound", scope="query_head", backend=backend,
+    )  # fmt: skip
+    return found.block_index, found.scores
+
+
+def _torch_bound(inputs: Inputs, *, queries_first: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two batched products: positive parts with the maxima, negative ones with the minima."""
+    low, high = (inputs[name][0, :, 0].transpose(0, 1) for name in ("summary", "summary_max"))
+    query = inputs["query"].view(low.shape[0], -1, low.shape[-1])
+    above, below = query.clamp_min(0), query.clamp_max(0)
+    if queries_first:
+        scores = torch.bmm(below, low.transpose(1, 2)).baddbmm_(above, high.transpose(1, 2))
+    else:
+        scores = torch.bmm(low, below.transpose(1, 2)).baddbmm_(high, above.transpose(1, 2))
+        scores = scores.transpose(1, 2)
+    scores = scores.reshape(1, inputs["query"].shape[1], -1)
+    return scores.topk(inputs["k"]).indices.sort().values.int(), scores
+
+
+def _bound_case(
+    pages: int, heads: int, kv_heads: int, head_dim: int, k: int, *, smoke: bool = False
+) -> Case:
+    axes = dict(pages=pages, heads=heads, kv_heads=kv_heads, head_dim=head_dim, k=k)
+    rivals = [
+        Provider("torch", partial(_torch_bound, queries_first=True)),
+        Provider("torch:keys-first", partial(_torch_bound, queries_first=False)),
+    ]
+    bounds = 2 * pages * kv_heads * head_dim
+    return Case(
+        name=f"retrieve/bound-{pages}p-{heads}h-{kv_heads}g-{head_dim}d-{k}k/float32",
+        word="retrieve",
+        op="topk_blocks",
+        axes=axes,
+        dtype=torch.float32,
+        bytes=4 * (bounds + heads * (head_dim + pages + k)),
+        flops=2 * pages * heads * head_dim,
+        make=partial(_make_bound, **axes),
+        providers=partial(_providers, "topk_blocks", _ours_bound, rivals),
+        reference=_truth,
+        outputs=_chosen_scores,
+        smoke=smoke,
+    )
+
+
+# --- pages ---------------------------------------------------------------------------------------
+
+
+def _make_pages(
+    device: torch.device, seed: int, *, blocks: int, width: int, chosen: int, sinks: int,
+    recent: int,
+) -> Inputs:  # fmt: skip
+    """Blocks scattered over a pool; their pages, the sinks and the recent window share none."""
+    random = torch.Generator().manual_seed(seed)
+    pool = torch.randperm(blocks * width + sinks + recent, generator=random).int()
+    index = torch.randperm(blocks, generator=random)[:chosen].sort().values.int()
+    listed = pool[: blocks * width].view(1, blocks, width)
+    rest = pool[blocks * width :][None]
+    return {
+        "block_index": index[None].to(device),
+        "block_pages": listed.to(device),
+        "sink_pages": rest[:, :sinks].contiguous().to(device),
+        "recent_pages": rest[:, sinks:].contiguous().to(device),
+    }
+
+
+def _ours_pages(inputs: Inputs, *, backend: str) -> torch.Tensor:
+    return select_pages(**inputs, backend=backend)
+
+
+def _torch_pages(inputs: Inputs) -> torch.Tensor:
+    """Each page once, by page number: what cat, unique and sort give; the order of time is lost."""
+    pages = inputs["block_pages"][0].index_select(0, inputs["block_index"][0]).flatten()
+    listed = torch.cat((inputs["sink_pages"][0], pages, inputs["recent_pages"][0]))
+    return listed.unique().sort().values[None]
+
+
+def _page_set(inputs: Inputs, result: torch.Tensor) -> Outputs:
+    return {"pages": result.sort(dim=-1).values}
+
+
+def _pages_truth(inputs: Inputs) -> Outputs:
+    return _page_set(inputs, reference.select_pages(**inputs))
+
+
+def _pages_case(
+    blocks: int, width: int, chosen: int, sinks: int, recent: int, *, smoke: bool = False
+) -> Case:
+    axes = dict(blocks=blocks, width=width, chosen=chosen, sinks=sinks, recent=recent)
+    return Case(
+        name=f"retrieve/pages-{blocks}n-{width}m-{chosen}k-{sinks}s-{recent}r/int32",
+        word="retrieve",
+        op="select_pages",
+        axes=axes,
+        dtype=torch.float32,
+        bytes=4 * (chosen + 2 * (chosen * width + sinks + recent)),
+        flops=0,
+        make=partial(_make_pages, **axes),
+        providers=partial(
+            _providers, "select_pages", _ours_pages, [Provider("torch", _torch_pages)]
+        ),
+        reference=_pages_truth,
+        outputs=_page_set,
+        smoke=smoke,
+    )
+
+
+@case
+def cases() -> Iterator[Case]:
+    """A question to an hour of chunks, Quest's pages at 128 Ki tokens, and a long history."""
+    yield _dot_case(100, 256, 16, smoke=True)
+    yield _dot_case(4096, 2048, 64)
+    yield _dot_case(4096, 2048, 64, torch.bfloat16)
+    yield _dot_case(262144, 256, 1024)
+    yield _bound_case(64, 8, 2, 64, 8, smoke=True)
+    yield _bound_case(8192, 32, 8, 128, 64)
+    yield _pages_case(50, 3, 8, 2, 5, smoke=True)
+    yield _pages_case(4096, 5, 64, 4, 40)
+    yield _pages_case(262144, 5, 1024, 4, 40)

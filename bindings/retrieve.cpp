@@ -1,0 +1,145 @@
+#include "vico/retrieve.h"
+
+#include <pybind11/stl.h>
+
+#include <array>
+#include <tuple>
+
+#include "cpu/dispatch.h"
+#include "module.h"
+
+namespace py = pybind11;
+
+namespace vico {
+namespace {
+
+using Address = std::uintptr_t;
+
+template <size_t N>
+using Sizes = std::array<int64_t, N>;
+
+// k_pages, block_pages, page_fill, first, second, count; pages, page_size, kv_heads, blocks, width,
+// sub; the strides of k_pages but the last.
+SummarizeArgs summarize_args(int dtype, int head_dim, const std::array<Address, 6>& at,
+                             const Sizes<6>& sizes, const Sizes<3>& strides) {
+  SummarizeArgs a{};
+  a.k_pages = pointer<void>(at[0]);
+  a.block_pages = pointer<int32_t>(at[1]);
+  a.page_fill = pointer<int32_t>(at[2]);
+  a.first = pointer<float>(at[3]);
+  a.second = pointer<float>(at[4]);
+  a.count = pointer<int32_t>(at[5]);
+  a.dtype = static_cast<DType>(dtype);
+  a.head_dim = head_dim;
+  std::tie(a.pages, a.page_size, a.kv_heads, a.blocks, a.width, a.sub) = std::tuple_cat(sizes);
+  std::tie(a.k_page, a.k_slot, a.k_kv) = std::tuple_cat(strides);
+  return a;
+}
+
+// Query and summary dtype, score, pool, scope; query, summary, summary_max, count, cu_seqlens,
+// num_blocks, scores; tokens, heads, kv_heads, head_dim, streams, blocks, sub; the strides of
+// query, of the summaries (stream, block, part, head) and of count.
+ScoreArgs score_args(const std::array<int, 5>& kinds, float sm_scale,
+                     const std::array<Address, 7>& at, const Sizes<7>& sizes, const Sizes<2>& query,
+                     const Sizes<4>& summary, const Sizes<4>& summary_max, int64_t count_stream) {
+  ScoreArgs a{};
+  a.query_dtype = static_cast<DType>(kinds[0]);
+  a.summary_dtype = static_cast<DType>(kinds[1]);
+  a.score = static_cast<Score>(kinds[2]);
+  a.pool = static_cast<Pool>(kinds[3]);
+  a.scope = static_cast<Scope>(kinds[4]);
+  a.sm_scale = sm_scale;
+  a.query = pointer<void>(at[0]);
+  a.summary = pointer<void>(at[1]);
+  a.summary_max = pointer<void>(at[2]);
+  a.count = pointer<int32_t>(at[3]);
+  a.cu_seqlens = pointer<int32_t>(at[4]);
+  a.num_blocks = pointer<int32_t>(at[5]);
+  a.scores = pointer<float>(at[6]);
+  std::tie(a.tokens, a.heads, a.kv_heads, a.head_dim, a.streams, a.blocks, a.sub) =
+      std::tuple_cat(sizes);
+  std::tie(a.q_token, a.q_head) = std::tuple_cat(query);
+  std::tie(a.sum_stream, a.sum_block, a.sum_sub, a.sum_kv) = std::tuple_cat(summary);
+  std::tie(a.max_stream, a.max_block, a.max_sub, a.max_kv) = std::tuple_cat(summary_max);
+  a.count_stream = count_stream;
+  return a;
+}
+
+// scores, num_blocks, block_tokens, index, chosen; streams, rows, blocks, capacity, target, min_k,
+// group, force_first, force_last.
+SelectArgs select_args(int rule, double amount, const std::array<Address, 5>& at,
+                       const Sizes<9>& sizes) {
+  SelectArgs a{};
+  a.rule = static_cast<Rule>(rule);
+  a.amount = amount;
+  a.scores = pointer<float>(at[0]);
+  a.num_blocks = pointer<int32_t>(at[1]);
+  a.block_tokens = pointer<int32_t>(at[2]);
+  a.index = pointer<int32_t>(at[3]);
+  a.chosen = pointer<int32_t>(at[4]);
+  std::tie(a.streams, a.rows, a.blocks, a.capacity, a.target, a.min_k, a.group, a.force_first,
+           a.force_last) = std::tuple_cat(sizes);
+  return a;
+}
+
+// block_index, block_pages, sink_pages, recent_pages, page_table; streams, rows, chosen, blocks,
+// width, sinks, recent.
+PagesArgs pages_args(const std::array<Address, 5>& at, const Sizes<7>& sizes) {
+  PagesArgs a{};
+  a.block_index = pointer<int32_t>(at[0]);
+  a.block_pages = pointer<int32_t>(at[1]);
+  a.sink_pages = pointer<int32_t>(at[2]);
+  a.recent_pages = pointer<int32_t>(at[3]);
+  a.page_table = pointer<int32_t>(at[4]);
+  std::tie(a.streams, a.rows, a.chosen, a.blocks, a.width, a.sinks, a.recent) =
+      std::tuple_cat(sizes);
+  return a;
+}
+
+}  // namespace
+
+void bind_retrieve(py::module_& m) {
+  m.def(
+      "summarize_blocks_cpu",
+      [](int dtype, int head_dim, const std::array<Address, 6>& addresses, const Sizes<6>& sizes,
+         const Sizes<3>& strides, int n_threads) {
+        const SummarizeArgs args = summarize_args(dtype, head_dim, addresses, sizes, strides);
+        py::gil_scoped_release release;
+        cpu::summarize_blocks(args, n_threads);
+      },
+      py::arg("dtype"), py::arg("head_dim"), py::arg("addresses"), py::arg("sizes"),
+      py::arg("strides"), py::arg("n_threads"));
+  m.def(
+      "score_blocks_cpu",
+      [](const std::array<int, 5>& kinds, float sm_scale, const std::array<Address, 7>& addresses,
+         const Sizes<7>& sizes, const Sizes<2>& query, const Sizes<4>& summary,
+         const Sizes<4>& summary_max, int64_t count_stream, int n_threads) {
+        const ScoreArgs args = score_args(kinds, sm_scale, addresses, sizes, query, summary,
+                                          summary_max, count_stream);
+        py::gil_scoped_release release;
+        cpu::score_blocks(args, n_threads);
+      },
+      py::arg("kinds"), py::arg("sm_scale"), py::arg("addresses"), py::arg("sizes"),
+      py::arg("query"), py::arg("summary"), py::arg("summary_max"), py::arg("count_stream"),
+      py::arg("n_threads"));
+  m.def(
+      "select_blocks_cpu",
+      [](int rule, double amount, const std::array<Address, 5>& addresses, const Sizes<9>& sizes,
+         int n_threads) {
+        const SelectArgs args = select_args(rule, amount, addresses, sizes);
+        py::gil_scoped_release release;
+        cpu::select_blocks(args, n_threads);
+      },
+      py::arg("rule"), py::arg("amount"), py::arg("addresses"), py::arg("sizes"),
+      py::arg("n_threads"));
+  m.def(
+      "select_pages_cpu",
+      [](const std::array<Address, 5>& addresses, const Sizes<7>& sizes, int n_threads) {
+        const PagesArgs args = pages_args(addresses, sizes);
+        py::gil_scoped_release release;
+        cpu::select_pages(args, n_threads);
+      },
+      py::arg("addresses"), py::arg("sizes"), py::arg("n_threads"));
+}
+
+}  // namespace vico

@@ -1,0 +1,303 @@
+// The scores of topk_blocks on the CPU: compiled once per instruction set.
+//
+// Bound by memory: the summaries of a stream are read once (once per some hundred query tokens
+// where these are not averaged first), block by block; queries stay in cache. A block is scored by
+// one thread in one order, so that the bits do not depend on the threads.
+
+#include <limits>
+#include <type_traits>
+
+#include "cpu/retrieve_queries.h"
+#include "vico/append.h"
+#include "vico/softmax.h"
+
+namespace vico {
+namespace VICO_ISA {
+namespace {
+
+constexpr int64_t kQueryFloats = 1 << 18;  // of one pass over the summaries: what a cache holds
+constexpr int64_t kLogitFloats = 1 << 23;  // of one pass, where softmax needs them all at once
+constexpr int64_t kSmallWork = 1 << 15;    // multiplications that are not worth a second thread
+constexpr int64_t kTile = 16;              // blocks whose scores are written together
+constexpr float kInf = std::numeric_limits<float>::infinity();
+constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
+
+// What one thread needs beside the inputs.
+struct Buffers {
+  explicit Buffers(const Plan& plan, int64_t scores)
+      : low(plan.shape.segments * plan.d), high(low.size()), part(scores), tile(kTile * scores) {}
+  std::vector<float> low, high;  // rows that had to be converted
+  std::vector<float> part;       // scores of one part of a block
+  std::vector<float> tile;       // [kTile, scores of a block]
+};
+
+// Row `unit` in fp32: in place, or converted and (a running sum) divided by its count.
+template <typename T>
+RowView view(const Plan& plan, const void* base, int64_t at, int64_t stride, const int32_t* count,
+             std::vector<float>& buffer) {
+  const T* row = static_cast<const T*>(base) + at;
+  if constexpr (std::is_same_v<T, float>) {
+    if (count == nullptr) return {row, stride};
+  }
+  for (int64_t s = 0; s < plan.shape.segments; ++s)
+    load_any(row + s * stride, &buffer[s * plan.d], plan.d);
+  if (count != nullptr) {
+    const float n = static_cast<float>(*count);
+    for (float& x : buffer) x /= n;
+  }
+  return {buffer.data(), plan.d};
+}
+
+// The bound as defined, head by head, for rows where a zero met an infinite bound.
+float exact_bound(const Plan& plan, const Queries& q, RowView low, RowView high, int64_t u,
+                  int64_t row) {
+  const int64_t t = row / plan.rows, r = row % plan.rows;
+  float total = 0.0f;
+  for (int64_t s = 0; s < plan.shape.segments; ++s)
+    for (int64_t i = 0; i < plan.merged; ++i) {
+      const float* query = &q.heads[(t * plan.heads + plan.head(u, r, s, i)) * plan.d];
+      for (int64_t c = 0; c < plan.d; ++c)
+        total += query[c] *
+                 (query[c] >= 0.0f ? high.at[s * high.stride + c] : low.at[s * low.stride + c]);
+    }
+  return total;
+}
+
+// best[unit, token, row] of one block: the bound, the largest over its parts.
+template <typename T>
+void bound_block(const ScoreArgs& a, const Plan& plan, const Queries& q, int64_t stream,
+                 int64_t block, Buffers& buffers, float* best) {
+  const int64_t n = q.per_unit(plan), wide = plan.shape.query_row();
+  bool any = false;
+  const size_t all = buffers.part.size();
+  std::fill(best, best + all, -kInf);
+  for (int64_t part = 0; part < a.sub; ++part) {
+    bool empty = false;
+    for (int64_t u = 0; u < plan.units && !empty; ++u) {
+      const int64_t at = stream * a.sum_stream + block * a.sum_block + part * a.sum_sub;
+      const int64_t top = stream * a.max_stream + block * a.max_block + part * a.max_sub;
+      const RowView low =
+          view<T>(plan, a.summary, at + u * a.sum_kv, a.sum_kv, nullptr, buffers.low);
+      const RowView high =
+          view<T>(plan, a.summary_max, top + u * a.max_kv, a.max_kv, nullptr, buffers.high);
+      in_fours(n, [&](int64_t i, auto count) {
+        float* out = &buffers.part[u * n + i];
+        const int64_t row = (u * n + i) * wide;
+        if (plan.merged == 1) {
+          empty |= bounds<count, false>(low, high, plan.shape, &q.rows[row], &q.rows[row], out);
+          return;
+        }
+        empty |= bounds<count, true>(low, high, plan.shape, &q.rows[row], &q.positives[row], out);
+        for (int j = 0; j < count && !empty; ++j)
+          if (!std::isfinite(out[j])) out[j] = exact_bound(plan, q, low, high, u, i + j);
+      });
+    }
+    if (empty) continue;
+    any = true;
+    for (size_t i = 0; i < all; ++i) best[i] = bound_max(best[i], buffers.part[i]);
+  }
+  if (!any) std::fill(best, best + all, kNaN);
+}
+
+void divide_by_norms(const Plan& plan, RowView row, const float* q_norms, int64_t n, float* out) {
+  // The heads of a row that share a KV head repeat its key.
+  const float repeats = static_cast<float>(plan.merged);
+  const float norm = std::sqrt(repeats * sum_of_squares(row, plan.shape));
+  for (int64_t i = 0; i < n; ++i)
+    out[i] /= (q_norms[i] < kCosineEps ? kCosineEps : q_norms[i]) *
+              (norm < kCosineEps ? kCosineEps : norm);  // NaN stays
+}
+
+template <typename T>
+void dot_block(const ScoreArgs& a, const Plan& plan, const Queries& q, int64_t stream,
+               int64_t block, Buffers& buffers, float* best) {
+  const int64_t n = q.per_unit(plan), wide = plan.shape.query_row();
+  const int32_t* count = a.count == nullptr ? nullptr : a.count + stream * a.count_stream + block;
+  for (int64_t u = 0; u < plan.units; ++u) {
+    const int64_t at = stream * a.sum_stream + block * a.sum_block + u * a.sum_kv;
+    const RowView row = view<T>(plan, a.summary, at, a.sum_kv, count, buffers.low);
+    float* out = best + u * n;
+    in_fours(n, [&](int64_t i, auto some) {
+      dots<some>(row, plan.shape, &q.rows[(u * n + i) * wide], out + i);
+    });
+    if (a.score == Score::kCosine) divide_by_norms(plan, row, &q.norms[u * n], n, out);
+  }
+}
+
+// Four blocks with one query row a unit, whose summary is read where it lies.
+void dot_four_blocks(const ScoreArgs& a, const Plan& plan, const Queries& q, int64_t stream,
+                     int64_t block, float* best) {
+  for (int64_t u = 0; u < plan.units; ++u) {
+    const float* at = static_cast<const float*>(a.summary) + stream * a.sum_stream +
+                      block * a.sum_block + u * a.sum_kv;
+    float found[4];
+    dots_of_four({at, a.sum_kv}, a.sum_block, plan.shape, &q.rows[u * plan.shape.query_row()],
+                 found);
+    for (int64_t i = 0; i < 4; ++i) {
+      float* out = best + i * plan.units + u;
+      *out = found[i];
+      if (a.score == Score::kCosine)
+        divide_by_norms(plan, {at + i * a.sum_block, a.sum_kv}, &q.norms[u], 1, out);
+    }
+  }
+}
+
+// Scores of `blocks` blocks for all tokens of the pass, into `scores` [R, NB] or `logits`: row by
+// row, because the rows of many heads can fall on the same lines of a cache.
+void keep(const ScoreArgs& a, const Plan& plan, const Queries& q, int64_t stream, int64_t block,
+          int64_t blocks, bool first_pass, const float* found, float* logits, int64_t logit_row) {
+  const int64_t n = q.per_unit(plan), all = plan.units * n;
+  if (a.pool == Pool::kSoftmax) {
+    for (int64_t i = 0; i < all; ++i)
+      for (int64_t b = 0; b < blocks; ++b)
+        logits[i * logit_row + block + b] = found[b * all + i] * a.sm_scale;
+    return;
+  }
+  for (int64_t u = 0; u < plan.units; ++u)
+    for (int64_t r = 0; r < plan.rows; ++r) {
+      float* kept = a.scores + (stream * plan.outputs + u * plan.rows + r) * a.blocks + block;
+      if (first_pass) std::fill(kept, kept + blocks, -kInf);
+      for (int64_t t = 0; t < q.tokens; ++t)
+        for (int64_t b = 0; b < blocks; ++b)
+          kept[b] = bound_max(kept[b], found[b * all + u * n + t * plan.rows + r]);
+    }
+}
+
+// One row of logits becomes shares of attention: softmax over those that are numbers.
+void attention_share(float* row, int64_t n) {
+  using U = Lanes<kLanes>::U;
+  const auto logits_at = [&](int64_t i) {
+    F x = load_some(row + i, n - i);
+    return x == x ? x : F{} - kInf;
+  };
+  F top = F{} - kInf;
+  for (int64_t i = 0; i < n; i += kLanes) {
+    F x = logits_at(i);
+    for (int64_t lane = n - i; lane < kLanes; ++lane) x[lane] = -kInf;
+    top = x > top ? x : top;
+  }
+  float most = -kInf;
+  for (int lane = 0; lane < kLanes; ++lane) most = std::max(most, top[lane]);
+  F total{};
+  for (int64_t i = 0; i < n; i += kLanes) {
+    F w = exp_nonpositive<F, U>(logits_at(i) - most);
+    for (int64_t lane = n - i; lane < kLanes; ++lane) w[lane] = 0.0f;
+    total += w;
+  }
+  const float whole = sum_of(total);
+  for (int64_t i = 0; i < n; i += kLanes) {
+    const F x = load_some(row + i, n - i);
+    const F w = exp_nonpositive<F, U>(logits_at(i) - most) / whole;
+    const F share = x == x ? w : x;
+    std::memcpy(row + i, &share, std::min<int64_t>(kLanes, n - i) * sizeof(float));
+  }
+}
+
+// Adds the shares of each token, averaged over the heads of the row, to [R, NB]; blocks [from, to).
+void add_shares(const ScoreArgs& a, const Plan& plan, const Queries& q, const float* logits,
+                int64_t logit_row, int64_t stream, int64_t output, int64_t from, int64_t to,
+                bool first_pass) {
+  const int64_t n = q.per_unit(plan), together = plan.heads / plan.outputs;
+  float* out = a.scores + (stream * plan.outputs + output) * a.blocks;
+  if (first_pass) std::fill(out + from, out + to, 0.0f);
+  std::vector<float> sum(to - from);
+  for (int64_t t = 0; t < q.tokens; ++t) {
+    std::fill(sum.begin(), sum.end(), 0.0f);
+    for (int64_t h = output * together; h < (output + 1) * together; ++h) {
+      const float* row =
+          logits + (h / plan.share * n + t * plan.share + h % plan.share) * logit_row + from;
+      for (int64_t i = 0; i < to - from; ++i) sum[i] += row[i];
+    }
+    for (int64_t i = 0; i < to - from; ++i) out[from + i] += sum[i] / static_cast<float>(together);
+  }
+}
+
+template <typename T>
+void score_stream(const ScoreArgs& a, const Plan& plan, int64_t stream, int n_threads) {
+  const auto end_of = [&](int64_t i) {
+    return a.cu_seqlens == nullptr ? i : std::clamp<int64_t>(a.cu_seqlens[i], 0, a.tokens);
+  };
+  const int64_t begin = end_of(stream), end = end_of(stream + 1);
+  const int64_t blocks =
+      a.num_blocks == nullptr ? a.blocks : std::clamp<int64_t>(a.num_blocks[stream], 0, a.blocks);
+  float* scores = a.scores + stream * plan.outputs * a.blocks;
+  if (end <= begin) {
+    for (int64_t r = 0; r < plan.outputs; ++r)
+      std::fill(scores + r * a.blocks, scores + r * a.blocks + blocks, kNaN);
+    return;
+  }
+  const bool mean = a.pool == Pool::kMean, softmax = a.pool == Pool::kSoftmax;
+  int64_t at_once = std::max<int64_t>(1, kQueryFloats / plan.floats_per_token());
+  if (softmax) at_once = std::clamp<int64_t>(kLogitFloats / (a.heads * (blocks + 1)), 1, at_once);
+  Queries q;
+  std::vector<float> logits;
+  for (int64_t first = begin; first < end; first = mean ? end : first + at_once) {
+    const int64_t last = mean ? end : std::min(end, first + at_once);
+    if (a.query_dtype == DType::kFloat32)
+      load_queries<float>(a, first, last, mean, &q);
+    else if (a.query_dtype == DType::kFloat16)
+      load_queries<Half>(a, first, last, mean, &q);
+    else
+      load_queries<BFloat16>(a, first, last, mean, &q);
+    q.pack(plan, a.score);
+    const int64_t rows = plan.units * q.per_unit(plan);
+    if (softmax) logits.resize(rows * blocks);
+    const bool first_pass = first == begin;
+    const bool four = std::is_same_v<T, float> && a.count == nullptr && a.score != Score::kBound &&
+                      q.per_unit(plan) == 1;
+    const bool share_out = blocks * rows * plan.shape.query_row() > kSmallWork;
+#pragma omp parallel num_threads(n_threads) if (share_out)
+    {
+      Buffers buffers(plan, rows);
+#pragma omp for schedule(static)
+      for (int64_t from = 0; from < blocks; from += kTile) {
+        const int64_t together = std::min(kTile, blocks - from);
+        int64_t i = 0;
+        for (; four && i + 4 <= together; i += 4)
+          dot_four_blocks(a, plan, q, stream, from + i, &buffers.tile[i * rows]);
+        for (; i < together; ++i) {
+          float* best = &buffers.tile[i * rows];
+          if (a.score == Score::kBound)
+            bound_block<T>(a, plan, q, stream, from + i, buffers, best);
+          else
+            dot_block<T>(a, plan, q, stream, from + i, buffers, best);
+        }
+        keep(a, plan, q, stream, from, together, first_pass, buffers.tile.data(), logits.data(),
+             blocks);
+      }
+      if (softmax) {
+#pragma omp for schedule(static)
+        for (int64_t row = 0; row < rows; ++row) attention_share(&logits[row * blocks], blocks);
+        constexpr int64_t kStretch = 1024;
+        const int64_t stretches = (blocks + kStretch - 1) / kStretch;
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < plan.outputs * stretches; ++i) {
+          const int64_t from = i % stretches * kStretch;
+          add_shares(a, plan, q, logits.data(), blocks, stream, i / stretches, from,
+                     std::min(blocks, from + kStretch), first_pass);
+        }
+      }
+    }
+  }
+  if (!softmax) return;
+  for (int64_t r = 0; r < plan.outputs; ++r)
+    for (int64_t b = 0; b < blocks; ++b)
+      scores[r * a.blocks + b] /= static_cast<float>(end - begin);
+}
+
+}  // namespace
+
+void score_blocks(const ScoreArgs& a, int n_threads) {
+  const Plan plan(a);
+  for (int64_t stream = 0; stream < a.streams; ++stream) {
+    if (a.summary_dtype == DType::kFloat32)
+      score_stream<float>(a, plan, stream, n_threads);
+    else if (a.summary_dtype == DType::kFloat16)
+      score_stream<Half>(a, plan, stream, n_threads);
+    else
+      score_stream<BFloat16>(a, plan, stream, n_threads);
+  }
+}
+
+}  // namespace VICO_ISA
+}  // namespace vico
