@@ -87,7 +87,9 @@ def _varlen_config(width: int, itemsize: int, wgmma: bool) -> dict[str, int]:
         return _config(16 if width > 64 else 32, 32, 8, 1)
     if width > 128:
         return _config(64, 32, 8, 2 if wgmma else 1)
-    return _config(64, 64 if wgmma and width <= 96 else 32, 4, 2)
+    if width == 96:  # 64 + 32: one more accumulator than four warps have registers for
+        return _config(64, 32, 8, 2)
+    return _config(64, 64 if wgmma and width <= 80 else 32, 4, 2)
 
 
 @cache

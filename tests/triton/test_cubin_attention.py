@@ -88,7 +88,14 @@ PAGED = {
     (BF16, 128, 90): dict(window=True, shift=True, per_head=True),
     (BF16, 256, 80): dict(shift=True),
 }
-VARLEN = [(FP32, 128, 90), (FP16, 64, 90), (BF16, 80, 80), (BF16, 80, 90), (BF16, 256, 80)]
+VARLEN = [
+    (FP32, 128, 90),
+    (FP16, 64, 90),
+    (BF16, 80, 80),
+    (BF16, 80, 90),
+    (BF16, 96, 80),
+    (BF16, 256, 80),
+]
 
 
 def name_of(value) -> str:
