@@ -230,3 +230,28 @@ def test_last_kept_remembers_what_was_kept_not_what_came_last(backend):
     assert last.index[: int(last.count)].tolist() == [0, 3, 6, 9]
     previous = prune_tokens(x, positions, PruneRule(threshold=limit), backend=name)
     assert previous.index[: int(previous.count)].tolist() == [0]
+
+
+@each_backend
+def test_two_terms_decide_together_what_was_kept(backend):
+    """Distance and cosine to the last kept token, whose sum alone says what that token is."""
+    name, device = backend
+    rule = PruneRule(
+        reference=("last_kept", "last_kept"), metric=("cosine", "l1"), weights=(-0.5, 1.0),
+        keep="above", threshold=0.9,
+    )  # fmt: skip
+    x = scene(9, 23, 6, 5).to(device)
+    out = prune_tokens(x, tensors.ints((3, 9, 23), 0, 9, device=device), rule, backend=name)
+    z = x.double().cpu()
+    wanted = torch.ones(9, 23, dtype=torch.bool)
+    for place in range(23):
+        last = z[0, place]
+        for step in range(1, 9):
+            token = z[step, place]
+            cosine = float(token @ last / (token.norm() * last.norm()))
+            score = float((token - last).abs().mean()) - 0.5 * cosine
+            assert abs(score - 0.9) > 1e-5, "choose another seed: a decision hangs on round-off"
+            wanted[step, place] = score > 0.9
+            last = token if score > 0.9 else last
+    assert torch.equal(out.mask.cpu(), wanted)
+    assert not wanted.all() and wanted[1:].any(), "the example decides nothing"

@@ -152,10 +152,8 @@ def score_chunk(
             score = _against_token(reference, metric, tokens, carried.previous, channels)
         score = score if weight == 1.0 else score * weight
         total = score if total is None else total + score
-    for metric, weight in pending:
-        total = _against_last_kept(
-            metric, weight, prepared[metric], total, carried.last_kept, channels, keep_step
-        )
+    if pending:
+        total = _against_last_kept(pending, prepared, total, carried.last_kept, channels, keep_step)
     if total is None:
         total = x.new_zeros(x.shape[:2])
     return total, mean_after, count_after
@@ -182,28 +180,34 @@ def _against_token(
 
 
 def _against_last_kept(
-    metric: str,
-    weight: float,
-    tokens: Vectors,
+    terms: list[tuple[str, float]],
+    tokens: dict[str, Vectors],
     total: torch.Tensor | None,
     last: torch.Tensor | None,
     channels: torch.Tensor | None,
     keep_step: Callable[[int, torch.Tensor], torch.Tensor],
 ) -> torch.Tensor:
-    values, squares = tokens
-    if last is None:
-        kept = Vectors(torch.full_like(values[0], math.nan), torch.full_like(squares[0], math.nan))
-    else:
-        kept = prepare(metric, last.to(values.dtype), channels)
-    scores = []
-    for step in range(values.shape[0]):
-        now = Vectors(values[step], squares[step])
-        score = compare(metric, now, kept) * weight
-        score = score if total is None else total[step] + score
-        keep = keep_step(step, score)
-        kept = Vectors(
-            torch.where(keep.unsqueeze(-1), now.values, kept.values),
-            torch.where(keep, now.squares, kept.squares),
+    """Adds the terms (metric, weight); what is kept, all terms together decide."""
+    kept = {}
+    for metric, _ in terms:
+        values, squares = tokens[metric]
+        kept[metric] = (
+            Vectors(torch.full_like(values[0], math.nan), torch.full_like(squares[0], math.nan))
+            if last is None
+            else prepare(metric, last.to(values.dtype), channels)
         )
+    scores = []
+    for step in range(len(tokens[terms[0][0]].values)):
+        score = None if total is None else total[step]
+        now = {m: Vectors(tokens[m].values[step], tokens[m].squares[step]) for m, _ in terms}
+        for metric, weight in terms:
+            one = compare(metric, now[metric], kept[metric]) * weight
+            score = one if score is None else score + one
+        keep = keep_step(step, score)
+        for metric in now:
+            kept[metric] = Vectors(
+                torch.where(keep.unsqueeze(-1), now[metric].values, kept[metric].values),
+                torch.where(keep, now[metric].squares, kept[metric].squares),
+            )
         scores.append(score)
     return torch.stack(scores)
