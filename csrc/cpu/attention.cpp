@@ -25,13 +25,13 @@ constexpr int64_t kWorthThreads = 1 << 19;
 constexpr int64_t kNoWindow = int64_t{1} << 48;  // room to subtract it from a position
 
 struct Task {
-  int64_t stream, unit, row0, begin, end;
+  int64_t stream, unit, units, row0, begin, end;
   int64_t partial;  // row of the partial sums that it writes; -1: it is the only one of its rows
   int rows;
 };
 
 struct Group {  // rows whose partial sums are to be combined, or that see nothing
-  int64_t stream, unit, row0, partial, count;
+  int64_t stream, unit, units, row0, partial, count;
   int rows;
 };
 
@@ -102,42 +102,39 @@ struct Plan {
     start[a.entries] = at;
   }
 
+  // Units with a table in common are worked on together, as many as scratch memory holds.
   void split(int64_t s, int64_t row0, int rows, int64_t parts) {
     const int64_t keys = kSplitKeys * parts;
-    std::vector<std::vector<int64_t>> pieces(units);  // begins of the splits that rows see
-    size_t most = 0;
-    for (int64_t u = 0; u < units; ++u) {
-      visible_tiles(work(s, u, row0, rows), [&](int64_t first, int n) {
-        multiply_adds += int64_t{2} * n * rows * a.head_dim;
-        for (const int64_t at : {first / keys * keys, (first + n - 1) / keys * keys})
-          if (pieces[u].empty() || pieces[u].back() != at) pieces[u].push_back(at);
+    const int64_t together =
+        a.tables > 1 ? 1 : std::min<int64_t>(units, kGroupRows / padded_rows(rows));
+    for (int64_t u = 0; u < units; u += together) {
+      const int64_t n = std::min(together, units - u);
+      pieces.clear();
+      visible_tiles(work(s, u, row0, rows), [&](int64_t first, int tile) {
+        multiply_adds += 2 * n * tile * rows * a.head_dim;
+        for (const int64_t at : {first / keys * keys, (first + tile - 1) / keys * keys})
+          if (pieces.empty() || pieces.back() != at) pieces.push_back(at);
       });
-      most = std::max(most, pieces[u].size());
+      const int64_t count = static_cast<int64_t>(pieces.size());
+      if (count != 1) groups.push_back({s, u, n, row0, partials, count, rows});
+      for (const int64_t at : pieces) {
+        tasks.push_back({s, u, n, row0, at, at + keys, count == 1 ? -1 : partials, rows});
+        if (count != 1) partials += n * rows;
+      }
     }
-    std::vector<int64_t> first(units, -1);
-    for (int64_t u = 0; u < units; ++u) {
-      const int64_t count = static_cast<int64_t>(pieces[u].size());
-      if (count == 1) continue;
-      first[u] = partials;
-      groups.push_back({s, u, row0, partials, count, rows});
-      partials += count * rows;
-    }
-    // KV heads of one split side by side: they lie in the same pages.
-    for (size_t i = 0; i < most; ++i)
-      for (int64_t u = 0; u < units; ++u)
-        if (i < pieces[u].size())
-          tasks.push_back({s, u, row0, pieces[u][i], pieces[u][i] + keys,
-                           first[u] < 0 ? -1 : first[u] + static_cast<int64_t>(i) * rows, rows});
   }
+
+  std::vector<int64_t> pieces;  // first keys of the splits that some row sees
 };
 
-// K and V rows of one table, in place where they are fp32, else converted; keys of pages that have
-// moved are rotated.
+// Where one table's keys lie; keys of pages that have moved are rotated.
 template <typename T>
 class PagedKeys {
  public:
+  const int64_t k_unit, v_unit;
+
   PagedKeys(const Plan& plan, const double* turns, const Task& task, const Scratch& scratch)
-      : a_(plan.a), turns_(turns), scratch_(scratch) {
+      : k_unit(plan.a.k_kv), v_unit(plan.a.v_kv), a_(plan.a), turns_(turns), scratch_(scratch) {
     const int64_t x = plan.table_of(task.unit);
     const int64_t g = task.unit * a_.kv_heads / plan.units;
     starts_ = plan.starts_of(task.stream, x);
@@ -148,56 +145,32 @@ class PagedKeys {
     v_ = static_cast<const T*>(a_.v_pages) + g * a_.v_kv;
   }
 
-  void tile(int64_t first, int n, const float** k, const float** v) {
-    if (first < begin_ || first >= end_) seek(first);
+  void locate(int64_t first, int n, Located<T>* out) {
+    if (first < begin_ || first >= end_)
+      enter(std::upper_bound(starts_, starts_ + a_.entries + 1, first) - starts_ - 1);
     for (int j = 0; j < n;) {
       while (first + j >= end_) enter(entry_ + 1);
-      const int64_t slot = first + j - begin_;
+      const int64_t page = table_[entry_ * a_.table_entry], slot = first + j - begin_;
       const int run = static_cast<int>(std::min<int64_t>(n - j, end_ - first - j));
-      const T* key = k_ + page_ * a_.k_page + slot * a_.k_slot;
-      const T* value = v_ + page_ * a_.v_page + slot * a_.v_slot;
-      for (int i = 0; i < run; ++i, ++j, key += a_.k_slot, value += a_.v_slot) {
-        k[j] = rotated_ ? rotate(key, j) : as_float(key, scratch_.k, j);
-        v[j] = as_float(value, scratch_.v, j);
+      const T* k = k_ + page * a_.k_page + slot * a_.k_slot;
+      const T* v = v_ + page * a_.v_page + slot * a_.v_slot;
+      for (int i = 0; i < run; ++i, ++j, k += a_.k_slot, v += a_.v_slot) {
+        out->k[j] = k;
+        out->v[j] = v;
+        out->entry[j] = entry_;
       }
     }
-    for (int j = n; j % kKeysAtOnce != 0; ++j) k[j] = v[j] = zero_row();
   }
 
- private:
-  void seek(int64_t key) {
-    enter(std::upper_bound(starts_, starts_ + a_.entries + 1, key) - starts_ - 1);
-  }
+  int head_dim() const { return a_.head_dim; }
 
-  void enter(int64_t entry) {
-    entry_ = entry;
-    begin_ = starts_[entry];
-    end_ = starts_[entry + 1];
-    if (begin_ == end_) return;
-    page_ = table_[entry * a_.table_entry];
-    if (shift_ != nullptr) turn(shift_ + entry * a_.shift_entry);
-  }
-
-  void turn(const int32_t* shift) {
-    const int half = a_.head_dim / 2;
-    const int bounds[4] = {0, a_.t_section, a_.t_section + a_.h_section, half};
-    rotated_ = false;
-    for (int axis = 0; axis < 3; ++axis)
-      rotated_ |= bounds[axis] < bounds[axis + 1] && shift[axis * a_.shift_axis] != 0;
-    if (!rotated_) return;
-    for (int axis = 0; axis < 3; ++axis) {
-      const double position = shift[axis * a_.shift_axis];
-#pragma omp simd
-      for (int f = bounds[axis]; f < bounds[axis + 1]; ++f)
-        sincos_turns(position * turns_[f], &scratch_.sine[f], &scratch_.cosine[f]);
-    }
-  }
-
-  const float* rotate(const T* key, int j) {
+  const float* key(const T* row, int64_t entry, float* out) {
+    if (shift_ == nullptr) return as_float(row, out, a_.head_dim);
+    if (entry != turned_) turn(entry);
+    if (!moved_) return as_float(row, out, a_.head_dim);
     const int half = a_.head_dim / 2;
     alignas(64) float stored[kMaxHeadDim];
-    load_row(key, stored, a_.head_dim);
-    float* out = scratch_.k + int64_t{j} * a_.head_dim;
+    load_row(row, stored, a_.head_dim);
 #pragma omp simd
     for (int f = 0; f < half; ++f)
       rotate_pair(stored[f], stored[f + half], scratch_.cosine[f], scratch_.sine[f], &out[f],
@@ -205,12 +178,27 @@ class PagedKeys {
     return out;
   }
 
-  static const float* as_float(const float* row, float*, int) { return row; }
-  template <typename U>
-  const float* as_float(const U* row, float* rows, int j) const {
-    float* out = rows + int64_t{j} * a_.head_dim;
-    load_row(row, out, a_.head_dim);
-    return out;
+ private:
+  void enter(int64_t entry) {
+    entry_ = entry;
+    begin_ = starts_[entry];
+    end_ = starts_[entry + 1];
+  }
+
+  void turn(int64_t entry) {
+    turned_ = entry;
+    const int32_t* shift = shift_ + entry * a_.shift_entry;
+    const int bounds[4] = {0, a_.t_section, a_.t_section + a_.h_section, a_.head_dim / 2};
+    moved_ = false;
+    for (int axis = 0; axis < 3; ++axis)
+      moved_ |= bounds[axis] < bounds[axis + 1] && shift[axis * a_.shift_axis] != 0;
+    if (!moved_) return;
+    for (int axis = 0; axis < 3; ++axis) {
+      const double position = shift[axis * a_.shift_axis];
+#pragma omp simd
+      for (int f = bounds[axis]; f < bounds[axis + 1]; ++f)
+        sincos_turns(position * turns_[f], &scratch_.sine[f], &scratch_.cosine[f]);
+    }
   }
 
   const AttentionArgs& a_;
@@ -220,15 +208,19 @@ class PagedKeys {
   const int32_t* table_;
   const int32_t* shift_ = nullptr;
   const T *k_, *v_;
-  int64_t entry_ = 0, begin_ = 0, end_ = 0, page_ = 0;
-  bool rotated_ = false;
+  int64_t entry_ = 0, begin_ = 0, end_ = 0;  // where locate stands
+  int64_t turned_ = -1;                      // the entry whose angles are in scratch
+  bool moved_ = false;
 };
 
 template <typename T>
 class Attention {
  public:
   Attention(const Plan& plan, float* memory, int64_t scratches)
-      : plan_(plan), a_(plan.a), scratch_(memory) {
+      : plan_(plan),
+        a_(plan.a),
+        pairs_(kHasPairs<T> && plan.a.page_shift == nullptr),
+        scratch_(memory) {
     partial_o_ = memory + scratches * Scratch::floats(a_.head_dim);
     partial_top_ = partial_o_ + plan.partials * a_.head_dim;
     partial_sum_ = partial_top_ + plan.partials;
@@ -247,34 +239,44 @@ class Attention {
     Work w = plan_.work(t.stream, t.unit, t.row0, t.rows);
     w.begin = t.begin;
     w.end = std::min(w.end, t.end);
-    const T* q = static_cast<const T*>(a_.q) + plan_.first_row(t.stream) * a_.q_token +
-                 t.unit * plan_.share * a_.q_head;
-    pack_queries(q, a_.q_token, a_.q_head, w, scratch.q);
-    PagedKeys<T> keys(plan_, turns_, t, scratch);
-    attend(w, keys, scratch);
-    const RowState state = scratch.state();
-    if (t.partial < 0) {
-      for (int r = 0; r < t.rows; ++r)
-        finish(t.stream, t.unit, t.row0 + r, scratch.o + int64_t{r} * d, state.top[r],
-               state.sum[r]);
-      return;
+    const int64_t padded = padded_rows(t.rows);
+    for (int64_t u = 0; u < t.units; ++u) {
+      const T* q = static_cast<const T*>(a_.q) + plan_.first_row(t.stream) * a_.q_token +
+                   (t.unit + u) * plan_.share * a_.q_head;
+      pack_queries(q, a_.q_token, a_.q_head, w, pairs_, scratch.q + u * padded * d);
     }
-    const int64_t at = t.partial;
-    std::memcpy(partial_o_ + at * d, scratch.o, sizeof(float) * t.rows * d);
-    std::memcpy(partial_top_ + at, state.top, sizeof(float) * t.rows);
-    std::memcpy(partial_sum_ + at, state.sum, sizeof(float) * t.rows);
+    PagedKeys<T> keys(plan_, turns_, t, scratch);
+    const int units = static_cast<int>(t.units);
+    if (pairs_)
+      attend<T, typename DotOf<T>::type>(w, units, keys, scratch);
+    else  // keys that are rotated are fp32
+      attend<T, Singles>(w, units, keys, scratch);
+    for (int64_t u = 0; u < t.units; ++u) {
+      const RowState state = scratch.state().from(static_cast<int>(u * padded));
+      const float* o = scratch.o + u * padded * d;
+      if (t.partial < 0) {
+        for (int r = 0; r < t.rows; ++r)
+          finish(t.stream, t.unit + u, t.row0 + r, o + int64_t{r} * d, state.top[r], state.sum[r]);
+        continue;
+      }
+      const int64_t at = t.partial + u * t.rows;
+      std::memcpy(partial_o_ + at * d, o, sizeof(float) * t.rows * d);
+      std::memcpy(partial_top_ + at, state.top, sizeof(float) * t.rows);
+      std::memcpy(partial_sum_ + at, state.sum, sizeof(float) * t.rows);
+    }
   }
 
   void combine(const Group& g) {
     const int d = a_.head_dim;
     alignas(64) float row[kMaxHeadDim];
-    for (int r = 0; r < g.rows; ++r) {
+    const int64_t stride = g.units * g.rows;
+    for (int64_t r = 0; r < stride; ++r) {
       float top = kNegInf, sum = 0.0f;
       for (int64_t i = 0; i < g.count; ++i)
-        top = std::max(top, partial_top_[g.partial + i * g.rows + r]);
+        top = std::max(top, partial_top_[g.partial + i * stride + r]);
       std::fill_n(row, d, 0.0f);
       for (int64_t i = 0; i < g.count; ++i) {
-        const int64_t at = g.partial + i * g.rows + r;
+        const int64_t at = g.partial + i * stride + r;
         if (partial_sum_[at] == 0.0f) continue;  // saw nothing
         const float share = std::exp(partial_top_[at] - top);
         const float* o = partial_o_ + at * d;
@@ -282,7 +284,7 @@ class Attention {
 #pragma omp simd
         for (int c = 0; c < d; ++c) row[c] += o[c] * share;
       }
-      finish(g.stream, g.unit, g.row0 + r, row, top, sum);
+      finish(g.stream, g.unit + r / g.rows, g.row0 + r % g.rows, row, top, sum);
     }
   }
 
@@ -297,6 +299,7 @@ class Attention {
 
   const Plan& plan_;
   const AttentionArgs& a_;
+  const bool pairs_;
   float *scratch_, *partial_o_, *partial_top_, *partial_sum_;
   double turns_[kMaxHalfDim];
 };

@@ -14,7 +14,7 @@ namespace VICO_ISA {
 
 constexpr int kGroupRows = 128;
 
-// Rows [row0, row0 + rows) of one KV head, row = query * share + head, and the keys they may see.
+// Rows [row0, row0 + rows) of each KV head, row = query * share + head, and the keys they may see.
 struct Work {
   int64_t row0;
   int rows;
@@ -85,9 +85,7 @@ struct Scratch {
     cosine = take(kMaxHalfDim);
     sine = take(kMaxHalfDim);
   }
-  RowState state(int row = 0) const {
-    return {rows + row, rows + kGroupRows + row, rows + 2 * kGroupRows + row};
-  }
+  RowState state() const { return {rows, rows + kGroupRows, rows + 2 * kGroupRows}; }
 };
 
 // Rows that one pass of the tile kernels takes: as wide as registers allow, no wider than needed.
@@ -97,84 +95,126 @@ inline int block_width(int rows_left) {
   return 8;
 }
 
-// q, as [d][width] for each block of rows: scores take one element of all its rows at a time.
+inline int padded_rows(int rows) {
+  int padded = 0;
+  while (padded < rows) padded += block_width(rows - padded);
+  return padded;
+}
+
+// q, as [n][width] elements for each block of rows: scores take one of all its rows at a time. They
+// are fp32, or (pairs) the two bf16 that lie side by side as they are.
 template <typename T>
-void pack_queries(const T* q, int64_t q_token, int64_t q_head, const Work& w, float* packed) {
+void pack_queries(const T* q, int64_t q_token, int64_t q_head, const Work& w, bool pairs,
+                  float* packed) {
   alignas(64) float row[kMaxHeadDim];
+  const int n = pairs ? w.d / 2 : w.d;
   for (int first = 0, width; first < w.rows; first += width, packed += int64_t{width} * w.d) {
     width = block_width(w.rows - first);
     for (int r = 0; r < width; ++r) {
       if (first + r < w.rows) {
         const int64_t at = w.row0 + first + r;
-        load_row(q + at / w.share * q_token + at % w.share * q_head, row, w.d);
+        const T* stored = q + at / w.share * q_token + at % w.share * q_head;
+        if (pairs)
+          std::memcpy(row, stored, w.d * sizeof(T));
+        else
+          load_row(stored, row, w.d);
       } else {
         std::memset(row, 0, sizeof(row));
       }
-      for (int c = 0; c < w.d; ++c) packed[c * width + r] = row[c];
+      for (int c = 0; c < n; ++c) std::memcpy(packed + c * width + r, row + c, sizeof(float));
     }
   }
 }
 
-template <int W, int NV>
-void attend_tile(const float* q, const float* const* k, const float* const* v, int keys, int rows,
-                 bool masked, const RowMask& mask, float scale, int d, const RowState& state,
-                 float* scores, float* o) {
+// One tile as the kernels take it: rows padded to kKeysAtOnce with zeros, fp32 or (pairs) K of bf16
+// and V of two keys side by side; and what to ask memory for meanwhile.
+struct TileRows {
+  int64_t first;
+  int n;
+  const float* k[kTileKeys];
+  const float* v[kTileKeys];
+  Ahead next_k, next_v;
+};
+
+template <int W, int NV, typename Dot>
+void attend_tile(TileRows& t, const float* q, int rows, const RowMask* mask, float scale, int d,
+                 const RowState& state, float* scores, float* o) {
   constexpr int kWidth = W * NV;
-  for (int j = 0; j < keys; j += kKeysAtOnce) score_keys<W, NV>(q, k + j, d, scores + j * kWidth);
-  if (masked)
+  const int groups = (t.n + kKeysAtOnce - 1) / kKeysAtOnce, keys = groups * kKeysAtOnce;
+  const int elements = d / Dot::kPerElement;
+  const int parts = groups * ((elements + kPart - 1) / kPart);
+  int lines = (t.next_k.lines() + parts - 1) / parts;
+  for (int j = 0; j < keys; j += kKeysAtOnce)
+    score_keys<W, NV, Dot>(q, t.k + j, elements, scores + j * kWidth, &t.next_k, lines);
+  if (mask != nullptr)
     soften<W, NV, true>(scores, keys, scale, mask, state);
   else
     soften<W, NV, false>(scores, keys, scale, mask, state);
-  int r = 0;
-  for (; r + 4 < rows; r += 8)
-    weigh_rows<8>(scores + r, kWidth, v, keys, d, state.rescale + r, o + r * d, d);
-  for (; r + 2 < rows; r += 4)
-    weigh_rows<4>(scores + r, kWidth, v, keys, d, state.rescale + r, o + r * d, d);
-  for (; r < rows; r += 2)
-    weigh_rows<2>(scores + r, kWidth, v, keys, d, state.rescale + r, o + r * d, d);
+  using Element = typename Dot::Element;
+  if constexpr (Dot::kPerElement == 2)
+    for (int j = 0; j < keys; j += 2)
+      pair_rows(scores + j * kWidth, scores + (j + 1) * kWidth,
+                reinterpret_cast<uint32_t*>(scores + j / 2 * kWidth), kWidth);
+  const auto* weights = reinterpret_cast<const Element*>(scores);
+  const int steps = keys / Dot::kPerElement * ((d + 2 * kLanes - 1) / (2 * kLanes));
+  lines = (4 * t.next_v.lines() + steps - 1) / steps;  // every fourth step asks
+  for (int r = 0; r < rows;) {
+    const int left = rows - r;
+    const auto run = [&](auto weigh_some, int count) {
+      weigh_some(weights + r, kWidth, t.v, keys, d, state.rescale + r, o + r * d, &t.next_v, lines);
+      r += count;
+    };
+    if (left > 4)
+      run(weigh_rows<8, Dot>, 8);
+    else if (left > 2)
+      run(weigh_rows<4, Dot>, 4);
+    else
+      run(weigh_rows<2, Dot>, 2);
+  }
 }
 
-// Keys [first, first + n) of one tile, given as padded rows: each block of rows takes its share.
-inline void attend_blocks(const Work& w, const Scratch& scratch, int64_t first, int n,
-                          const float* const* k, const float* const* v) {
-  const int keys = (n + kKeysAtOnce - 1) / kKeysAtOnce * kKeysAtOnce;
-  const float* q = scratch.q;
+// One tile of one KV head: each block of rows takes its share.
+template <typename Dot>
+void attend_blocks(const Work& w, TileRows& t, const float* q, float* o, const RowState& state,
+                   float* scores) {
   RowMask mask;
+  const int64_t end = t.first + t.n;
   for (int row = 0, width; row < w.rows; row += width, q += int64_t{width} * w.d) {
     width = block_width(w.rows - row);
     const int rows = std::min(width, w.rows - row);
-    const int64_t end = first + n;
     const int newest = row + rows - 1;
-    if (w.last_seen(newest) < first) continue;
-    if (first >= w.sinks && w.first_seen(row) >= end) continue;
-    const bool masked =
-        n != keys || w.last_seen(row) < end - 1 || (end > w.sinks && w.first_seen(newest) > first);
+    if (w.last_seen(newest) < t.first) continue;
+    if (t.first >= w.sinks && w.first_seen(row) >= end) continue;
+    const bool masked = t.n % kKeysAtOnce != 0 || w.last_seen(row) < end - 1 ||
+                        (end > w.sinks && w.first_seen(newest) > t.first);
     if (masked) {
+      const auto offset = [&](int64_t key, int64_t low, int64_t high) {
+        return static_cast<int32_t>(std::clamp(key - t.first, low, high));
+      };
       for (int r = 0; r < width; ++r) {
         const int real = row + std::min(r, rows - 1);
-        mask.first[r] =
-            static_cast<int32_t>(std::clamp<int64_t>(w.first_seen(real) - first, 0, kTileKeys));
-        mask.last[r] =
-            static_cast<int32_t>(std::clamp<int64_t>(w.last_seen(real) - first, -1, n - 1));
+        mask.first[r] = offset(w.first_seen(real), 0, kTileKeys);
+        mask.last[r] = offset(w.last_seen(real), -1, t.n - 1);
       }
-      mask.sinks = static_cast<int32_t>(std::clamp<int64_t>(w.sinks - first, 0, kTileKeys));
+      mask.sinks = offset(w.sinks, 0, kTileKeys);
     }
     const auto run = [&](auto tile) {
-      tile(q, k, v, keys, rows, masked, mask, w.scale, w.d, scratch.state(row), scratch.scores,
-           scratch.o + int64_t{row} * w.d);
+      tile(t, q, rows, masked ? &mask : nullptr, w.scale, w.d, state.from(row), scores,
+           o + int64_t{row} * w.d);
     };
 #if defined(__AVX512F__)
     if (width == 32)
-      run(attend_tile<16, 2>);
+      run(attend_tile<16, 2, Dot>);
     else if (width == 16)
-      run(attend_tile<16, 1>);
+      run(attend_tile<16, 1, Dot>);
     else
-      run(attend_tile<8, 1>);
+      run(attend_tile<8, 1, Dot>);
 #elif defined(__AVX2__)
-    run(attend_tile<8, 1>);
+    run(attend_tile<8, 1, Dot>);
 #else
-    run(attend_tile<4, 2>);
+    run(attend_tile<4, 2, Dot>);
 #endif
+    t.next_k.count = t.next_v.count = 0;
   }
 }
 
@@ -192,27 +232,117 @@ void visible_tiles(const Work& w, Visit visit) {
   range(recent, end);
 }
 
-// All of it; scratch.q holds the packed rows. Source::tile(first, n, k, v) gives pointers to the
-// fp32 rows of keys and values, padded to kKeysAtOnce with rows of zeros.
-template <typename Source>
-void attend(const Work& w, Source& source, const Scratch& scratch) {
-  const RowState state = scratch.state();
-  std::fill_n(state.top, kGroupRows, kNegInf);
-  std::fill_n(state.sum, kGroupRows, 0.0f);
-  const int64_t padded = std::min<int64_t>(kGroupRows, (w.rows + 7) / 8 * 8);
-  std::fill_n(scratch.o, padded * w.d, 0.0f);
-  const float* k[kTileKeys];
-  const float* v[kTileKeys];
-  visible_tiles(w, [&](int64_t first, int n) {
-    source.tile(first, n, k, v);
-    attend_blocks(w, scratch, first, n, k, v);
-  });
-}
-
 // The zeros that pad a tile.
 inline const float* zero_row() {
   alignas(64) static const float zeros[kMaxHeadDim] = {};
   return zeros;
+}
+
+// Where the keys of a tile are stored (of the first KV head of a task), and in which table entry.
+template <typename T>
+struct Located {
+  int64_t first;
+  int n;
+  const T* k[kTileKeys];
+  const T* v[kTileKeys];
+  int64_t entry[kTileKeys];
+};
+
+inline const float* as_float(const float* row, float*, int) { return row; }
+template <typename T>
+const float* as_float(const T* row, float* out, int d) {
+  load_row(row, out, d);
+  return out;
+}
+
+// The rows of one KV head of a tile, converted or rotated in scratch where they must be.
+template <typename Dot, typename T, typename Source>
+void stage(const Located<T>& from, int64_t k_at, int64_t v_at, Source& source,
+           const Scratch& scratch, TileRows* to) {
+  const int d = source.head_dim();
+  const T* zeros = reinterpret_cast<const T*>(zero_row());
+  const int keys = (from.n + kKeysAtOnce - 1) / kKeysAtOnce * kKeysAtOnce;
+  if constexpr (Dot::kPerElement == 2) {
+    for (int j = 0; j < keys; ++j)
+      to->k[j] = reinterpret_cast<const float*>(j < from.n ? from.k[j] + k_at : zeros);
+    for (int j = 0; j < keys; j += 2) {
+      float* pair = scratch.v + int64_t{j} * d;
+      pair_rows(&(j < from.n ? from.v[j] + v_at : zeros)->bits,
+                &(j + 1 < from.n ? from.v[j + 1] + v_at : zeros)->bits,
+                reinterpret_cast<uint32_t*>(pair), d);
+      to->v[j / 2] = pair;
+    }
+  } else {
+    for (int j = 0; j < from.n; ++j) {
+      to->k[j] = source.key(from.k[j] + k_at, from.entry[j], scratch.k + int64_t{j} * d);
+      to->v[j] = as_float(from.v[j] + v_at, scratch.v + int64_t{j} * d, d);
+    }
+    for (int j = from.n; j < keys; ++j) to->k[j] = to->v[j] = zero_row();
+  }
+}
+
+// How stored keys of type T are multiplied: bf16 as pairs wherever there are instructions for it.
+template <typename T>
+struct DotOf {
+  using type = Singles;
+};
+#if defined(__AVX512BF16__)
+template <>
+struct DotOf<BFloat16> {
+  using type = Pairs;
+};
+#endif
+template <typename T>
+constexpr bool kHasPairs = DotOf<T>::type::kPerElement == 2;
+
+// All of it, for `units` KV heads whose rows lie one after another in scratch.q (packed), scratch.o
+// and the state. Tokens hold all their KV heads side by side, so heads go through memory together,
+// tile by tile. Source: locate(first, n, &located), key(row, entry, out) -> fp32 row, head_dim(),
+// k_unit and v_unit from one KV head to the next.
+template <typename T, typename Dot, typename Source>
+void attend(const Work& w, int units, Source& source, const Scratch& scratch) {
+  const int padded = padded_rows(w.rows), d = w.d;
+  const RowState all = scratch.state();
+  std::fill_n(all.top, units * padded, kNegInf);
+  std::fill_n(all.sum, units * padded, 0.0f);
+  std::fill_n(scratch.o, int64_t{units} * padded * d, 0.0f);
+  Located<T> located[2];
+  TileRows tile;
+  const char *next_k[kTileKeys], *next_v[kTileKeys];
+  const bool adjacent = source.k_unit == d && source.v_unit == d;
+  const int bytes = static_cast<int>((adjacent ? units * d : d) * sizeof(T));
+  const auto process = [&](const Located<T>& now, const Located<T>* next) {
+    tile.first = now.first;
+    tile.n = now.n;
+    for (int u = 0; u < units; ++u) {
+      const int64_t k_at = u * source.k_unit, v_at = u * source.v_unit;
+      stage<Dot>(now, k_at, v_at, source, scratch, &tile);
+      tile.next_k = tile.next_v = Ahead{};
+      if (next != nullptr) {  // heads side by side: this one's share of tokens, all heads of each
+        const int from = adjacent ? u * next->n / units : 0;
+        const int to = adjacent ? (u + 1) * next->n / units : next->n;
+        for (int j = from; j < to; ++j) {
+          next_k[j] = reinterpret_cast<const char*>(next->k[j] + (adjacent ? 0 : k_at));
+          next_v[j] = reinterpret_cast<const char*>(next->v[j] + (adjacent ? 0 : v_at));
+        }
+        tile.next_k = {next_k + from, to - from, bytes};
+        tile.next_v = {next_v + from, to - from, bytes};
+      }
+      const int64_t row = int64_t{u} * padded;
+      attend_blocks<Dot>(w, tile, scratch.q + row * d, scratch.o + row * d,
+                         all.from(static_cast<int>(row)), scratch.scores);
+    }
+  };
+  int count = 0;  // one tile behind, so that the next one is known
+  visible_tiles(w, [&](int64_t first, int n) {
+    Located<T>& next = located[count % 2];
+    next.first = first;
+    next.n = n;
+    source.locate(first, n, &next);
+    if (count > 0) process(located[(count + 1) % 2], &next);
+    ++count;
+  });
+  if (count > 0) process(located[(count + 1) % 2], nullptr);
 }
 
 // One row's result from its sums, a learned logit in the denominator where there is one.

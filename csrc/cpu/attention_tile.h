@@ -10,34 +10,87 @@
 #include "cpu/simd.h"
 #include "vico/softmax.h"
 
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
+
 namespace vico {
 namespace VICO_ISA {
 
-constexpr int kTileKeys = 32;   // K and V of a tile at d 128 in fp32: half of a 64 KiB L1 + L2
+constexpr int kTileKeys = 32;   // K and V of a tile, at d 128 in fp32: 32 KiB a KV head
+constexpr int kPart = 32;       // elements of a key between two looks at memory
 constexpr int kKeysAtOnce = 8;  // accumulators of the score kernel: 8 or 16 registers
 constexpr float kNegInf = -std::numeric_limits<float>::infinity();
 
-// s[key][row] = q[row] . k[key], for kKeysAtOnce keys. q is [d][W * NV]. Summed in parts of kPart
-// elements: one chain of 128 additions would lose a bit or two more than torch's sums do.
-template <int W, int NV>
-VICO_INLINE void score_keys(const float* q, const float* const* k, int d, float* s) {
+// Lines that will be needed, asked for a few at a time in the order of their addresses: a decode
+// step meets each key once, and the hardware keeps up with a plain stream only.
+struct Ahead {
+  const char* const* rows = nullptr;
+  int count = 0, bytes = 0;  // rows of so many bytes each
+  int row = 0, at = 0;
+
+  VICO_INLINE void ask(int lines) {
+    for (; lines > 0 && row < count; --lines) {
+      __builtin_prefetch(rows[row] + at, 0, 1);
+      at += 64;
+      if (at >= bytes) at = 0, ++row;
+    }
+  }
+  int lines() const { return count * ((bytes + 63) / 64); }
+};
+
+// How products are summed: one fp32 element at a time, or two bf16 elements side by side in 32 bits
+// (exact products, fp32 sums).
+struct Singles {
+  using Element = float;
+  static constexpr int kPerElement = 1;
+  template <int W>
+  static VICO_INLINE typename Lanes<W>::F add(typename Lanes<W>::F sum, const float* x, float y) {
+    return sum + load<typename Lanes<W>::F>(x) * y;
+  }
+};
+#if defined(__AVX512BF16__)
+struct Pairs {
+  using Element = uint32_t;
+  static constexpr int kPerElement = 2;
+  template <int W>
+  static VICO_INLINE typename Lanes<W>::F add(typename Lanes<W>::F sum, const uint32_t* x,
+                                              uint32_t y) {
+    if constexpr (W == 16) {
+      const __m512i pair = _mm512_set1_epi32(static_cast<int>(y));
+      return _mm512_dpbf16_ps(sum, load<__m512bh>(x), reinterpret_cast<const __m512bh&>(pair));
+    } else {
+      const __m256i pair = _mm256_set1_epi32(static_cast<int>(y));
+      return _mm256_dpbf16_ps(sum, load<__m256bh>(x), reinterpret_cast<const __m256bh&>(pair));
+    }
+  }
+};
+#endif
+
+// s[key][row] = q[row] . k[key], for kKeysAtOnce keys. q is [n][W * NV]; n counts elements. Summed
+// in parts of kPart: one chain of 128 additions would lose a bit or two more than torch's sums do.
+// Asks for `lines` a part.
+template <int W, int NV, typename Dot>
+VICO_INLINE void score_keys(const float* queries, const float* const* k, int n, float* s,
+                            Ahead* ahead, int lines) {
   using F = typename Lanes<W>::F;
-  constexpr int kPart = 32;
-  const float* key[kKeysAtOnce];
+  using Element = typename Dot::Element;
+  const auto* q = reinterpret_cast<const Element*>(queries);
+  const Element* key[kKeysAtOnce];
 #pragma GCC unroll 8
-  for (int j = 0; j < kKeysAtOnce; ++j) key[j] = k[j];
-  for (int part = 0; part < d; part += kPart) {
+  for (int j = 0; j < kKeysAtOnce; ++j) key[j] = reinterpret_cast<const Element*>(k[j]);
+  for (int part = 0; part < n; part += kPart) {
     F acc[kKeysAtOnce][NV] = {};
-    const int end = part + kPart < d ? part + kPart : d;
+    const int end = part + kPart < n ? part + kPart : n;
+    ahead->ask(lines);
     for (int c = part; c < end; ++c) {
-      F x[NV];
-#pragma GCC unroll 2
-      for (int v = 0; v < NV; ++v) x[v] = load<F>(q + (c * NV + v) * W);
 #pragma GCC unroll 8
       for (int j = 0; j < kKeysAtOnce; ++j) {
-        const float y = key[j][c];
+        Element y;
+        std::memcpy(&y, key[j] + c, sizeof(y));
 #pragma GCC unroll 2
-        for (int v = 0; v < NV; ++v) acc[j][v] += x[v] * y;
+        for (int v = 0; v < NV; ++v)
+          acc[j][v] = Dot::template add<W>(acc[j][v], q + (c * NV + v) * W, y);
       }
     }
 #pragma GCC unroll 8
@@ -64,11 +117,13 @@ struct RowState {
   float* top;
   float* sum;
   float* rescale;
+
+  RowState from(int row) const { return {top + row, sum + row, rescale + row}; }
 };
 
 // Scores [keys][W * NV] to weights exp(score - top) in place; MASKED false ignores the mask.
 template <int W, int NV, bool MASKED>
-VICO_INLINE void soften(float* s, int keys, float scale, const RowMask& mask,
+VICO_INLINE void soften(float* s, int keys, float scale, const RowMask* mask,
                         const RowState& state) {
   using F = typename Lanes<W>::F;
   using I = typename Lanes<W>::I;
@@ -77,12 +132,13 @@ VICO_INLINE void soften(float* s, int keys, float scale, const RowMask& mask,
   for (int v = 0; v < NV; ++v) {
     float* at = s + v * W;
     const F before = load<F>(state.top + v * W);
-    const I first = load<I>(mask.first + v * W), last = load<I>(mask.last + v * W);
+    I first{}, last{};
+    if (MASKED) first = load<I>(mask->first + v * W), last = load<I>(mask->last + v * W);
     F top = before;
     for (int j = 0; j < keys; ++j, at += W * NV) {
       F x = load<F>(at) * scale;
       if (MASKED) {
-        const I seen = (last >= j) & (j < mask.sinks ? I{} == 0 : first <= j);
+        const I seen = (last >= j) & (j < mask->sinks ? I{} == 0 : first <= j);
         x = seen ? x : kNegInf + F{};
       }
       store(at, x);
@@ -104,26 +160,26 @@ VICO_INLINE void soften(float* s, int keys, float scale, const RowMask& mask,
 }
 
 // o[row][c] = o[row][c] * rescale[row] + sum over keys of p[key][row] * v[key][c], for ROWS rows
-// and NV registers of the head dim from column `at`.
-template <int W, int NV, int ROWS>
-VICO_INLINE void weigh(const float* p, int p_stride, const float* const* v, int keys, int at,
-                       const float* rescale, float* o, int o_stride) {
+// and NV registers of the head dim from column `at`. Of Pairs, p and v hold two keys an element.
+template <int W, int NV, int ROWS, typename Dot>
+VICO_INLINE void weigh(const typename Dot::Element* p, int p_stride, const float* const* v,
+                       int keys, int at, const float* rescale, float* o, int o_stride, Ahead* ahead,
+                       int lines) {
   using F = typename Lanes<W>::F;
   F acc[ROWS][NV];
 #pragma GCC unroll 8
   for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 4
     for (int n = 0; n < NV; ++n) acc[r][n] = load<F>(o + r * o_stride + at + n * W) * rescale[r];
-  for (int j = 0; j < keys; ++j) {
-    const float* value = v[j] + at;
-    F x[NV];
-#pragma GCC unroll 4
-    for (int n = 0; n < NV; ++n) x[n] = load<F>(value + n * W);
+  for (int j = 0; j < keys / Dot::kPerElement; ++j) {
+    const auto* value = reinterpret_cast<const typename Dot::Element*>(v[j]) + at;
+    if (j % 4 == 0) ahead->ask(lines);
 #pragma GCC unroll 8
     for (int r = 0; r < ROWS; ++r) {
-      const float weight = p[j * p_stride + r];
+      const auto weight = p[j * p_stride + r];
 #pragma GCC unroll 4
-      for (int n = 0; n < NV; ++n) acc[r][n] += x[n] * weight;
+      for (int n = 0; n < NV; ++n)
+        acc[r][n] = Dot::template add<W>(acc[r][n], value + n * W, weight);
     }
   }
 #pragma GCC unroll 8
@@ -134,18 +190,34 @@ VICO_INLINE void weigh(const float* p, int p_stride, const float* const* v, int 
 
 // All columns for ROWS rows: as many registers at once as leave room, then single ones, then the
 // half register that a head dim of 8 mod 16 has with AVX-512.
-template <int ROWS>
-VICO_INLINE void weigh_rows(const float* p, int p_stride, const float* const* v, int keys, int d,
-                            const float* rescale, float* o, int o_stride) {
+template <int ROWS, typename Dot>
+VICO_INLINE void weigh_rows(const typename Dot::Element* p, int p_stride, const float* const* v,
+                            int keys, int d, const float* rescale, float* o, Ahead* ahead,
+                            int lines) {
   constexpr int kWide = (kLanes == 16 ? 16 : 8) / (ROWS > 4 ? ROWS : 4);
   int at = 0;
   for (; at + kWide * kLanes <= d; at += kWide * kLanes)
-    weigh<kLanes, kWide, ROWS>(p, p_stride, v, keys, at, rescale, o, o_stride);
+    weigh<kLanes, kWide, ROWS, Dot>(p, p_stride, v, keys, at, rescale, o, d, ahead, lines);
   for (; at + kLanes <= d; at += kLanes)
-    weigh<kLanes, 1, ROWS>(p, p_stride, v, keys, at, rescale, o, o_stride);
+    weigh<kLanes, 1, ROWS, Dot>(p, p_stride, v, keys, at, rescale, o, d, ahead, lines);
 #if defined(__AVX512F__)
-  if (at < d) weigh<8, 1, ROWS>(p, p_stride, v, keys, at, rescale, o, o_stride);
+  if (at < d) weigh<8, 1, ROWS, Dot>(p, p_stride, v, keys, at, rescale, o, d, ahead, lines);
 #endif
+}
+
+// Two rows of bf16 bits, or of fp32 to be rounded, side by side in 32 bits a column.
+inline void pair_rows(const uint16_t* first, const uint16_t* second, uint32_t* out, int n) {
+#pragma omp simd
+  for (int i = 0; i < n; ++i) out[i] = first[i] | static_cast<uint32_t>(second[i]) << 16;
+}
+inline void pair_rows(const float* first, const float* second, uint32_t* out, int n) {
+  const auto round = [](float value) {  // to nearest, ties to even; weights are no signalling NaN
+    uint32_t bits;
+    std::memcpy(&bits, &value, sizeof(bits));
+    return bits + 0x7fffu + ((bits >> 16) & 1u);
+  };
+#pragma omp simd
+  for (int i = 0; i < n; ++i) out[i] = (round(first[i]) >> 16) | (round(second[i]) & 0xffff0000u);
 }
 
 }  // namespace VICO_ISA

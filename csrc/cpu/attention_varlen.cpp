@@ -42,30 +42,23 @@ struct Windows {
   }
 };
 
-// The keys of one window and head: in place where they are fp32, else converted.
+// Where the keys of one window and head lie.
 template <typename T>
 struct WindowKeys {
   const T *k, *v;
   int64_t k_token, v_token;
   int d;
-  const Scratch& scratch;
+  int64_t k_unit = 0, v_unit = 0;
 
-  void tile(int64_t first, int n, const float** keys, const float** values) const {
+  void locate(int64_t first, int n, Located<T>* out) const {
     for (int j = 0; j < n; ++j) {
-      keys[j] = as_float(k + (first + j) * k_token, scratch.k, j);
-      values[j] = as_float(v + (first + j) * v_token, scratch.v, j);
+      out->k[j] = k + (first + j) * k_token;
+      out->v[j] = v + (first + j) * v_token;
+      out->entry[j] = 0;
     }
-    for (int j = n; j % kKeysAtOnce != 0; ++j) keys[j] = values[j] = zero_row();
   }
-
- private:
-  static const float* as_float(const float* row, float*, int) { return row; }
-  template <typename U>
-  const float* as_float(const U* row, float* rows, int j) const {
-    float* out = rows + int64_t{j} * d;
-    load_row(row, out, d);
-    return out;
-  }
+  int head_dim() const { return d; }
+  const float* key(const T* row, int64_t, float* out) const { return as_float(row, out, d); }
 };
 
 template <typename T>
@@ -86,14 +79,11 @@ void attend_task(const Windows& windows, const Task& t, const Scratch& scratch) 
   w.scale = a.sm_scale;
   w.d = a.head_dim;
   const T* q = static_cast<const T*>(a.q) + first_query * a.q_token + t.head * a.q_head;
-  pack_queries(q, a.q_token, a.q_head, w, scratch.q);
+  pack_queries(q, a.q_token, a.q_head, w, kHasPairs<T>, scratch.q);
   const WindowKeys<T> keys{static_cast<const T*>(a.k) + first_key * a.k_token + t.head * a.k_head,
                            static_cast<const T*>(a.v) + first_key * a.v_token + t.head * a.v_head,
-                           a.k_token,
-                           a.v_token,
-                           a.head_dim,
-                           scratch};
-  attend(w, keys, scratch);
+                           a.k_token, a.v_token, a.head_dim};
+  attend<T, typename DotOf<T>::type>(w, 1, keys, scratch);
   const RowState state = scratch.state();
   T* out = static_cast<T*>(a.out) + first_query * a.out_token + t.head * a.out_head;
   for (int r = 0; r < w.rows; ++r)

@@ -19,6 +19,7 @@ Isa detect() {
       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512vl"))
     best = Isa::kAvx512;
+  if (best == Isa::kAvx512 && __builtin_cpu_supports("avx512bf16")) best = Isa::kAvx512Bf16;
 #endif
   const char* wanted = std::getenv("VICO_ISA");
   if (wanted == nullptr || *wanted == '\0') return best;
@@ -36,6 +37,8 @@ const char* isa_name(Isa isa) {
       return "avx2";
     case Isa::kAvx512:
       return "avx512";
+    case Isa::kAvx512Bf16:
+      return "avx512bf16";
     default:
       return "baseline";
   }
@@ -55,14 +58,22 @@ namespace cpu {
     if (active_isa() == Isa::kAvx2) return avx2::name(args, n_threads);     \
     return baseline::name(args, n_threads);                                 \
   }
+#define VICO_FORWARD_BF16(name, Args)                                               \
+  void name(const Args& args, int n_threads) {                                      \
+    if (active_isa() == Isa::kAvx512Bf16) return avx512bf16::name(args, n_threads); \
+    if (active_isa() == Isa::kAvx512) return avx512::name(args, n_threads);         \
+    if (active_isa() == Isa::kAvx2) return avx2::name(args, n_threads);             \
+    return baseline::name(args, n_threads);                                         \
+  }
 #else
 #define VICO_FORWARD(name, Args) \
   void name(const Args& args, int n_threads) { return baseline::name(args, n_threads); }
+#define VICO_FORWARD_BF16 VICO_FORWARD
 #endif
 
 VICO_FORWARD(rope_append, AppendArgs)
-VICO_FORWARD(sink_window_attention, AttentionArgs)
-VICO_FORWARD(varlen_attention, VarlenArgs)
+VICO_FORWARD_BF16(sink_window_attention, AttentionArgs)
+VICO_FORWARD_BF16(varlen_attention, VarlenArgs)
 VICO_FORWARD(merge_states, MergeArgs)
 VICO_FORWARD(summarize_blocks, SummarizeArgs)
 VICO_FORWARD(score_blocks, ScoreArgs)

@@ -1,0 +1,265 @@
+"""Paged attention (decode, prefill) and packed windows, against torch on gathered pages."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from vicostream_kernels import backends, sink_window_attention, varlen_attention
+from vicostream_kernels.bench.registry import Case, Inputs, Outputs, Provider, case
+from vicostream_kernels.reference import attention as truth
+
+_PAGE = 64
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+# ---------------------------------------------------------------- sink_window_attention
+
+
+def _make_paged(
+    device: torch.device,
+    seed: int,
+    *,
+    queries: int,
+    keys: int,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    dtype: torch.dtype,
+) -> Inputs:
+    """One stream whose pages lie scattered in a pool an eighth larger; unlisted slots hold NaN."""
+    random = torch.Generator().manual_seed(seed)
+    pages = -(-keys // _PAGE)
+    pool = pages + max(1, pages // 8)
+    listed = torch.randperm(pool, generator=random)[:pages]
+    shape = (pool, _PAGE, kv_heads, head_dim)
+    inputs: Inputs = {"q": torch.randn(queries, heads, head_dim, generator=random).to(dtype)}
+    for name in ("k_pages", "v_pages"):
+        inputs[name] = torch.full(shape, torch.nan, dtype=dtype)
+        values = torch.randn(keys, kv_heads, head_dim, generator=random).to(dtype)
+        slots = (listed[:, None] * _PAGE + torch.arange(_PAGE)).flatten()[:keys]
+        inputs[name].flatten(0, 1)[slots] = values
+    inputs["page_table"] = listed[None].int()
+    inputs["listed"] = listed  # index_select wants it long; a stack keeps it so
+    inputs["cu_seqlens_q"] = torch.tensor([0, queries], dtype=torch.int32)
+    inputs["kv_len"] = torch.tensor([keys], dtype=torch.int32)
+    if queries > 1:
+        logical = torch.arange(keys)
+        inputs["visible"] = logical <= logical[keys - queries :, None]
+    return {**{name: x.to(device) for name, x in inputs.items()}, "keys": keys}
+
+
+def _paged(inputs: Inputs, *, backend: str) -> torch.Tensor:
+    return sink_window_attention(
+        inputs["q"], inputs["k_pages"], inputs["v_pages"], inputs["page_table"],
+        inputs["cu_seqlens_q"], kv_len=inputs["kv_len"], backend=backend,
+    )  # fmt: skip
+
+
+def _gathered(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
+    """K and V [keys, G, d] of the listed pages in order, copied together."""
+    both = (inputs[name][inputs["listed"]] for name in ("k_pages", "v_pages"))
+    k, v = (x.flatten(0, 1)[: inputs["keys"]] for x in both)
+    return k, v
+
+
+def _sdpa(inputs: Inputs) -> torch.Tensor:
+    k, v = (x.transpose(0, 1)[None] for x in _gathered(inputs))
+    q = inputs["q"].transpose(0, 1)[None]
+    out = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=inputs.get("visible"), enable_gqa=q.shape[1] != k.shape[1]
+    )
+    return out[0].transpose(0, 1)
+
+
+def _rows(q: torch.Tensor, kv_heads: int) -> torch.Tensor:
+    """[Q, H, d] as [G, (H/G) * Q, d]: the query heads of a KV head are more rows of it."""
+    return q.unflatten(1, (kv_heads, -1)).permute(1, 2, 0, 3).flatten(1, 2)
+
+
+def _heads(out: torch.Tensor, queries: int) -> torch.Tensor:
+    return out.unflatten(1, (-1, queries)).permute(2, 0, 1, 3).flatten(1, 2)
+
+
+def _sdpa_rows(inputs: Inputs) -> torch.Tensor:
+    k, v = (x.transpose(0, 1)[None] for x in _gathered(inputs))
+    q = _rows(inputs["q"], k.shape[1])[None]
+    visible = inputs.get("visible")
+    if visible is not None:
+        visible = visible.repeat(q.shape[2] // visible.shape[0], 1)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible)
+    return _heads(out[0], inputs["q"].shape[0])
+
+
+def _matmul(inputs: Inputs) -> torch.Tensor:
+    k, v = _gathered(inputs)
+    q = _rows(inputs["q"], k.shape[1])
+    scores = torch.matmul(q * q.shape[-1] ** -0.5, k.permute(1, 2, 0))
+    visible = inputs.get("visible")
+    if visible is not None:
+        split = scores.unflatten(1, (-1, visible.shape[0]))
+        scores = split.masked_fill(~visible, -torch.inf).flatten(1, 2)
+    return _heads(scores.softmax(-1) @ v.transpose(0, 1), inputs["q"].shape[0])
+
+
+def _providers(op: str, ours: Any, *others: Provider, device: torch.device) -> list[Provider]:
+    served = backends.served_by(op, device.type)
+    made = [
+        Provider(f"ours:{name}", partial(ours, backend=name), optional=name == "reference")
+        for name in served
+    ]
+    return [*made, *others]
+
+
+def _paged_providers(device: torch.device) -> list[Provider]:
+    return _providers(
+        "sink_window_attention",
+        _paged,
+        Provider("torch:sdpa", _sdpa, note="gathered pages, enable_gqa"),
+        Provider("torch:sdpa-rows", _sdpa_rows, note="gathered pages, GQA heads as rows"),
+        Provider("torch:matmul", _matmul, note="gathered pages, grouped matmul"),
+        device=device,
+    )
+
+
+def _outputs(inputs: Inputs, result: torch.Tensor) -> Outputs:
+    return {"out": result}
+
+
+def _paged_truth(inputs: Inputs) -> Outputs:
+    out = torch.full_like(inputs["q"], torch.nan)
+    names = ("q", "k_pages", "v_pages", "page_table", "cu_seqlens_q")
+    truth.sink_window_attention(*(inputs[n] for n in names), out, kv_len=inputs["kv_len"])
+    return {"out": out}
+
+
+def _paged_case(
+    kind: str,
+    queries: int,
+    keys: int,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    *,
+    smoke: bool = False,
+) -> Case:
+    axes = dict(queries=queries, keys=keys, heads=heads, kv_heads=kv_heads, head_dim=head_dim)
+    pairs = queries * keys - queries * (queries - 1) // 2
+    elements = 2 * keys * kv_heads * head_dim + 2 * queries * heads * head_dim
+    return Case(
+        name=f"attention/{kind}-{queries}q-{keys}k-{heads}h-{kv_heads}g-{head_dim}d/{_name(dtype)}",
+        word="attention",
+        op="sink_window_attention",
+        axes=axes,
+        dtype=dtype,
+        bytes=elements * dtype.itemsize + -(-keys // _PAGE) * 4,
+        flops=4 * pairs * heads * head_dim,
+        make=partial(_make_paged, dtype=dtype, **axes),
+        providers=_paged_providers,
+        reference=_paged_truth,
+        outputs=_outputs,
+        # the faster one for the size, measured on the CPU
+        baseline="torch:sdpa-rows" if queries == 1 else "torch:sdpa",
+        smoke=smoke,
+    )
+
+
+# ---------------------------------------------------------------- varlen_attention
+
+
+def _make_windows(
+    device: torch.device,
+    seed: int,
+    *,
+    windows: int,
+    queries: int,
+    keys: int,
+    heads: int,
+    head_dim: int,
+    dtype: torch.dtype,
+) -> Inputs:
+    random = torch.Generator().manual_seed(seed)
+
+    def rows(count: int) -> torch.Tensor:
+        return torch.randn(windows * count, heads, head_dim, generator=random).to(dtype).to(device)
+
+    inputs: Inputs = {"q": rows(queries), "k": rows(keys), "v": rows(keys)}
+    for name, each in (("cu_seqlens_q", queries), ("cu_seqlens_k", keys)):
+        inputs[name] = (torch.arange(windows + 1) * each).int().to(device)
+    return {**inputs, "max_seqlen_q": queries, "max_seqlen_k": keys}
+
+
+_VARLEN = ("q", "k", "v", "cu_seqlens_q", "cu_seqlens_k")
+
+
+def _windows(inputs: Inputs, *, backend: str) -> torch.Tensor:
+    most = {name: inputs[name] for name in ("max_seqlen_q", "max_seqlen_k")}
+    return varlen_attention(*(inputs[name] for name in _VARLEN), **most, backend=backend)
+
+
+def _sdpa_batched(inputs: Inputs) -> torch.Tensor:
+    windows = inputs["cu_seqlens_q"].shape[0] - 1
+    q, k, v = (inputs[n].unflatten(0, (windows, -1)).transpose(1, 2) for n in "qkv")
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(0, 1)
+
+
+def _windows_providers(device: torch.device) -> list[Provider]:
+    sdpa = Provider("torch:sdpa", _sdpa_batched, note="windows known to be of one length")
+    return _providers("varlen_attention", _windows, sdpa, device=device)
+
+
+def _windows_truth(inputs: Inputs) -> Outputs:
+    most = (inputs["max_seqlen_q"], inputs["max_seqlen_k"])
+    return {"out": truth.varlen_attention(*(inputs[name] for name in _VARLEN), *most)}
+
+
+def _windows_case(
+    windows: int,
+    queries: int,
+    keys: int,
+    heads: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    *,
+    smoke: bool = False,
+) -> Case:
+    axes = dict(windows=windows, queries=queries, keys=keys, heads=heads, head_dim=head_dim)
+    name = f"varlen-{windows}w-{queries}q-{keys}k-{heads}h-{head_dim}d"
+    return Case(
+        name=f"attention/{name}/{_name(dtype)}",
+        word="attention",
+        op="varlen_attention",
+        axes=axes,
+        dtype=dtype,
+        bytes=2 * windows * (queries + keys) * heads * head_dim * dtype.itemsize,
+        flops=4 * windows * queries * keys * heads * head_dim,
+        make=partial(_make_windows, dtype=dtype, **axes),
+        providers=_windows_providers,
+        reference=_windows_truth,
+        outputs=_outputs,
+        baseline="torch:sdpa",
+        smoke=smoke,
+    )
+
+
+@case
+def cases() -> Iterator[Case]:
+    """Decode and prefill of the 3B model's heads; the ViT's windows, frames and reused frames."""
+    for dtype in (torch.float32, torch.bfloat16):
+        yield _paged_case("decode", 1, 150, 4, 2, 64, dtype, smoke=True)
+        yield _paged_case("prefill", 37, 150, 4, 2, 64, dtype, smoke=True)
+        yield _windows_case(3, 16, 16, 2, 80, dtype, smoke=True)
+        yield _paged_case("decode", 1, 13000, 16, 2, 128, dtype)
+        yield _paged_case("prefill", 320, 1600, 16, 2, 128, dtype)
+        yield _windows_case(34, 64, 64, 16, 80, dtype)
+        yield _windows_case(2, 1080, 1080, 16, 80, dtype)
+        yield _windows_case(34, 16, 64, 16, 80, dtype)
+        yield _windows_case(34, 64, 64, 2, 32, dtype)
