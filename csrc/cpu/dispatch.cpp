@@ -23,10 +23,10 @@ Isa detect() {
 #endif
   const char* wanted = std::getenv("VICO_ISA");
   if (wanted == nullptr || *wanted == '\0') return best;
-  for (const Isa isa : {Isa::kBaseline, Isa::kAvx2, Isa::kAvx512})
+  for (const Isa isa : {Isa::kBaseline, Isa::kAvx2, Isa::kAvx512, Isa::kAvx512Bf16})
     if (std::strcmp(wanted, isa_name(isa)) == 0) return isa < best ? isa : best;
   throw std::invalid_argument(std::string("VICO_ISA=") + wanted +
-                              " is not one of baseline, avx2, avx512");
+                              " is not one of baseline, avx2, avx512, avx512bf16");
 }
 
 }  // namespace
@@ -54,7 +54,7 @@ namespace cpu {
 #if defined(VICO_X86)
 #define VICO_FORWARD(name, Args)                                            \
   void name(const Args& args, int n_threads) {                              \
-    if (active_isa() == Isa::kAvx512) return avx512::name(args, n_threads); \
+    if (active_isa() >= Isa::kAvx512) return avx512::name(args, n_threads); \
     if (active_isa() == Isa::kAvx2) return avx2::name(args, n_threads);     \
     return baseline::name(args, n_threads);                                 \
   }
