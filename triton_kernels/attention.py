@@ -84,7 +84,7 @@ def _decode_config(width: int, itemsize: int, wgmma: bool) -> dict[str, int]:
 def _varlen_config(width: int, itemsize: int, wgmma: bool) -> dict[str, int]:
     """64 rows, as the ViT's windows have."""
     if itemsize == 4:
-        return _config(16 if width > 64 else 32, 32, 8, 1)
+        return _config(16 if width > 64 else 32, 32, 4 if width in (80, 96) else 8, 1)
     if width > 128:
         return _config(64, 32, 8, 2 if wgmma else 1)
     if width == 96:  # 64 + 32: one more accumulator than four warps have registers for
