@@ -8,6 +8,7 @@
 
 #include "cpu/prune_decide.h"
 #include "cpu/prune_score.h"
+#include "cpu/stream.h"
 
 namespace vico {
 namespace VICO_ISA {
@@ -55,6 +56,16 @@ struct Kept {
   int64_t row;
 };
 
+// Padding, which nobody reads: it goes around the cache.
+void clear_row(void* row, int64_t bytes) {
+  if (!can_stream(row, bytes)) {
+    std::memset(row, 0, bytes);
+    return;
+  }
+  float* at = static_cast<float*>(row);
+  for (int64_t i = 0; i < bytes / int64_t{sizeof(float)}; i += kLanes) stream(at + i, Floats{});
+}
+
 template <typename T>
 void compact(const PruneArgs& a, const std::vector<Segment<T>>& segments, const Judged& judged,
              int n_threads) {
@@ -89,14 +100,18 @@ void compact(const PruneArgs& a, const std::vector<Segment<T>>& segments, const 
     std::fill(a.out_positions + axis * a.out_positions_axis + filled,
               a.out_positions + axis * a.out_positions_axis + a.capacity, 0);
   const int workers = worthwhile_threads(a.capacity * a.width, n_threads);
-#pragma omp parallel for num_threads(workers) schedule(static)
-  for (int64_t i = 0; i < a.capacity; ++i) {
-    T* out = static_cast<T*>(a.tokens) + i * a.tokens_row;
-    if (i < filled) {
-      std::memcpy(out, kept[i].token, a.width * sizeof(T));
-    } else {
-      std::memset(out, 0, a.width * sizeof(T));
+#pragma omp parallel num_threads(workers)
+  {
+#pragma omp for schedule(static) nowait
+    for (int64_t i = 0; i < a.capacity; ++i) {
+      T* out = static_cast<T*>(a.tokens) + i * a.tokens_row;
+      if (i < filled) {
+        std::memcpy(out, kept[i].token, a.width * sizeof(T));
+      } else {
+        clear_row(out, a.width * sizeof(T));
+      }
     }
+    end_stream();
   }
 }
 

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "cpu/row_sums.h"
+#include "cpu/stream.h"
 #include "vico/similarity.h"
 
 namespace vico {
@@ -106,14 +107,22 @@ void gather(const GatherArgs& g, int n_threads) {
   }
 }
 
-void add_rows(const float* a, const float* b, float* out, int64_t n) {
+// From here on the output is written around the cache: reading it first, as a plain store does,
+// costs more than the next op saves by finding the end of it there (1.6 x at 11 MB).
+constexpr int64_t kStreamedBytes = 4 << 20;
+
+void add_rows(const float* a, const float* b, float* out, int64_t n, bool streamed) {
+  if (streamed && can_stream(out, n * sizeof(float))) {
+    for (int64_t i = 0; i < n; i += kLanes) stream(out + i, load_lanes(a + i) + load_lanes(b + i));
+    return;
+  }
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) out[i] = a[i] + b[i];
 }
 
 // Added in fp32, rounded once.
 template <typename T>
-void add_rows(const T* a, const T* b, T* out, int64_t n) {
+void add_rows(const T* a, const T* b, T* out, int64_t n, bool) {
   alignas(64) float first[8], second[8], sum[8];
   int64_t i = 0;
   for (; i + 8 <= n; i += 8) {
@@ -126,7 +135,7 @@ void add_rows(const T* a, const T* b, T* out, int64_t n) {
   T padded[3][8] = {};
   std::memcpy(padded[0], a + i, (n - i) * sizeof(T));
   std::memcpy(padded[1], b + i, (n - i) * sizeof(T));
-  add_rows(padded[0], padded[1], padded[2], 8);
+  add_rows(padded[0], padded[1], padded[2], 8, false);
   std::memcpy(out + i, padded[2], (n - i) * sizeof(T));
 }
 
@@ -140,21 +149,26 @@ void merge(const MergeRowsArgs& m, int n_threads) {
       if (place >= 0 && place < m.places) row_of[f * m.places + place] = static_cast<int32_t>(k);
     }
   }
+  const bool streamed = total * bytes >= kStreamedBytes;
   const int workers = worthwhile_threads(total * m.width, n_threads);
-#pragma omp parallel for num_threads(workers) schedule(static)
-  for (int64_t i = 0; i < total; ++i) {
-    const int64_t f = i / m.places, place = i % m.places;
-    const T* source =
-        row_of[i] >= 0 ? static_cast<const T*>(m.rows) + f * m.rows_frame + row_of[i] * m.rows_row
-                       : static_cast<const T*>(m.base) + f * m.base_frame + place * m.base_row;
-    T* out = static_cast<T*>(m.out) + i * m.width;
-    if (m.residual == nullptr) {
-      std::memcpy(out, source, bytes);
-    } else {
-      add_rows(source,
-               static_cast<const T*>(m.residual) + f * m.residual_frame + place * m.residual_row,
-               out, m.width);
+#pragma omp parallel num_threads(workers)
+  {
+#pragma omp for schedule(static) nowait
+    for (int64_t i = 0; i < total; ++i) {
+      const int64_t f = i / m.places, place = i % m.places;
+      const T* source =
+          row_of[i] >= 0 ? static_cast<const T*>(m.rows) + f * m.rows_frame + row_of[i] * m.rows_row
+                         : static_cast<const T*>(m.base) + f * m.base_frame + place * m.base_row;
+      T* out = static_cast<T*>(m.out) + i * m.width;
+      if (m.residual == nullptr) {
+        std::memcpy(out, source, bytes);
+        continue;
+      }
+      const T* residual =
+          static_cast<const T*>(m.residual) + f * m.residual_frame + place * m.residual_row;
+      add_rows(source, residual, out, m.width, streamed);
     }
+    end_stream();
   }
 }
 
