@@ -3,8 +3,8 @@
 
 #include "vico/append.h"
 #include "vico/attention.h"
-#include "vico/retrieve.h"
 #include "vico/prune.h"
+#include "vico/retrieve.h"
 #include "vico/reuse.h"
 
 namespace vico {
