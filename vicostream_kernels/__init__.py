@@ -1,19 +1,23 @@
 """Kernels that keep streaming video LLMs bounded: prune, attention, reuse, retrieve.
 
-The ops are functions of this package and ``torch.ops.vicostream.*``; ``docs/ops.md`` describes them.
+The ops are functions of this package and ``torch.ops.vicostream.*``; see ``docs/ops.md``.
 """
 
 from __future__ import annotations
 
 import importlib
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch  # noqa: F401  (before _C, so that both share torch's OpenMP runtime)
 
 from vicostream_kernels.backends import BackendUnavailable
 from vicostream_kernels.ops import *  # noqa: F403
 from vicostream_kernels.ops import __all__ as _ops
+
+if TYPE_CHECKING:
+    from vicostream_kernels.cache import PagedKVCache
+    from vicostream_kernels.pipeline.engine import StreamEngine
 
 try:
     __version__ = version("vicostream-kernels")
