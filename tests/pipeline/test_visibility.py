@@ -92,7 +92,7 @@ def test_vicostream_video_sees_four_chunks_and_the_system_prompt_with_the_first(
 
 def test_vicostream_ids_follow_the_rule(monkeypatch):
     """Absolute ids: a chunk continues at the largest id + 1; dropped tokens keep their ids."""
-    rows, columns = 3, 4  # 48 x 80 pixels grow to 84 x 112
+    rows, columns = 2, 3  # 48 x 80 pixels grow to 84 x 112 and then shrink to 56 x 84
     for threshold in (1.0, -1.0):
         with small_engine(prune__threshold=threshold) as made, made.open() as stream:
             base = len(made.runner.system_ids())
