@@ -81,10 +81,12 @@ def test_weights_are_not_copied(runner) -> None:
     assert module.mlp.gate_proj.weight.data_ptr() == block.mlp.gate_up.weight.data_ptr()
 
 
-def test_import_is_light() -> None:
+def test_import_is_light(tmp_path) -> None:
     code = (
         "import sys, vicostream_kernels.models; "
         "print([m for m in ('transformers', 'triton', 'av') if m in sys.modules])"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=tmp_path
+    )
     assert done.stdout.strip() == "[]", done.stderr
