@@ -115,6 +115,7 @@ def test_exp_is_within_two_ulp():
 ISAS = """
 import torch, vicostream_kernels as vk
 from attention_oracle import check, inverse_frequencies, make_case
+torch.manual_seed(0)
 for dtype in (torch.float32, torch.float16, torch.bfloat16):
     for d, group, queries in ((8, 1, 1), (24, 3, 5), (40, 2, 9), (80, 5, 1), (256, 1, 37)):
         tables = [torch.randperm(12).tolist(), [3, -1, 2, 99] + [-1] * 8]
@@ -132,7 +133,8 @@ for dtype in (torch.float32, torch.float16, torch.bfloat16):
     lse = torch.randn(2, 40, 3)
     a, b = (vk.merge_states(q, lse[0], q.flip(0), lse[1], backend=name)
             for name in ("cpu", "reference"))
-    torch.testing.assert_close(a, b, rtol=2 * eps, atol=2 * eps)
+    # Two weights, each an exponential (2 ulp) over a sum, times values of up to 4.
+    torch.testing.assert_close(a, b, rtol=4 * eps, atol=8 * eps)
 from vicostream_kernels import backends
 print(backends.native()[0].build_info()["isa"])
 """
