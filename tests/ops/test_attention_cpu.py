@@ -131,10 +131,13 @@ for dtype in (torch.float32, torch.float16, torch.bfloat16):
     eps = torch.finfo(dtype).eps
     torch.testing.assert_close(a, b, rtol=2 * eps, atol=8 * eps)
     lse = torch.randn(2, 40, 3)
-    a, b = (vk.merge_states(q, lse[0], q.flip(0), lse[1], backend=name)
-            for name in ("cpu", "reference"))
-    # Two weights, each an exponential (2 ulp) over a sum, times values of up to 4.
-    torch.testing.assert_close(a, b, rtol=4 * eps, atol=8 * eps)
+    a, both = vk.merge_states(q, lse[0], q.flip(0), lse[1], backend="cpu")
+    part = lse.double().softmax(0)[..., None] * torch.stack((q, q.flip(0))).double()
+    # In units of the terms' size: fp32 has two exponentials (2 ulp each) and a quotient, the others
+    # only the last rounding. Over 400 seeds 3.4 and 0.4994.
+    error = ((a.double() - part.sum(0)).abs() / part.abs().sum(0)).max() / eps
+    assert error <= (4 if dtype == torch.float32 else 0.51), (dtype, error)
+    torch.testing.assert_close(both.double(), lse.double().logsumexp(0), rtol=0, atol=2**-22)
 from vicostream_kernels import backends
 print(backends.native()[0].build_info()["isa"])
 """
