@@ -23,6 +23,12 @@ PYBIND11_MODULE(_C, m) {
     info["openmp"] = _OPENMP;
     return info;
   });
+  // Asked only for names that are not there: those of newer Python files beside an older build.
+  m.def("__getattr__", [](const std::string& name) -> py::object {
+    throw py::attribute_error("the compiled module _C has no '" + name +
+                              "': it is older than the Python files beside it; run `make build`, "
+                              "or install the package again");
+  });
   vico::bind_append(m);
   vico::bind_attention(m);
   vico::bind_retrieve(m);

@@ -10,6 +10,11 @@ from kit.compare import assert_matches, assert_same_bits
 from kit.topk import assert_valid_topk
 
 
+def test_poisoned_empties_follow_the_device_context():
+    with torch.device("meta"):
+        assert torch.empty(3).device.type == torch.empty_strided((3,), (1,)).device.type == "meta"
+
+
 def test_empties_are_poisoned():
     assert torch.empty(3).isnan().all()
     assert torch.empty_like(torch.zeros(2, dtype=torch.float16)).isnan().all()

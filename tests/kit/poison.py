@@ -9,9 +9,11 @@ from typing import Any
 import torch
 import torch._dynamo.trace_rules
 
-# Dynamo looks functions up by identity, in a table that it fills when it first needs it: fill it
-# now, while torch.empty is itself.
+# Dynamo and `with torch.device(...)` look functions up by identity, in tables that they fill when
+# they first need them: fill both now, while torch.empty is itself.
 torch._dynamo.trace_rules.get_torch_obj_rule_map()
+with torch.device("meta"):
+    torch.empty(0)
 
 _PLACES = [(torch, "empty"), (torch, "empty_like"), (torch, "empty_strided")]
 _PLACES += [(torch.Tensor, "new_empty")]

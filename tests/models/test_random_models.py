@@ -100,9 +100,10 @@ def test_fill_moments_and_dtypes() -> None:
 def test_true_shapes(name: str, parameters: int, facts: tuple[int, ...]) -> None:
     """Parameter counts of Qwen/Qwen2.5-VL-3B-Instruct and 7B-Instruct (their safetensors index)."""
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+    from transformers.initialization import no_init_weights
 
     config = Qwen2_5_VLConfig(**named.config(name))
-    with torch.device("meta"):
+    with no_init_weights(), torch.device("meta"):
         model = Qwen2_5_VLForConditionalGeneration(config)
     model.tie_weights()
     assert sum(p.numel() for p in model.parameters()) == parameters

@@ -116,3 +116,12 @@ def test_info_has_a_reason_for_every_gap():
         for row in rows:
             assert row["backends"]["reference"] is None
             assert all(r is None or len(r) > 10 for r in row["backends"].values())
+
+
+def test_a_stale_build_says_so():
+    """Python files that are newer than ``_C`` ask it for what it does not have."""
+    native, reason = backends.native()
+    if native is None:
+        pytest.skip(reason)
+    with pytest.raises(AttributeError, match="no 'newer_kernel'.*older.*make build"):
+        native.newer_kernel  # noqa: B018

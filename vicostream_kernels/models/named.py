@@ -74,10 +74,12 @@ def build(config_dict: dict[str, Any], *, seed: int, device: Any, dtype: Any) ->
     ``dtype`` on ``device`` with no copy elsewhere."""
     import torch
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+    from transformers.initialization import no_init_weights
 
     from vicostream_kernels.models.random_init import fill_model_
 
-    with torch.device("meta"):
+    # Without it transformers draws its own weights first: a minute for 7B, on the meta device too.
+    with no_init_weights(), torch.device("meta"):
         model = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(**config_dict)).to(dtype)
     model.to_empty(device=device)
     model.tie_weights()
