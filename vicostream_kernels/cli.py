@@ -74,6 +74,14 @@ def run(
             metavar="DIR", help="Write report.json, trace.json and stream.png into this folder."
         ),
     ] = None,
+    show_pruning: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DIR",
+            help="Write pruned.mp4, the frames with dropped patches dimmed, and pruned.png, a "
+            "contact sheet, into this folder.",
+        ),
+    ] = None,
     settings: Annotated[
         list[str] | None,
         typer.Option(
@@ -104,6 +112,7 @@ def run(
                 fps=fps,
                 device=device,
                 report=report,
+                show_pruning=show_pruning,
                 settings=settings or (),
                 debug=debug,
             )

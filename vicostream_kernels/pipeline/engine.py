@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from vicostream_kernels.models import Qwen2_5_VLRunner, load_model
 from vicostream_kernels.pipeline.errors import InputError
 from vicostream_kernels.pipeline.report import Recorder
 from vicostream_kernels.pipeline.session import Stream
+from vicostream_kernels.pipeline.stages import ChunkMask
 
 _FIRST_PAGES = 256
 _CUDA_BUCKET = 64
@@ -88,10 +89,11 @@ class StreamEngine:
         fps: float = _DEFAULT_FPS,
         system: str | None = None,
         recorder: Recorder | None = None,
+        on_pruned: Callable[[ChunkMask], None] | None = None,
     ) -> Stream:
         """A new stream. ``fps`` is the rate of frames that come without times; ``system`` replaces
         the chat template's own system message; ``recorder`` collects the figures (default: a new
-        one)."""
+        one); ``on_pruned`` sees each chunk's frames and what pruning kept of them."""
         if not 0 < fps < float("inf"):
             raise InputError(f"open: fps={fps} must be a positive number of frames per second")
         if recorder is None:
@@ -100,7 +102,7 @@ class StreamEngine:
             )
         recorder.model["dtype"] = str(self.runner.dtype).removeprefix("torch.")
         recorder.config = self.config()
-        return Stream(self, recorder, fps=fps, system=system)
+        return Stream(self, recorder, fps=fps, system=system, on_pruned=on_pruned)
 
     def question_ids(self, text: str) -> list[int]:
         """Token ids of a question with its template; raises :class:`InputError` when it is empty or

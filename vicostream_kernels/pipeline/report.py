@@ -98,6 +98,7 @@ class Recorder:
         self.preset = preset
         self.config = config or {}
         self.source: dict[str, Any] | None = None
+        self.pictures: dict[str, str] | None = None
         self.use_device(device)
         self.chunks: deque[ChunkFigures] = deque(maxlen=KEPT_ENTRIES)
         self.questions: deque[QuestionFigures] = deque(maxlen=KEPT_ENTRIES)
@@ -186,6 +187,7 @@ class Recorder:
             },
             "chunks": chunks,
             "questions": [_question(q) for q in self.questions],
+            "pictures": self.pictures,
             "errors": [asdict(error) for error in self.errors],
         }
 

@@ -37,6 +37,7 @@ class RunOptions:
     fps: float | None = None
     device: str = "cpu"
     report: str | None = None
+    show_pruning: str | None = None
     settings: Sequence[str] = ()
     debug: bool = False
 
@@ -57,6 +58,7 @@ class _Run:
         self._part = "options"
         self._time_s: float | None = None
         self._waiting: list[Question] = []
+        self._film: Any = None
         self._recorder = Recorder(
             model=options.model, preset=options.preset, config={"set": list(options.settings)}
         )
@@ -64,6 +66,8 @@ class _Run:
     def go(self) -> int:
         with self._caught():
             self._stream()
+        with self._caught():
+            self._finish_film()
         for question in self._waiting:
             self._recorder.error("answer", f"not asked: {question.text}", question.time_s)
         self._recorder.end()
@@ -103,6 +107,10 @@ class _Run:
         options, recorder = self._options, self._recorder
         if options.report is not None:
             _check_folder(options.report)
+        if options.show_pruning is not None:
+            from vicostream_kernels.pipeline.film import PruningFilm
+
+            self._film = PruningFilm(options.show_pruning)
         method = methods.get(options.preset, parse_settings(options.settings))
         device = parse_device(options.device)
         recorder.use_device(device)
@@ -130,7 +138,10 @@ class _Run:
                     )
                 self._part = "ingest"
                 recorder.restart()
-                with engine.open(recorder=recorder, fps=options.fps or _rate(source)) as stream:
+                watch = None if self._film is None else self._film.watch
+                with engine.open(
+                    recorder=recorder, fps=options.fps or _rate(source), on_pruned=watch
+                ) as stream:
                     self._consume(source, stream, questions)
         for trouble in source.troubles:
             self._part, self._time_s = trouble.where, trouble.time_s
@@ -169,6 +180,7 @@ class _Run:
                     self._part, self._time_s = "ingest", batch[0].time_s
                     stream.ingest(_stack(batch), [frame.time_s for frame in batch])
                     self._time_s = batch[-1].time_s
+                    self._draw()
                     screen.update(recorder, stream.time_s)
                 elif frames.ended:
                     break
@@ -176,6 +188,7 @@ class _Run:
                     self._ask(stream, waiting.pop(0))
             self._part = "ingest"
             stream.flush()
+            self._draw()
             screen.update(recorder, stream.time_s)
             while waiting:
                 question = waiting.pop(0)
@@ -204,6 +217,28 @@ class _Run:
             for piece in answer:
                 self._screen.piece(piece)
         self._screen.answered(answer.figures)
+
+    def _draw(self) -> None:
+        """Pictures that fail do not end the stream either."""
+        if self._film is None:
+            return
+        part, self._part = self._part, "pictures"
+        try:
+            self._film.draw()
+        except PipelineError as error:
+            self._raised(error)
+            self._film.discard()
+            self._film = None
+        self._part = part
+
+    def _finish_film(self) -> None:
+        if self._film is None:
+            return
+        self._part = "pictures"
+        paths = self._film.close(f"{self._options.video}, {self._options.preset}")
+        if paths is not None:
+            self._recorder.pictures = dict(zip(("video", "contact_sheet"), paths))
+            self._screen.say(", ".join(paths))
 
     def _write(self, folder: Path) -> None:
         report = self._recorder.write(folder)

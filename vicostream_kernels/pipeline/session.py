@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
@@ -18,6 +18,7 @@ from vicostream_kernels.pipeline.llm import LLMSteps
 from vicostream_kernels.pipeline.report import ChunkFigures, Recorder, rss_bytes
 from vicostream_kernels.pipeline.stages import (
     ChunkFrames,
+    ChunkMask,
     Encode,
     Prefill,
     Preprocess,
@@ -47,6 +48,7 @@ class Stream:
         *,
         fps: float,
         system: str | None,
+        on_pruned: Callable[[ChunkMask], None] | None = None,
     ) -> None:
         method, runner = engine.method, engine.runner
         self._engine, self.recorder, self._method = engine, recorder, method
@@ -63,7 +65,7 @@ class Stream:
         self._llm = LLMSteps(runner, cache, method)
         self._preprocess = Preprocess(runner, method)
         self._encode = Encode(runner)
-        self._prune = Prune(runner, method.prune)
+        self._prune = Prune(runner, method.prune, on_pruned)
         self._prefill = Prefill(self._llm, method, self.history, engine.bucket)
         try:
             with torch.no_grad():

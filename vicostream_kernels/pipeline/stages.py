@@ -11,9 +11,11 @@ started by ``Prune`` and read by ``Prefill``.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from vicostream_kernels.cache import Block
@@ -58,23 +60,33 @@ class ChunkTokens:
     tokens: torch.Tensor
 
 
-class HostCount:
-    """A count on its way to the host; ``get`` waits for it and for nothing else."""
+class HostCopy:
+    """A tensor on its way to the host; ``get`` waits for it and for nothing else."""
 
-    def __init__(self, count: torch.Tensor | int) -> None:
+    def __init__(self, tensor: torch.Tensor) -> None:
         self._event: Any = None
-        if isinstance(count, int) or not count.is_cuda:
-            self._value = count
+        self._value = tensor
+        if not tensor.is_cuda:
             return
-        self._value = torch.empty((), dtype=count.dtype, pin_memory=True)
-        self._value.copy_(count.reshape(()), non_blocking=True)
+        self._value = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        self._value.copy_(tensor, non_blocking=True)
         self._event = torch.cuda.Event()
-        self._event.record(torch.cuda.current_stream(count.device))
+        self._event.record(torch.cuda.current_stream(tensor.device))
 
-    def get(self) -> int:
+    def get(self) -> torch.Tensor:
         if self._event is not None:
             self._event.synchronize()
-        return int(self._value)
+        return self._value
+
+
+class HostCount:
+    """A count, perhaps on its way to the host; ``get`` waits for it and for nothing else."""
+
+    def __init__(self, count: torch.Tensor | int) -> None:
+        self._value = count if isinstance(count, int) else HostCopy(count.reshape(()))
+
+    def get(self) -> int:
+        return self._value if isinstance(self._value, int) else int(self._value.get())
 
 
 @dataclass(frozen=True)
@@ -89,6 +101,22 @@ class ChunkKept:
     count: HostCount
     seen: int
     span: int
+
+
+@dataclass(frozen=True)
+class ChunkMask:
+    """What was kept of a chunk, for whoever looks on: ``grid`` = (T, rows, columns) in tokens."""
+
+    source: ChunkFrames
+    grid: tuple[int, int, int]
+    frames_per_step: int
+    mask: HostCopy | None  # None: everything
+
+    def kept(self) -> np.ndarray:
+        """bool ``[T, rows, columns]`` on the host."""
+        if self.mask is None:
+            return np.ones(self.grid, dtype=bool)
+        return self.mask.get().view(self.grid).numpy()
 
 
 @dataclass(frozen=True)
@@ -153,10 +181,18 @@ class Encode:
 
 
 class Prune:
-    """Visual tokens -> those that are kept, in order, with the position ids that they had."""
+    """Visual tokens -> those that are kept, in order, with the position ids that they had.
 
-    def __init__(self, runner: Qwen2_5_VLRunner, rule: PruneRule | None) -> None:
-        self._runner, self._rule = runner, rule
+    ``watch`` is called with a :class:`ChunkMask` after each chunk.
+    """
+
+    def __init__(
+        self,
+        runner: Qwen2_5_VLRunner,
+        rule: PruneRule | None,
+        watch: Callable[[ChunkMask], None] | None = None,
+    ) -> None:
+        self._runner, self._rule, self._watch = runner, rule, watch
         self._state: PruneState | None = None
 
     def run(self, chunk: ChunkTokens) -> ChunkKept:
@@ -167,6 +203,7 @@ class Prune:
         steps, locations, width = chunk.tokens.shape
         seen = steps * locations
         if self._rule is None:
+            self._show(chunk, None)
             tokens = chunk.tokens.view(seen, width)
             return ChunkKept(source, tokens, positions.view(3, seen), HostCount(seen), seen, span)
         pruned: PrunedTokens = prune_tokens(
@@ -176,8 +213,17 @@ class Prune:
             state=self._carried(chunk.tokens),
             backend=runner.backend,
         )
+        self._show(chunk, pruned.mask)
         count = HostCount(pruned.count)
         return ChunkKept(source, pruned.tokens, pruned.positions, count, seen, span)
+
+    def _show(self, chunk: ChunkTokens, mask: torch.Tensor | None) -> None:
+        if self._watch is None:
+            return
+        t, h, w = chunk.grid
+        grid = (t, h // self._runner.merge_size, w // self._runner.merge_size)
+        copy = None if mask is None else HostCopy(mask)
+        self._watch(ChunkMask(chunk.source, grid, self._runner.temporal_patch_size, copy))
 
     def _carried(self, tokens: torch.Tensor) -> PruneState | None:
         """What the rule carries from chunk to chunk; frames of another size start anew."""
