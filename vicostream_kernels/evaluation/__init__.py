@@ -1,0 +1,1 @@
+"""Streaming question answering with known truth: clips, questions, scoring."""
