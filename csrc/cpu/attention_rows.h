@@ -102,7 +102,8 @@ inline int padded_rows(int rows) {
 }
 
 // q, as [n][width] elements for each block of rows: scores take one of all its rows at a time. They
-// are fp32, or (pairs) the two bf16 that lie side by side as they are.
+// are fp32, or (pairs) the two bf16 that lie side by side as they are; fp32 in blocks that
+// score_keys_interleaved takes is [n / 2][width][2].
 template <typename T>
 void pack_queries(const T* q, int64_t q_token, int64_t q_head, const Work& w, bool pairs,
                   float* packed) {
@@ -121,7 +122,10 @@ void pack_queries(const T* q, int64_t q_token, int64_t q_head, const Work& w, bo
       } else {
         std::memset(row, 0, sizeof(row));
       }
-      for (int c = 0; c < n; ++c) std::memcpy(packed + c * width + r, row + c, sizeof(float));
+      if (width == 8 && !pairs && kInterleaved<8, Singles>)
+        for (int c = 0; c < n; c += 2) std::memcpy(packed + c * 8 + 2 * r, row + c, 8);
+      else
+        for (int c = 0; c < n; ++c) std::memcpy(packed + c * width + r, row + c, sizeof(float));
     }
   }
 }

@@ -10,7 +10,7 @@
 #include "cpu/simd.h"
 #include "vico/softmax.h"
 
-#if defined(__AVX512BF16__)
+#if defined(__AVX512F__)
 #include <immintrin.h>
 #endif
 
@@ -67,12 +67,50 @@ struct Pairs {
 };
 #endif
 
+// Eight rows would fill half an AVX-512 register, so fp32 puts two elements of each key side by
+// side.
+template <int W, typename Dot>
+constexpr bool kInterleaved = kLanes == 16 && W == 8 && Dot::kPerElement == 1;
+
+#if defined(__AVX512F__)
+// score_keys for eight rows; q is [n / 2][row][2].
+VICO_INLINE void score_keys_interleaved(const float* q, const float* const* k, int n, float* s,
+                                        Ahead* ahead, int lines) {
+  const __m512i even = _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
+  const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
+  for (int part = 0; part < n; part += kPart) {
+    __m512 acc[kKeysAtOnce] = {};
+    const int end = part + kPart < n ? part + kPart : n;
+    ahead->ask(lines);
+    for (int c = part; c < end; c += 2) {
+      const __m512 x = _mm512_loadu_ps(q + c * 8);
+#pragma GCC unroll 8
+      for (int j = 0; j < kKeysAtOnce; ++j) {
+        double y;
+        std::memcpy(&y, k[j] + c, sizeof(y));
+        acc[j] = _mm512_fmadd_ps(x, _mm512_castpd_ps(_mm512_set1_pd(y)), acc[j]);
+      }
+    }
+#pragma GCC unroll 4
+    for (int j = 0; j < kKeysAtOnce; j += 2) {
+      const __m512 sum = _mm512_add_ps(_mm512_permutex2var_ps(acc[j], even, acc[j + 1]),
+                                       _mm512_permutex2var_ps(acc[j], odd, acc[j + 1]));
+      float* at = s + j * 8;
+      _mm512_storeu_ps(at, part == 0 ? sum : _mm512_add_ps(_mm512_loadu_ps(at), sum));
+    }
+  }
+}
+#endif
+
 // s[key][row] = q[row] . k[key], for kKeysAtOnce keys. q is [n][W * NV]; n counts elements. Summed
 // in parts of kPart: one chain of 128 additions would lose a bit or two more than torch's sums do.
 // Asks for `lines` a part.
 template <int W, int NV, typename Dot>
 VICO_INLINE void score_keys(const float* queries, const float* const* k, int n, float* s,
                             Ahead* ahead, int lines) {
+#if defined(__AVX512F__)
+  if constexpr (kInterleaved<W, Dot>) return score_keys_interleaved(queries, k, n, s, ahead, lines);
+#endif
   using F = typename Lanes<W>::F;
   using Element = typename Dot::Element;
   const auto* q = reinterpret_cast<const Element*>(queries);
