@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -20,6 +20,7 @@ from vicostream_kernels._blocks import (
 )
 from vicostream_kernels._pages import CacheClosed, DoubleFree, ForeignStream, StaleBlock, check_int
 from vicostream_kernels._placement import fill_of, slots_of
+from vicostream_kernels._summaries import KeyRows
 
 if TYPE_CHECKING:
     from vicostream_kernels.cache import PagedKVCache
@@ -48,6 +49,7 @@ class CacheStream:
         self.closed = False
         self._reserved: dict[Block, None] = {}
         self._table = BlockTable(cache.device)
+        self.keys: KeyRows | None = None
 
     # -- a block comes ---------------------------------------------------------------------------
 
@@ -85,6 +87,8 @@ class CacheStream:
         block._ids = to_device(pages, torch.int64, self.cache.device)
         for segment, n in zip(segments, counts):
             segment.pages, pages = pages[:n], pages[n:]
+        if self.keys is not None and kind == "chunk":
+            self.keys.reserve(block)
         self._reserved[block] = None
         return block
 
@@ -156,8 +160,10 @@ class CacheStream:
             last = first + len(unused)
             cache._give(unused, block)
             cache._clear(block._ids[first:last])
-            block._ids = torch.cat((block._ids[:first], block._ids[last:]))
             del body.pages[keep:]
+            if self.keys is not None and block.kind == "chunk":
+                self.keys.trim(block, block._ids[first:last])
+            block._ids = torch.cat((block._ids[:first], block._ids[last:]))
         block.tokens, block.state, block._order = tokens, "committed", cache._next_order()
         del self._reserved[block]
         self.tokens += tokens
@@ -281,6 +287,22 @@ class CacheStream:
             return torch.zeros(1, 0, 0, device=self.cache.device)
         return table.vectors[table.start : table.end].unsqueeze(0)
 
+    def keep_keys(self, **kind: Any) -> KeyRows:
+        """Has ``rope_append`` summarise the keys of the chunks to come; see `KeyRows` for the
+        options. Raises ValueError when the stream has chunks already, or summaries."""
+        self._check_open()
+        if self.keys is not None or self.chunks or self._reserved:
+            raise ValueError("keep_keys: call it once, before the first chunk is reserved")
+        self.keys = KeyRows(self.cache, **kind)
+        return self.keys
+
+    @property
+    def summary_bytes(self) -> int:
+        """Bytes of the summaries of the stream's chunks, rows not in use included."""
+        vectors = self._table.vectors
+        kept = 0 if self.keys is None else self.keys.bytes
+        return kept + (0 if vectors is None else vectors.nbytes)
+
     @contextmanager
     def hold(self, blocks: Sequence[Block]) -> Iterator[None]:
         """Keeps ``blocks`` from being evicted or freed inside the ``with``, e.g. while an answer
@@ -320,6 +342,8 @@ class CacheStream:
         """Abandons a block that is not committed; all its pages go back."""
         self._require(block, "rollback", ("reserved",), giving_back=True)
         del self._reserved[block]
+        if self.keys is not None:
+            self.keys.drop(block)
         self.cache._clear(block._ids)
         self._release(block, "rolled back")
 
@@ -337,7 +361,7 @@ class CacheStream:
         self.sinks.clear()
         self._reserved.clear()
         self.tokens = 0
-        self._table = BlockTable(self.cache.device)
+        self._table, self.keys = BlockTable(self.cache.device), None
         self.closed = True
         self.cache._streams.pop(self, None)
 
@@ -362,6 +386,8 @@ class CacheStream:
             self.chunks.drop(block)
             if block._row >= 0:
                 self._table.drop(block)
+            if self.keys is not None:
+                self.keys.drop(block)
         self.tokens -= block.tokens
         self.cache._clear(block._ids)
         self._release(block, state)

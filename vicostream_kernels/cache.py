@@ -150,6 +150,11 @@ class PagedKVCache:
         return len(self._names) * self.layers * self.page_size * token
 
     @property
+    def summary_bytes(self) -> int:
+        """Bytes of the summaries of all open streams, see `CacheStream.summary_bytes`."""
+        return sum(stream.summary_bytes for stream in self._streams)
+
+    @property
     def bytes(self) -> int:
         """Bytes of the used pages."""
         return self.used_pages * self.bytes_per_page

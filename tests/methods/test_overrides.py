@@ -67,7 +67,7 @@ def test_unknown_names_show_the_nearest(preset, overrides, said):
         ("vicostream", {"prune.threshold": "a lot"}, "prune.threshold='a lot': give none or a num"),
         ("vicostream", {"prune.threshold": "7"}, "prune.threshold=7: .*outside"),
         ("vicostream", {"prune.threshold": "nan"}, "prune.threshold='nan'"),
-        ("vicostream", {"retrieve.k": "2.5"}, "retrieve.k='2.5': give a whole number"),
+        ("vicostream", {"retrieve.k": "2.5"}, "retrieve.k='2.5': give none or a whole number"),
         ("vicostream", {"retrieve.k": "0"}, "k=0 must be at least 1"),
         ("vicostream", {"retrieve.k": True}, "retrieve.k=True"),
         ("vicostream", {"retrieve.score": "euclid"}, "give dot or cosine"),

@@ -48,31 +48,102 @@ class AttentionRule:
 
 @dataclass(frozen=True)
 class RetrieveRule:
-    """Which chunks of the history a question reads; ``kwargs()`` are those of ``topk_blocks``.
+    """Which blocks of the history a question reads; ``kwargs()`` are those of ``topk_blocks``.
 
-    A chunk is represented by the mean of its kept input embeddings, the question by the mean
-    of its prompt's token embeddings; one selection serves all layers and every decode step.
+    summary: what stands for a block. ``"embedding"``: the mean of its kept input embeddings, asked
+        by the mean embedding of the prompt, once for all layers. Of its keys, asked by the queries
+        of the layer: ``"mean_key"`` as cached, ``"raw_mean_key"`` before rotation (queries too), or
+        ``"minmax"``, their bounds as cached.
+    unit: a block is a ``"chunk"``, or a ``"page"`` of one (``engine.page_size`` tokens; no page
+        holds tokens of two chunks).
+    sub: parts of a page with bounds of their own.
+    query: which tokens ask while the prompt is read: the whole ``"prompt"``, or the ``"question"``
+        without the template around it. Later it is the token that is being decoded.
+    layers: ``"each"`` chooses for itself, or one choice is ``"shared"``: the first layer that is
+        not dense makes it where keys are summarised.
+    scope: who chooses together in a layer: all heads, those of a KV head, each query head alone.
+    score, pool, k, ratio, mass, token_budget, min_k, group, force_first, force_last: as
+        ``topk_blocks`` has them; exactly one of k, ratio, mass, token_budget.
+    dense_layers: so many first layers read everything.
+    prefill: the prompt reads the ``"selected"`` blocks, or everything (``"dense"``).
+    reuse_steps: a choice serves so many tokens, then it is made anew; None: the whole answer.
+    positions: ``"absolute"`` as written, or ``"consecutive"``: what is read stands without gaps
+        right before the question, chunk by chunk, the system prompt in front.
     """
 
-    k: int = 64
-    score: Literal["dot", "cosine"] = "cosine"
+    summary: Literal["embedding", "mean_key", "raw_mean_key", "minmax"] = "embedding"
+    unit: Literal["chunk", "page"] = "chunk"
+    sub: int = 1
+    query: Literal["prompt", "question"] = "prompt"
+    layers: Literal["shared", "each"] = "shared"
+    scope: Literal["stream", "kv_head", "query_head"] = "stream"
+    score: Literal["dot", "cosine", "bound"] = "cosine"
+    pool: Literal["mean", "max", "softmax"] = "mean"
+    k: int | None = 64
+    ratio: float | None = None
+    mass: float | None = None
+    token_budget: int | None = None
+    min_k: int = 1
+    group: int = 1
     force_first: int = 0
     force_last: int = 0
+    dense_layers: int = 0
+    prefill: Literal["selected", "dense"] = "selected"
+    reuse_steps: int | None = None
+    positions: Literal["absolute", "consecutive"] = "absolute"
 
     def __post_init__(self) -> None:
-        if self.k < 1:
-            raise ValueError(f"k={self.k} must be at least 1 chunk")
-        for name in ("force_first", "force_last"):
+        self._check_numbers()
+        if (self.summary == "minmax") != (self.score == "bound"):
+            raise ValueError(f"summary={self.summary!r} does not go with score={self.score!r}")
+        if self.sub > 1 and self.summary != "minmax":
+            raise ValueError(f"sub={self.sub} needs summary='minmax', got {self.summary!r}")
+        if self.summary == "embedding":
+            for name, only in _EMBEDDING_ONLY.items():
+                if getattr(self, name) != only:
+                    raise ValueError(
+                        f"{name}={getattr(self, name)} needs a summary of keys: with "
+                        f"summary='embedding' only {name}={only} is possible"
+                    )
+
+    def _check_numbers(self) -> None:
+        given = {name: getattr(self, name) for name in _AMOUNTS if getattr(self, name) is not None}
+        if len(given) != 1:
+            raise ValueError(
+                f"give exactly one of {', '.join(_AMOUNTS)} and none for the others, "
+                f"got {', '.join(f'{n}={v}' for n, v in given.items()) or 'none'}"
+            )
+        for name in ("k", "token_budget", "sub", "group", "reuse_steps"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value} must be at least 1")
+        for name in ("ratio", "mass"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value <= 1:
+                raise ValueError(f"{name}={value} must be above 0 and at most 1")
+        for name in ("min_k", "force_first", "force_last", "dense_layers"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative")
+        if self.k is not None and self.k % self.group:
+            raise ValueError(f"k={self.k} must be a multiple of group={self.group}")
 
     def kwargs(self) -> dict[str, Any]:
-        return {
-            "k": self.k,
-            "score": self.score,
-            "force_first": self.force_first,
-            "force_last": self.force_last,
-        }
+        names = (*_AMOUNTS, "min_k", "score", "pool", "scope", "group", "force_first", "force_last")
+        return {name: getattr(self, name) for name in names}
+
+
+_AMOUNTS = ("k", "ratio", "mass", "token_budget")
+#: One vector a chunk, known before the first layer: there is nothing to choose anew or per head.
+_EMBEDDING_ONLY = {
+    "unit": "chunk",
+    "query": "prompt",
+    "layers": "shared",
+    "scope": "stream",
+    "pool": "mean",
+    "dense_layers": 0,
+    "prefill": "selected",
+    "reuse_steps": None,
+}
 
 
 @dataclass(frozen=True)
@@ -158,4 +229,9 @@ class Method:
             raise ValueError(
                 "attention.window counts tokens and engine.window_chunks counts chunks: "
                 "set one of them to none"
+            )
+        if self.retrieve is not None and self.retrieve.sub > self.engine.page_size:
+            raise ValueError(
+                f"retrieve.sub={self.retrieve.sub} parts do not fit in a page of "
+                f"engine.page_size={self.engine.page_size} tokens"
             )

@@ -43,6 +43,10 @@ class Prompt:
             + self._encode(self._after)
         )
 
+    def question_slice(self, ids: list[int]) -> slice:
+        """Where in ``question_ids(text)`` the tokens of the text itself are."""
+        return slice(len(self._encode(self._before)), len(ids) - len(self._encode(self._after)))
+
     def _encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False) if text else []
 

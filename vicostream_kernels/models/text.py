@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 
@@ -16,6 +16,22 @@ from vicostream_kernels.ops.attention import sink_window_attention
 Outputs = Literal["all", "last", "none"]
 
 
+class PageList(NamedTuple):
+    """Pages in logical order, ``table`` [1, L] or [1, heads, L] int32, and by how much each has
+    moved, ``shift`` [*table.shape, 3] int32 or None."""
+
+    table: torch.Tensor
+    shift: torch.Tensor | None = None
+
+
+class PageChoice(Protocol):
+    """Finds the pages that a layer reads when its queries are known."""
+
+    def __call__(self, layer: int, query: torch.Tensor, rotated: torch.Tensor) -> PageList:
+        """``query`` and ``rotated`` [N, H, d]: the layer's queries before and after rotation."""
+        ...
+
+
 @dataclass(frozen=True)
 class Attend:
     """What one forward of one stream writes and reads.
@@ -24,24 +40,30 @@ class Attend:
         cache: the paged cache; K and V of every layer are written to it.
         slots: [N] int32, where each token's K and V go (``page * page_size + offset``, -1 skips).
         page_table: [1, L] int32, pages visible to these tokens, in logical order, the pages just
-            written last; a list of one table per layer where a method chooses per layer.
+            written last; a list of one table per layer, or a ``PageChoice``, where a method
+            chooses per layer (its ``shift`` takes the place of ``page_shift``).
         cu_seqlens_q: [2] int32, 0 and the number of real tokens (rows beyond it are padding).
         sink_tokens, window, window_start, page_shift: as ``sink_window_attention`` has them.
+        keys: where ``rope_append`` summarises what it writes (``CacheStream.keys``), or None.
     """
 
     cache: Any
     slots: torch.Tensor
-    page_table: torch.Tensor | Sequence[torch.Tensor]
+    page_table: torch.Tensor | Sequence[torch.Tensor] | PageChoice
     cu_seqlens_q: torch.Tensor
     sink_tokens: int = 0
     window: int | None = None
     window_start: torch.Tensor | None = None
     page_shift: torch.Tensor | None = None
 
-    def table(self, layer: int) -> torch.Tensor:
-        if isinstance(self.page_table, torch.Tensor):
-            return self.page_table
-        return self.page_table[layer]
+    keys: Any = None
+
+    def pages(self, layer: int, query: torch.Tensor, rotated: torch.Tensor) -> PageList:
+        """What ``layer`` reads."""
+        if callable(self.page_table):
+            return self.page_table(layer, query, rotated)
+        one = isinstance(self.page_table, torch.Tensor)
+        return PageList(self.page_table if one else self.page_table[layer], self.page_shift)
 
 
 @dataclass(frozen=True)
@@ -109,7 +131,8 @@ def _attention(
             .view(n, heads.heads + 2 * heads.kv_heads, d)
             .split([heads.heads, heads.kv_heads, heads.kv_heads], dim=1)
         )
-    q = rope_append(
+    keys = attend.keys
+    rotated = rope_append(
         q,
         k,
         v,
@@ -120,28 +143,31 @@ def _attention(
         v_pages,
         attend.slots,
         raw_k_pages=raw_k_pages,
+        summary=None if keys is None else keys.of_layer(layer),
+        block_of_page=None if keys is None else keys.block_of_page,
         backend=backend,
     )
     if wanted == "none":
         return None
+    table, shift = attend.pages(layer, q, rotated)
+    q = rotated
     cu_seqlens_q = attend.cu_seqlens_q
     if wanted == "last" and n > 1:
         # The queries of a stream are its last logical positions, so fewer of them need no mask.
         q, cu_seqlens_q = q[-1:], cu_seqlens_q.clamp(max=1)
-    shifted = attend.page_shift is not None
     out = sink_window_attention(
         q,
         k_pages,
         v_pages,
-        attend.table(layer),
+        table,
         cu_seqlens_q,
         page_fill=attend.cache.page_fill,
         sink_tokens=attend.sink_tokens,
         window=attend.window,
         window_start=attend.window_start,
-        page_shift=attend.page_shift,
-        inv_freq=heads.inv_freq if shifted else None,
-        mrope_section=heads.mrope_section if shifted else None,
+        page_shift=shift,
+        inv_freq=heads.inv_freq if shift is not None else None,
+        mrope_section=heads.mrope_section if shift is not None else None,
         max_seqlen_q=q.shape[0],
         backend=backend,
     )

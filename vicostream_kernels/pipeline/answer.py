@@ -12,15 +12,15 @@ import torch
 from vicostream_kernels.cache import Block
 from vicostream_kernels.methods import Method
 from vicostream_kernels.models import Sampler
-from vicostream_kernels.ops.retrieve import select_pages, topk_blocks
 from vicostream_kernels.pipeline.llm import LLMSteps
+from vicostream_kernels.pipeline.reading import Reading
 from vicostream_kernels.pipeline.report import QuestionFigures, Recorder
+from vicostream_kernels.pipeline.selection import Selector
 from vicostream_kernels.pipeline.text import TextStream
 from vicostream_kernels.pipeline.visibility import (
     History,
     View,
     question_window,
-    selected_view,
     window_view,
 )
 
@@ -43,12 +43,16 @@ class Answer:
         ids: list[int],
         text: str,
         time_s: float,
+        asking: slice,
         max_new_tokens: int,
         sampler: Sampler,
+        selector: Selector | None = None,
     ) -> None:
         self._llm, self._method, self._history, self._recorder = llm, method, history, recorder
         self._runner, self._sampler = llm.runner, sampler
         self._prompt, self._time_s, self._limit = ids, time_s, max_new_tokens
+        self._asking, self._selector = asking, selector
+        self._reading: Reading | None = None
         self.figures = QuestionFigures(time_s, text)
         self._pieces = TextStream(self._runner.tokenizer)
         self._tokens: list[int] = []
@@ -116,42 +120,50 @@ class Answer:
                 with self._trace.span("retrieve"):
                     self._view = self._select(embeds)
                 self._held.enter_context(self._history.hold(self._view.blocks))
-                self.figures.blocks = list(self._view.spans)
                 positions = self._runner.text_positions(len(self._prompt), self._first)
                 hidden = self._llm.write(
                     block, len(self._prompt), embeds, positions, self._view, "last"
                 )
             self._block = block
+            self._settle()
             return self._sample(hidden)
 
     def _select(self, embeds: torch.Tensor) -> View:
-        rule, history = self._method.retrieve, self._history
-        if rule is None:
+        """What the prompt sees; with retrieval, layers may choose while they read."""
+        if self._method.retrieve is None:
             return self._windowed(len(self._prompt))
-        always = [b for b in (history.sink, history.preamble) if b is not None]
-        prefix = history.cache.page_table(always)
-        chunks = history.chunks(self._time_s)
-        last = chunks[-1] if chunks else None
-        rows = [block for block in chunks if block.row is not None]
-        if not rows:
-            return selected_view(history, prefix, (), last)
-        summaries = history.cache.summaries()[:, : len(rows)]
-        pages, _ = history.cache.block_pages()
-        top = topk_blocks(
-            embeds.float().mean(0, keepdim=True),
-            summaries,
-            backend=self._runner.backend,
-            **rule.kwargs(),
-        )
-        table = select_pages(
-            top.block_index,
-            pages[:, : len(rows)],
-            prefix,
-            prefix[:, :0],
+        self._reading = reading = Reading(
+            self._method.retrieve,
+            self._selector,
+            self._history,
+            time_s=self._time_s,
+            first_id=self._first,
+            asking=self._asking,
             backend=self._runner.backend,
         )
-        chosen = [rows[row] for row in top.block_index[0].tolist() if row >= 0]
-        return selected_view(history, table, chosen, last)
+        pages = reading.begin(embeds)
+        if pages is None:
+            empty = torch.empty(1, 0, dtype=torch.int32, device=embeds.device)
+            return View(empty, reading.blocks(), (), choice=reading, windowed=False)
+        return View(pages.table, reading.blocks(), (), shift=pages.shift, windowed=False)
+
+    def _settle(self) -> None:
+        """The prompt has been read: notes what it read, and lets go of what no token will."""
+        if self._reading is None:
+            self.figures.blocks = list(self._view.spans)
+            return
+        self._account()
+        if self._reading.frozen and self._view.choice is not None:
+            candidates = self._held.pop_all()
+            self._held.enter_context(self._history.hold(self._reading.blocks()))
+            candidates.close()
+
+    def _account(self) -> None:
+        self.figures.blocks = [
+            (entry.block.start_s, entry.block.end_s)
+            for entry in self._reading.relevance()
+            if entry.share
+        ]
 
     def _windowed(self, new_tokens: int) -> View:
         window = question_window(
@@ -170,7 +182,9 @@ class Answer:
         if len(self._tokens) >= self._limit:
             return piece + self._pieces.finish(), "length"
         written = len(self._prompt) + len(self._tokens)
-        if self._method.attention.window is not None:
+        if self._reading is not None:
+            self._reading.step()
+        elif self._method.attention.window is not None:
             # The window slides over the answer too; what it leaves was held from the start.
             self._view = self._windowed(written)
         hidden = self._llm.append(self._block, token, self._first + written - 1, self._view)
@@ -188,6 +202,8 @@ class Answer:
         if self._tokens and self._decoding_s:
             self.figures.tokens_per_s = round(len(self._tokens) / self._decoding_s, 3)
         cache = self._history.cache
+        if self._reading is not None and not self._reading.frozen and finish != "failed":
+            self._account()  # what later tokens read besides
         if self._block is not None and not cache.closed:
             cache.free(self._block)
         self._block = None

@@ -11,6 +11,7 @@ import torch
 from vicostream_kernels.cache import Block, CacheStream
 from vicostream_kernels.methods import Method
 from vicostream_kernels.models import Attend, Qwen2_5_VLRunner
+from vicostream_kernels.models.text import PageChoice, PageList
 from vicostream_kernels.pipeline.visibility import View
 
 
@@ -43,7 +44,8 @@ class LLMSteps:
         """Runs rows ``embeds`` ``[N, D]``: the block's markers and ``count`` body tokens, then
         padding; commits the block. ``outputs`` as the runner's ``forward`` has it."""
         slots = self._cache.plan(block, count, embeds.shape[0])
-        attend = self._attend(view, block, slots, count + sum(block.markers))
+        keys = self._cache.keys if block.kind == "chunk" else None
+        attend = self._attend(view, block, slots, count + sum(block.markers), keys)
         hidden = self.runner.forward(embeds, positions, attend, outputs)
         self._cache.commit(block, count)
         return hidden
@@ -55,12 +57,19 @@ class LLMSteps:
         positions = self.runner.text_positions(1, position)
         return self.runner.forward(embeds, positions, self._attend(view, block, slots, 1), "last")
 
-    def _attend(self, view: View, block: Block, slots: torch.Tensor, new_tokens: int) -> Attend:
-        table = torch.cat((view.table, self._cache.page_table([block])), dim=1)
+    def _attend(
+        self, view: View, block: Block, slots: torch.Tensor, new_tokens: int, keys: Any = None
+    ) -> Attend:
+        own = self._cache.page_table([block])
+        table: Any = torch.cat((view.table, own), dim=1)
         start = shift = None
         if view.window_start is not None:
             start = self._int32([view.window_start])
-        if view.sink_shift:
+        if view.choice is not None:
+            table = _Followed(view.choice, own)
+        elif view.shift is not None:
+            shift = _behind(view.shift, own)
+        elif view.sink_shift:
             shift = table.new_zeros((1, table.shape[1], 3))
             shift[:, : view.sink_pages] = view.sink_shift
         return Attend(
@@ -69,9 +78,10 @@ class LLMSteps:
             page_table=table,
             cu_seqlens_q=self._int32([0, new_tokens]),
             sink_tokens=view.sink_tokens,
-            window=self._attention.window,
+            window=self._attention.window if view.windowed else None,
             window_start=start,
             page_shift=shift,
+            keys=keys,
         )
 
     def ids(self, ids: Sequence[int]) -> torch.Tensor:
@@ -87,3 +97,22 @@ class LLMSteps:
             return torch.tensor(values, dtype=dtype)
         # From pinned memory the copy needs no wait.
         return torch.tensor(values, dtype=dtype, pin_memory=True).to(device, non_blocking=True)
+
+
+class _Followed:
+    """A choice of pages with the pages of the new tokens themselves behind it."""
+
+    def __init__(self, choice: PageChoice, own: torch.Tensor) -> None:
+        self._choice, self._own = choice, own
+
+    def __call__(self, layer: int, query: torch.Tensor, rotated: torch.Tensor) -> PageList:
+        table, shift = self._choice(layer, query, rotated)
+        own = self._own.expand(*table.shape[:-1], -1)
+        if shift is not None:
+            shift = _behind(shift, self._own)
+        return PageList(torch.cat((table, own), dim=-1), shift)
+
+
+def _behind(shift: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+    """``shift`` [1, (R,) L, 3] with rows for pages that have not moved."""
+    return torch.cat((shift, shift.new_zeros(*shift.shape[:-2], own.shape[1], 3)), dim=-2)

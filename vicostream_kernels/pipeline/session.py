@@ -11,11 +11,14 @@ from weakref import WeakSet
 
 import torch
 
-from vicostream_kernels.models import Sampler
+from vicostream_kernels.cache import CacheStream
+from vicostream_kernels.methods import Method
+from vicostream_kernels.models import Qwen2_5_VLRunner, Sampler
 from vicostream_kernels.pipeline.answer import Answer
 from vicostream_kernels.pipeline.errors import InputError, PipelineError
 from vicostream_kernels.pipeline.llm import LLMSteps
 from vicostream_kernels.pipeline.report import ChunkFigures, Recorder, rss_bytes
+from vicostream_kernels.pipeline.selection import RuleSelector, Selector
 from vicostream_kernels.pipeline.stages import (
     ChunkFrames,
     ChunkMask,
@@ -62,6 +65,7 @@ class Stream:
         self._cleanup = ExitStack()
         cache = self._cleanup.enter_context(engine.cache.open())
         self.history = History(cache)
+        self._selector = _follow(method, runner, cache)
         self._llm = LLMSteps(runner, cache, method)
         self._preprocess = Preprocess(runner, method)
         self._encode = Encode(runner)
@@ -212,6 +216,7 @@ class Stream:
         *,
         max_new_tokens: int | None = None,
         sampler: Sampler | None = None,
+        selector: Selector | None = None,
     ) -> Answer:
         """Asks about the stream as it was at ``time_s`` (None: now); iterate over the result.
 
@@ -225,9 +230,10 @@ class Stream:
             time_s: seconds of the stream.
             max_new_tokens: at most this many tokens; None takes the method's budget.
             sampler: how tokens are picked; None goes by the checkpoint's generation settings.
+            selector: decides which blocks are read, in place of the method's own rule.
 
         Raises :class:`InputError` (a ``ValueError``) for an empty question, one longer than the
-        method's budget, or a wrong time.
+        method's budget, a wrong time, or a selector where the method retrieves nothing.
         """
         self._check_open()
         limit = self._method.engine.max_new_tokens if max_new_tokens is None else max_new_tokens
@@ -237,6 +243,8 @@ class Stream:
             time_s = self.time_s
         if not math.isfinite(time_s):
             raise InputError(f"ask: time_s={time_s} must be finite seconds")
+        if selector is not None and self._selector is None:
+            raise InputError("ask: a selector needs a method that retrieves; set retrieve")
         ids = self._engine.question_ids(text)
         answer = Answer(
             self._llm,
@@ -246,12 +254,21 @@ class Stream:
             ids=ids,
             text=text,
             time_s=float(time_s),
+            asking=self._asking(ids),
             max_new_tokens=limit,
             sampler=sampler or self._engine.runner.sampler(),
+            selector=selector or self._selector,
         )
         self._answers.add(answer)
         self._account()
         return answer
+
+    def _asking(self, ids: list[int]) -> slice:
+        """Which tokens of a prompt ask for blocks."""
+        rule = self._method.retrieve
+        if rule is None or rule.query == "prompt":
+            return slice(0, len(ids))
+        return self._engine.runner.prompt.question_slice(ids)
 
     # -- accounts --------------------------------------------------------------------------------
 
@@ -290,6 +307,21 @@ class Stream:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _follow(method: Method, runner: Qwen2_5_VLRunner, cache: CacheStream) -> Selector | None:
+    """The selector of the method's rule; the cache keeps the summaries that it goes by."""
+    rule = method.retrieve
+    if rule is None:
+        return None
+    if rule.summary != "embedding":
+        cache.keep_keys(
+            kind="minmax" if rule.summary == "minmax" else "mean",
+            unit=rule.unit,
+            sub=rule.sub,
+            source="raw" if rule.summary == "raw_mean_key" else "rotated",
+        )
+    return RuleSelector(rule, method.engine.page_size, runner.backend)
 
 
 def _as_frames(frames: torch.Tensor | np.ndarray) -> torch.Tensor:

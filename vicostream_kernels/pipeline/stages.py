@@ -287,7 +287,8 @@ class Prefill:
             view = window_view(self._method, history, window, first)
             embeds, positions = self._assemble(chunk, kept, bucket, first)
             self._llm.write(block, kept, embeds, positions, view, "none")
-            if self._method.retrieve is not None:
+            rule = self._method.retrieve
+            if rule is not None and rule.summary == "embedding":
                 history.cache.set_summary(block, chunk.tokens[:kept].float().mean(0))
         history.add(block, first, first + chunk.span + 2)
         history.chunks_seen += 1

@@ -17,6 +17,7 @@ import torch
 
 from vicostream_kernels.cache import Block, CacheStream
 from vicostream_kernels.methods import Method
+from vicostream_kernels.models.text import PageChoice
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,9 @@ class View:
     window_start: first logical position that is visible after the sinks; None: all listed.
     sink_tokens: logical tokens at the start that no window hides.
     sink_pages, sink_shift: the first pages of the table are sinks whose ids are moved by this much.
+    choice: layers choose their pages themselves; the table is not read then.
+    shift: [*table.shape, 3] int32, by how much each page of the table has moved.
+    windowed: the method's window in tokens applies; else everything that is listed is visible.
     """
 
     table: torch.Tensor
@@ -38,6 +42,9 @@ class View:
     sink_tokens: int = 0
     sink_pages: int = 0
     sink_shift: int = 0
+    choice: PageChoice | None = None
+    shift: torch.Tensor | None = None
+    windowed: bool = True
 
 
 @dataclass
@@ -181,23 +188,6 @@ def window_view(method: Method, history: History, window: Window, next_id: int) 
         sink_pages=len(sink.pages) if sink is not None and shift else 0,
         sink_shift=shift,
     )
-
-
-def selected_view(
-    history: History, selected: torch.Tensor, chosen: Sequence[Block], last: Block | None
-) -> View:
-    """The view of a question over retrieved chunks.
-
-    ``selected`` [1, L] int32 are the pages of the sinks and the ``chosen`` chunks in logical order;
-    the marker that ends the ``last`` chunk follows, as text after a video does.
-    """
-    parts = [selected]
-    always = tuple(b for b in (history.sink, history.preamble) if b is not None)
-    if last is not None and last.markers[1]:
-        pages = last.segments[-1].pages
-        parts.append(selected.new_tensor([pages]))
-    held = dict.fromkeys((*always, *chosen, *([] if last is None else [last])))
-    return View(torch.cat(parts, dim=1), tuple(held), _spans(chosen))
 
 
 def _spans(blocks: Sequence[Block]) -> tuple[tuple[float, float], ...]:

@@ -1,0 +1,110 @@
+"""Which blocks of the history a question reads: the one place where that is decided.
+
+A method's ``RetrieveRule`` is one `Selector`; an evaluation passes its own (an oracle, chance) to
+``Stream.ask(selector=...)``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from vicostream_kernels._blocks import to_device
+from vicostream_kernels.cache import Block
+from vicostream_kernels.methods import RetrieveRule
+from vicostream_kernels.ops.retrieve import Summary, TopBlocks, topk_blocks
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What a question may choose from, in time order: the chunks that ended at or before its time,
+    or their pages. NB rows.
+
+    Attributes:
+        blocks: the chunk of each row (``start_s``, ``end_s``); with pages several rows share one.
+        tokens: video tokens of each row.
+        pages: [1, NB, M] int32, the pages of each row, -1 padded.
+    """
+
+    blocks: tuple[Block, ...]
+    tokens: tuple[int, ...]
+    pages: torch.Tensor
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a selector goes by.
+
+    Attributes:
+        rows: the candidates.
+        time_s: when the question is asked, seconds of the stream.
+        layer: the layer that asks, None where one choice serves them all.
+        step: 0 while the prompt is read; n when the n-th token of the answer is.
+        query: [1, D], the mean input embedding of the prompt, where ``layer`` is None; else
+            [n, H, d], that layer's queries of the asking tokens, rotated or not as the summary is.
+        summary: the rows' summaries as ``topk_blocks`` takes them; None where the method keeps
+            none that the query could be compared to.
+    """
+
+    rows: Rows
+    time_s: float
+    layer: int | None
+    step: int
+    query: torch.Tensor
+    summary: Summary | None
+
+
+class Selector(Protocol):
+    """Decides what a question reads.
+
+    ``per_layer``: whether layers ask, each with its own queries and summaries (all of them, or one
+    for all, as the rule has it). Else one choice is made for all of them before the prompt is read,
+    by embeddings.
+    """
+
+    per_layer: bool
+
+    def select(self, asked: Asked) -> TopBlocks:
+        """The chosen rows, as ``topk_blocks`` returns them for one stream: one list of rows, or one
+        for each KV head or query head. Called only where there are rows; a row number outside
+        [0, NB) is skipped."""
+        ...
+
+
+class RuleSelector:
+    """A method's rule, by ``topk_blocks``."""
+
+    def __init__(self, rule: RetrieveRule, page_size: int, backend: str = "auto") -> None:
+        self._kwargs, self._backend = rule.kwargs(), backend
+        self._budget = rule.token_budget is not None
+        # A page counts whole, so that a budget is a number of pages, whatever they hold.
+        self._row_tokens = page_size if rule.unit == "page" else None
+        self.per_layer = rule.summary != "embedding"
+
+    def select(self, asked: Asked) -> TopBlocks:
+        kwargs, query = dict(self._kwargs), asked.query
+        if self._budget:
+            kwargs["block_tokens"] = self._row_tokens or to_device(
+                asked.rows.tokens, torch.int32, query.device
+            ).unsqueeze(0)
+        if query.dim() == 3:
+            kwargs["cu_seqlens"] = to_device((0, len(query)), torch.int32, query.device)
+        return topk_blocks(query, asked.summary, backend=self._backend, **kwargs)
+
+
+def chosen_rows(
+    rows: Sequence[int], candidates: Rows, scores: torch.Tensor | None = None
+) -> TopBlocks:
+    """A choice made by other means: distinct row numbers in any order, and [NB] scores if any."""
+    device = candidates.pages.device
+    index = torch.tensor([sorted(rows)], dtype=torch.int32, device=device)
+    if scores is None:
+        scores = torch.full((len(candidates),), torch.nan)
+    count = torch.tensor([len(rows)], dtype=torch.int32, device=device)
+    return TopBlocks(index, count, scores.to(device, torch.float32).view(1, -1))
