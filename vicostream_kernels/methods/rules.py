@@ -2,19 +2,75 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from vicostream_kernels.ops.prune import PruneRule
+from vicostream_kernels.ops.reuse import SIMILARITY_RANGE
 
 
 @dataclass(frozen=True)
 class ReuseRule:
-    """Which patches the ViT computes again; ``kwargs()`` are those of ``select_changed``."""
+    """Which patches the ViT computes again; ``kwargs()`` are those of ``select_changed``.
+
+    Every ``interval``-th call of the encoder (a chunk each) computes all patches; its last step is
+    the reference of the calls up to the next. In between, each layer compares the keys of every
+    patch with the reference's and computes Q, V, attention output and MLP for the changed ones.
+
+    ratio: this share of a step's patches, the least similar, changed (at least one where there is
+        no threshold). 1 is the plain ViT.
+    threshold: patches less similar than this changed, besides the ratio's. Their number is not
+        known to the host: see ``max_ratio``.
+    metric: of the similarity.
+    max_ratio: with a threshold, at most this share of a step's patches is computed (the least
+        similar); None is all. On a GPU it fixes the shapes, and so the time.
+    interval: calls from one full call to the next; None: only the first call is full.
+    selection: "layer": each layer selects by its own keys; "shared": the first layer's selection
+        serves all.
+    max_age: a patch is reused in at most this many calls in a row (skipped ones aside), then it is
+        computed again and becomes its own reference. A ``1 / (max_age + 1)`` share of the patches
+        has its turn in each call, within the ratio's number where that is enough.
+    skip_tolerance: a step whose frames differ from the reference's nowhere by more than this (of
+        255) skips the ViT and gets the reference's tokens; None never skips. Frames that lie on
+        a GPU are not compared.
+    """
 
     ratio: float | None = 0.25
     threshold: float | None = None
     metric: Literal["cosine", "l1", "l2", "dot"] = "cosine"
+    max_ratio: float | None = None
+    interval: int | None = 4
+    selection: Literal["layer", "shared"] = "layer"
+    max_age: int | None = None
+    skip_tolerance: int | None = 0
+
+    def __post_init__(self) -> None:
+        if self.ratio is None and self.threshold is None:
+            raise ValueError("ratio=none and threshold=none select nothing: set one of them")
+        for name in ("ratio", "max_ratio"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= 1:
+                raise ValueError(f"{name}={value} is outside [0, 1]")
+        if self.max_ratio is not None and self.threshold is None:
+            raise ValueError(f"max_ratio={self.max_ratio} limits a threshold: set a threshold")
+        if self.max_ratio is not None and self.max_ratio < (self.ratio or 0):
+            raise ValueError(f"max_ratio={self.max_ratio} is below ratio={self.ratio}")
+        if self.metric not in SIMILARITY_RANGE:
+            raise ValueError(f"metric={self.metric!r}: one of {', '.join(SIMILARITY_RANGE)}")
+        if self.threshold is not None:
+            low, high = SIMILARITY_RANGE[self.metric]
+            low, high = -math.inf if low is None else low, math.inf if high is None else high
+            if not low <= self.threshold <= high:
+                raise ValueError(
+                    f"threshold={self.threshold} is outside [{low}, {high}] of {self.metric}"
+                )
+        if self.selection not in ("layer", "shared"):
+            raise ValueError(f"selection={self.selection!r}: 'layer' or 'shared'")
+        for name, lowest in (("interval", 1), ("max_age", 1), ("skip_tolerance", 0)):
+            value = getattr(self, name)
+            if value is not None and value < lowest:
+                raise ValueError(f"{name}={value} must be at least {lowest}, or none")
 
     def kwargs(self) -> dict[str, Any]:
         return {"ratio": self.ratio, "threshold": self.threshold, "metric": self.metric}

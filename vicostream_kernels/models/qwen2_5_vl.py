@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from vicostream_kernels.methods.rules import ReuseRule
 from vicostream_kernels.models import positions as ids
 from vicostream_kernels.models.checkpoint import Checkpoint, load_checkpoint
 from vicostream_kernels.models.errors import UnsupportedCheckpoint
 from vicostream_kernels.models.prompt import Prompt
+from vicostream_kernels.models.reuse import EncoderLayout, EncoderState, Vit, reuse_forward
 from vicostream_kernels.models.sampling import Sampler
 from vicostream_kernels.models.text import Attend, Heads, Outputs, text_forward
 from vicostream_kernels.models.vision import VisionGrid, VisionShape, vision_forward, vision_grid
@@ -96,14 +98,14 @@ class Qwen2_5_VLRunner:
             vision_end_id=self.vision_end_id,
         )
 
-        self._text, self._vision = read_text(model), read_vision(model)
+        self._text, vision_weights = read_text(model), read_vision(model)
         self.dtype, self.device = self._text.embedding.dtype, self._text.embedding.device
         self.mrope_section, inv_freq = _rotary(text, self.head_dim)
         self.inv_freq = inv_freq.to(self.device)
         self._heads = Heads(
             self.heads, self.kv_heads, self.head_dim, self.inv_freq, self.mrope_section
         )
-        self._vision_shape = VisionShape(
+        shape = VisionShape(
             heads=vision.num_heads,
             head_dim=vision.hidden_size // vision.num_heads,
             merge_size=self.merge_size,
@@ -111,7 +113,16 @@ class Qwen2_5_VLRunner:
             full_layers=frozenset(vision.fullatt_block_indexes),
             rope_theta=(getattr(vision, "rope_parameters", None) or {}).get("rope_theta", 10000.0),
         )
-        self._vision_inv_freq = self._vision_shape.inv_freq().to(self.device)
+        self._vit = Vit(vision_weights, shape, shape.inv_freq().to(self.device), backend)
+        self._encoder_layout = EncoderLayout(
+            layers=len(vision_weights.blocks),
+            width=shape.heads * shape.head_dim,
+            hidden_size=self.hidden_size,
+            merge_size=self.merge_size,
+            temporal_patch_size=self.temporal_patch_size,
+            dtype=self.dtype,
+            device=self.device,
+        )
         self._grid = lru_cache(maxsize=_SHAPES_KEPT)(self._make_grid)
         self._segment = lru_cache(maxsize=_SHAPES_KEPT)(self._make_segment)
 
@@ -121,11 +132,27 @@ class Qwen2_5_VLRunner:
         return F.embedding(token_ids, self._text.embedding)
 
     @torch.inference_mode()
-    def encode(self, patches: torch.Tensor, grid_thw: tuple[int, int, int]) -> torch.Tensor:
+    def encode(
+        self,
+        patches: torch.Tensor,
+        grid_thw: tuple[int, int, int],
+        *,
+        state: EncoderState | None = None,
+        frames: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """LLM tokens of one chunk, [T, N, D] with N = h * w / merge_size^2 in raster order.
 
-        ``patches`` [T*h*w, 3*2*14*14] as ``preprocess_frames`` returns them, ``grid_thw`` three
-        ints in patches. Each call is encoded on its own. Raises ``ValueError`` when they disagree.
+        Without a state each call is encoded on its own.
+
+        Args:
+            patches: [T*h*w, 3*2*14*14] as ``preprocess_frames`` returns them.
+            grid_thw: three ints, in patches.
+            state: of one stream, from ``encoder_state``: patches that look as they did are reused.
+                Frames of another size start it anew.
+            frames: [F, H, W, 3] uint8, the frames of ``patches`` (two a step): steps that show what
+                the reference shows are skipped. Only with a state; frames on a GPU count as None.
+
+        Raises ``ValueError`` when they disagree, or when the state is another model's.
         """
         t, h, w = (int(size) for size in grid_thw)
         if patches.dim() != 2 or patches.shape[0] != t * h * w:
@@ -133,15 +160,22 @@ class Qwen2_5_VLRunner:
                 f"patches: shape {tuple(patches.shape)} does not fit grid_thw ({t}, {h}, {w}), "
                 f"which needs {t * h * w} rows"
             )
-        tokens = vision_forward(
-            self._vision,
-            self._vision_shape,
-            self._vision_inv_freq,
-            patches.to(self.dtype),
-            self._grid(t, h, w),
-            self.backend,
-        )
+        patches = patches.to(self.dtype)
+        if state is not None:
+            self._check_state(state, frames, t)
+            state.settle(h, w)
+            if frames is not None and frames.device.type != "cpu":
+                frames = None
+            return reuse_forward(
+                self._vit, state, patches, t, frames, lambda steps: self._grid(steps, h, w)
+            )
+        weights, shape, inv_freq, backend = self._vit
+        tokens = vision_forward(weights, shape, inv_freq, patches, self._grid(t, h, w), backend)
         return tokens.view(t, -1, self.hidden_size)
+
+    def encoder_state(self, rule: ReuseRule) -> EncoderState:
+        """What ``encode`` keeps of one stream to reuse features by ``rule``; empty."""
+        return EncoderState(rule, self._encoder_layout)
 
     @torch.inference_mode()
     def forward(
@@ -207,8 +241,21 @@ class Qwen2_5_VLRunner:
         """A sampler by the checkpoint's generation configuration, with fields overridden."""
         return Sampler(self.generation_config, seed=seed, device=self.device, **overrides)
 
+    def _check_state(self, state: EncoderState, frames: torch.Tensor | None, t: int) -> None:
+        own = self._encoder_layout
+        if state.layout != own:
+            raise ValueError(f"state: made for another model's {state.layout}, this one has {own}")
+        if frames is None:
+            return
+        held = (frames.shape[0] + self.temporal_patch_size - 1) // self.temporal_patch_size
+        if frames.dtype != torch.uint8 or frames.dim() != 4 or held != t:
+            raise ValueError(
+                f"frames: {frames.dtype} {list(frames.shape)}, expected uint8 [F, H, W, 3] with "
+                f"{self.temporal_patch_size} frames for each of the {t} steps"
+            )
+
     def _make_grid(self, t: int, h: int, w: int) -> VisionGrid:
-        return vision_grid(t, h, w, self.merge_size, self._vision_shape.window, self.device)
+        return vision_grid(t, h, w, self.merge_size, self._vit.shape.window, self.device)
 
     def _make_segment(self, t: int, h: int, w: int, seconds_per_step: float) -> torch.Tensor:
         return ids.video_positions(

@@ -8,6 +8,7 @@ shape.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -103,6 +104,10 @@ def _cumulative(lengths: torch.Tensor) -> torch.Tensor:
     return total
 
 
+#: Sees layer, K before rotation [N, H, d], V [N, H, d], attention and MLP branch [N, H * d].
+Keep = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], None]
+
+
 def vision_forward(
     weights: VisionWeights,
     shape: VisionShape,
@@ -110,12 +115,12 @@ def vision_forward(
     patches: torch.Tensor,
     grid: VisionGrid,
     backend: str,
+    keep: Keep | None = None,
 ) -> torch.Tensor:
-    """Encodes ``patches`` [N, 3*2*14*14] to LLM tokens [N / 4, D] in raster order."""
+    """Encodes ``patches`` [N, 3*2*14*14] to LLM tokens [N / 4, D] in raster order; ``keep`` is
+    shown what every layer computed, in window order."""
     n, heads, d = patches.shape[0], shape.heads, shape.head_dim
-    square = shape.merge_size**2
-    x = weights.patch(patches)
-    x = x.view(n // square, -1).index_select(0, grid.order).view(n, heads * d)
+    x = embed_patches(weights, shape, patches, grid)
     # One page that holds the whole call: rope_append rotates the keys into it.
     k_page, v_page = x.new_empty(2, 1, n, heads, d).unbind(0)
     for layer, block in enumerate(weights.blocks):
@@ -131,7 +136,27 @@ def vision_forward(
             q, k_page[0], v_page[0], ends, ends,
             max_seqlen_q=longest, max_seqlen_k=longest, backend=backend,
         )  # fmt: skip
-        x = x + block.out(attended.view(n, heads * d))
-        x = x + block.mlp(block.mlp_norm(x))
-    merged = weights.merger(weights.merger_norm(x).view(n // square, square * heads * d))
+        attended = block.out(attended.view(n, heads * d))
+        x = x + attended
+        fed = block.mlp(block.mlp_norm(x))
+        x = x + fed
+        if keep is not None:
+            keep(layer, k, v, attended, fed)
+    return merge_patches(weights, shape, x, grid)
+
+
+def embed_patches(
+    weights: VisionWeights, shape: VisionShape, patches: torch.Tensor, grid: VisionGrid
+) -> torch.Tensor:
+    """The first hidden states [N, C], in window order."""
+    n, square = patches.shape[0], shape.merge_size**2
+    x = weights.patch(patches)
+    return x.view(n // square, -1).index_select(0, grid.order).view(n, -1)
+
+
+def merge_patches(
+    weights: VisionWeights, shape: VisionShape, x: torch.Tensor, grid: VisionGrid
+) -> torch.Tensor:
+    """LLM tokens [N / 4, D] in raster order, of hidden states [N, C] in window order."""
+    merged = weights.merger(weights.merger_norm(x).view(grid.order.numel(), -1))
     return merged.index_select(0, grid.raster)

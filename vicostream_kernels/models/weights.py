@@ -25,9 +25,10 @@ class Linear(NamedTuple):
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return F.linear(x, self.weight, self.bias)
 
-    def rows(self, start: int) -> Linear:
-        """The part that computes the outputs from ``start`` on."""
-        return Linear(self.weight[start:], None if self.bias is None else self.bias[start:])
+    def rows(self, start: int, stop: int | None = None) -> Linear:
+        """The part that computes the outputs from ``start`` on, up to ``stop``."""
+        bias = None if self.bias is None else self.bias[start:stop]
+        return Linear(self.weight[start:stop], bias)
 
 
 class Norm(NamedTuple):

@@ -13,7 +13,12 @@ __all__ = ["Changed", "gather_rows", "merge_rows", "select_changed"]
 
 METRICS = ("cosine", "l1", "l2", "dot")
 #: Similarities that a metric can give; a threshold outside would take all or none.
-_RANGE = {"cosine": (-1.0, 1.0), "l1": (None, 0.0), "l2": (None, 0.0), "dot": (None, None)}
+SIMILARITY_RANGE = {
+    "cosine": (-1.0, 1.0),
+    "l1": (None, 0.0),
+    "l2": (None, 0.0),
+    "dot": (None, None),
+}
 
 for _name in ("select_changed", "gather_rows", "merge_rows"):
     backends.declare(
@@ -187,7 +192,7 @@ def _check_select(feature, reference, k, threshold, capacity, metric, force) -> 
     checks.check_range(op, "k", k, 0, dims["N"])
     checks.check_range(op, "max_changed", capacity, 1, dims["N"])
     if threshold is not None:
-        checks.check_range(op, "threshold", threshold, *_RANGE[metric])
+        checks.check_range(op, "threshold", threshold, *SIMILARITY_RANGE[metric])
 
 
 def _select(
