@@ -1,4 +1,4 @@
-"""The command line: ``vicostream run``, ``info`` and ``bench``."""
+"""The command line: ``vicostream run``, ``eval``, ``info`` and ``bench``."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ except ImportError as error:  # the kernels alone need no command line
         "pip install 'vicostream-kernels[pipeline]'"
     ) from error
 
+from vicostream_kernels.evaluation.cli import app as evaluation  # noqa: E402 (needs typer)
+
 app = typer.Typer(
     name="vicostream",
     help="Streaming video through Qwen2.5-VL with bounded kernels.",
@@ -23,6 +25,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+app.add_typer(evaluation)
 
 
 def _version(wanted: bool) -> None:

@@ -18,7 +18,7 @@ from vicostream_kernels import methods
 from vicostream_kernels.pipeline.errors import InputError, PipelineError, one_line
 from vicostream_kernels.pipeline.report import Recorder
 from vicostream_kernels.pipeline.screen import Screen
-from vicostream_kernels.pipeline.source import Frame, VideoSource
+from vicostream_kernels.pipeline.source import FrameGroups, VideoSource, stack
 from vicostream_kernels.pipeline.text import Question, parse_question
 
 #: Options may be wrong in these parts of a run; anywhere else a ValueError is our failure.
@@ -166,7 +166,7 @@ class _Run:
         recorder, screen = self._recorder, self._screen
         waiting = self._waiting = sorted(questions, key=_when)
         size = stream.frames_per_chunk
-        frames = _Ahead(iter(source))
+        frames = FrameGroups(iter(source))
         screen.start(source.info.duration_s, str(self._options.video))
         try:
             while True:
@@ -178,7 +178,7 @@ class _Run:
                 recorder.frames_read = source.frames_read
                 if batch:
                     self._part, self._time_s = "ingest", batch[0].time_s
-                    stream.ingest(_stack(batch), [frame.time_s for frame in batch])
+                    stream.ingest(stack(batch), [frame.time_s for frame in batch])
                     self._time_s = batch[-1].time_s
                     self._draw()
                     screen.update(recorder, stream.time_s)
@@ -252,38 +252,6 @@ class _Run:
         else:
             picture.unlink(missing_ok=True)  # of an earlier run
         self._screen.say(f"{folder}: {', '.join(written)}")
-
-
-class _Ahead:
-    """Reads frames in groups that a chunk can take: one size, none after a given time."""
-
-    def __init__(self, frames: Iterator[Frame]) -> None:
-        self._frames = frames
-        self._next: Frame | None = None
-        self.ended = False
-
-    def take(self, size: int, limit_s: float) -> list[Frame]:
-        """Up to ``size`` frames at or before ``limit_s``. None means that the next frame is later,
-        or that the video has ended (``ended``)."""
-        group: list[Frame] = []
-        while len(group) < size:
-            if self._next is None:
-                self._next = next(self._frames, None)
-            frame = self._next
-            if frame is None:
-                self.ended = True
-                break
-            if frame.time_s > limit_s or (group and frame.image.shape != group[0].image.shape):
-                break
-            group.append(frame)
-            self._next = None
-        return group
-
-
-def _stack(batch: list[Frame]) -> Any:
-    import numpy as np
-
-    return np.stack([frame.image for frame in batch])
 
 
 def _when(question: Question) -> float:

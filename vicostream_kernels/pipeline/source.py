@@ -159,6 +159,39 @@ class VideoSource:
             self.troubles.append(Trouble(round(last_s, 3), "demux", f"truncated: {what}"))
 
 
+class FrameGroups:
+    """Reads frames in groups that a chunk can take: one size, none after a given time."""
+
+    def __init__(self, frames: Iterator[Frame]) -> None:
+        self._frames = frames
+        self._next: Frame | None = None
+        self.ended = False
+
+    def take(self, size: int, limit_s: float) -> list[Frame]:
+        """Up to ``size`` frames at or before ``limit_s``. None means that the next frame is later,
+        or that the video has ended (``ended``)."""
+        group: list[Frame] = []
+        while len(group) < size:
+            if self._next is None:
+                self._next = next(self._frames, None)
+            frame = self._next
+            if frame is None:
+                self.ended = True
+                break
+            if frame.time_s > limit_s or (group and frame.image.shape != group[0].image.shape):
+                break
+            group.append(frame)
+            self._next = None
+        return group
+
+
+def stack(group: list[Frame]) -> np.ndarray:
+    """The pictures of a group: uint8 ``[F, H, W, 3]``."""
+    import numpy as np
+
+    return np.stack([frame.image for frame in group])
+
+
 class _Clock:
     """Seconds from the first frame, never backwards; frames without a timestamp follow the rate."""
 
