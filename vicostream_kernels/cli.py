@@ -59,7 +59,11 @@ def run(
         ),
     ] = "tiny-random",
     preset: Annotated[
-        str, typer.Option(help="vicostream, full-history or streaming-llm.")
+        str,
+        typer.Option(
+            help="A published method: vicostream, full-history, streaming-llm, "
+            "timechat-online, stc-pruner, evs, ... (docs/methods.md)."
+        ),
     ] = "vicostream",
     ask: Annotated[
         list[str] | None,

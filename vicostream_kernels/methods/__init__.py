@@ -1,7 +1,10 @@
 """Published methods as configurations of the ops.
 
 ``names()`` lists them, ``get(name, overrides)`` returns one as frozen values:
-``get("vicostream", {"prune.threshold": 0.15}).prune`` is what ``prune_tokens`` takes.
+``get("vicostream", {"prune.threshold": 0.15}).prune`` is what ``prune_tokens`` takes. The pruning
+rules alone are values in ``methods.prune_rules``; what computes the scores that some of them take
+from outside stands in ``methods.pixel``, ``stc``, ``streamingtom``, ``spatial``,
+``attention_scores``.
 """
 
 from __future__ import annotations
@@ -18,14 +21,18 @@ from vicostream_kernels.methods.rules import (
     RetrieveRule,
     ReuseRule,
 )
+from vicostream_kernels.methods.scorer import External, ScoredChunk, Scorer
 
 __all__ = [
     "AttentionRule",
     "EngineRule",
+    "External",
     "InvalidValue",
     "Method",
     "RetrieveRule",
     "ReuseRule",
+    "ScoredChunk",
+    "Scorer",
     "UnknownName",
     "get",
     "names",

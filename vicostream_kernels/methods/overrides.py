@@ -11,7 +11,7 @@ from typing import Any
 
 from vicostream_kernels.methods.rules import Method
 
-SECTIONS = ("prune", "reuse", "attention", "retrieve", "engine")
+SECTIONS = ("prune", "scorer", "reuse", "attention", "retrieve", "engine")
 _NONE = {"none", "null", "off"}
 _BOOL = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 
@@ -35,7 +35,8 @@ def apply(method: Method, overrides: Mapping[str, Any], presets: Mapping[str, Me
 
     A key is ``section.field`` or a whole section, which takes ``none`` or the name of the preset
     that it is taken from (``prune=vicostream``); whole sections come first. Values are strings as
-    typed on a command line, or Python values. Raises :class:`UnknownName`, :class:`InvalidValue`.
+    typed on a command line, or Python values. ``prune`` brings its scorer along. Raises
+    :class:`UnknownName`, :class:`InvalidValue`.
     """
     changes: dict[str, Any] = {}
     fields: dict[str, dict[str, Any]] = {}
@@ -47,6 +48,12 @@ def apply(method: Method, overrides: Mapping[str, Any], presets: Mapping[str, Me
             fields.setdefault(section, {})[name] = value
         else:
             changes[section] = _section(method, section, value, presets)
+            if section == "prune" and "scorer" not in overrides:
+                changes["scorer"] = (
+                    None
+                    if changes["prune"] is None or value not in presets
+                    else presets[value].scorer
+                )
     for section, values in fields.items():
         current = changes.get(section, getattr(method, section))
         changes[section] = _replace(section, current, values, method, presets)

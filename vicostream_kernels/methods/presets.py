@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
+from vicostream_kernels.methods.prune_rules import CHUNK_INTRA_PER_CHUNK
+from vicostream_kernels.methods.pruning import PRUNING, vicostream_variants
 from vicostream_kernels.methods.rules import (
     AttentionRule,
     EngineRule,
     Method,
     RetrieveRule,
 )
-from vicostream_kernels.ops.prune import PruneRule
 
 #: Bounded attention over chunks, change-driven dropping, retrieval at the question.
 VICOSTREAM = Method(
     name="vicostream",
     source="ViCoStream, arXiv 2606.19849; settings of the released launchers",
-    prune=PruneRule(
-        reference="previous",
-        metric="cosine",
-        keep="below",
-        threshold=0.25,
-        reduce="any",
-        always_keep="first",
-    ),
+    prune=CHUNK_INTRA_PER_CHUNK,
     retrieve=RetrieveRule(k=64, score="cosine"),
     engine=EngineRule(
         pixels=90_000,
@@ -52,4 +46,13 @@ STREAMING_LLM = Method(
     engine=EngineRule(pixels=90_000, resizes=2, history="window"),
 )
 
-PRESETS = {method.name: method for method in (VICOSTREAM, FULL_HISTORY, STREAMING_LLM)}
+PRESETS = {
+    method.name: method
+    for method in (
+        VICOSTREAM,
+        FULL_HISTORY,
+        STREAMING_LLM,
+        *vicostream_variants(VICOSTREAM),
+        *PRUNING,
+    )
+}

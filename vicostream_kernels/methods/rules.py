@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from vicostream_kernels.methods.scorer import Scorer
 from vicostream_kernels.ops.prune import PruneRule
 from vicostream_kernels.ops.reuse import SIMILARITY_RANGE
 
@@ -259,11 +260,15 @@ class EngineRule:
 
 @dataclass(frozen=True)
 class Method:
-    """A published method as a configuration of the ops; None where it does not use an op."""
+    """A published method as a configuration of the ops; None where it does not use an op.
+
+    ``scorer`` computes what ``prune`` takes from outside: a score, groups, or a mask.
+    """
 
     name: str
     source: str
     prune: PruneRule | None = None
+    scorer: Scorer | None = None
     reuse: ReuseRule | None = None
     attention: AttentionRule = AttentionRule()
     retrieve: RetrieveRule | None = None
@@ -291,3 +296,16 @@ class Method:
                 f"retrieve.sub={self.retrieve.sub} parts do not fit in a page of "
                 f"engine.page_size={self.engine.page_size} tokens"
             )
+        self._check_scorer()
+
+    def _check_scorer(self) -> None:
+        if self.scorer is None:
+            return
+        if self.prune is None:
+            raise ValueError("scorer: there is no prune step that would take its score")
+        gives, name = self.scorer.gives, self.scorer.name
+        if ("score" in gives) != bool(self.prune.external):
+            verb = "gives a score" if "score" in gives else "gives no score"
+            raise ValueError(f"scorer {name!r} {verb}, but prune.external={self.prune.external}")
+        if "groups" in gives and self.prune.k is None:
+            raise ValueError(f"scorer {name!r} gives quotas in place of prune.k: set prune.k")

@@ -123,7 +123,7 @@ class StreamEngine:
         method = self.method
         return {
             section: None if value is None else dataclasses.asdict(value)
-            for section in ("prune", "reuse", "attention", "retrieve", "engine")
+            for section in ("prune", "scorer", "reuse", "attention", "retrieve", "engine")
             for value in (getattr(method, section),)
         }
 
@@ -142,9 +142,12 @@ def check_supported(method: methods.Method) -> None:
     """Refuses what the ops can do and this engine does not: better than ignoring it."""
     if method.reuse is not None:
         raise InputError("reuse: this engine encodes every patch; set reuse=none")
-    rule = method.prune
-    if rule is not None and (rule.external or isinstance(rule.k, tuple)):
+    rule, scorer = method.prune, method.scorer
+    gives = frozenset() if scorer is None else scorer.gives
+    if rule is not None and rule.external and "score" not in gives:
         raise InputError(
-            "prune: this engine has no external scores and no groups; set prune.external=0 and one "
-            "number for prune.k"
+            "prune: nothing here computes an external score; set prune.external=0, or take a "
+            "preset's with its scorer, as in prune=timechat-online-pixel"
         )
+    if rule is not None and isinstance(rule.k, tuple) and "groups" not in gives:
+        raise InputError("prune: this engine has no groups of tokens; give one number for prune.k")

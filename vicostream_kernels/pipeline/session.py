@@ -68,8 +68,8 @@ class Stream:
         self._selector = _follow(method, runner, cache)
         self._llm = LLMSteps(runner, cache, method)
         self._preprocess = Preprocess(runner, method)
-        self._encode = Encode(runner)
-        self._prune = Prune(runner, method.prune, on_pruned)
+        self._encode = Encode(runner, method)
+        self._prune = Prune(runner, method, on_pruned)
         self._prefill = Prefill(self._llm, method, self.history, engine.bucket)
         try:
             with torch.no_grad():

@@ -19,10 +19,10 @@ import numpy as np
 import torch
 
 from vicostream_kernels.cache import Block
-from vicostream_kernels.methods import Method
+from vicostream_kernels.methods import External, Method, ScoredChunk
 from vicostream_kernels.models import Qwen2_5_VLRunner
 from vicostream_kernels.ops.preprocess import preprocess_frames, smart_resize
-from vicostream_kernels.ops.prune import PrunedTokens, PruneRule, PruneState, prune_tokens
+from vicostream_kernels.ops.prune import PrunedTokens, PruneState, prune_tokens
 from vicostream_kernels.pipeline.errors import InputError
 from vicostream_kernels.pipeline.llm import LLMSteps
 from vicostream_kernels.pipeline.visibility import History, View, chunk_window, window_view
@@ -53,11 +53,13 @@ class ChunkPatches:
 
 @dataclass(frozen=True)
 class ChunkTokens:
-    """``tokens`` ``[T, N, D]``: the projected visual tokens, in raster order."""
+    """``tokens`` ``[T, N, D]``: the projected visual tokens, in raster order; ``patches`` as they
+    were before, where a scorer looks at them."""
 
     source: ChunkFrames
     grid: tuple[int, int, int]
     tokens: torch.Tensor
+    patches: torch.Tensor | None = None
 
 
 class HostCopy:
@@ -172,12 +174,14 @@ class Preprocess:
 class Encode:
     """Patches -> projected visual tokens; every chunk on its own."""
 
-    def __init__(self, runner: Qwen2_5_VLRunner) -> None:
+    def __init__(self, runner: Qwen2_5_VLRunner, method: Method) -> None:
         self._runner = runner
+        self._keeps = method.scorer is not None and "patches" in method.scorer.needs
 
     def run(self, chunk: ChunkPatches) -> ChunkTokens:
         tokens = self._runner.encode(chunk.patches, chunk.grid)
-        return ChunkTokens(chunk.source, chunk.grid, tokens)
+        patches = chunk.patches if self._keeps else None
+        return ChunkTokens(chunk.source, chunk.grid, tokens, patches)
 
 
 class Prune:
@@ -189,56 +193,76 @@ class Prune:
     def __init__(
         self,
         runner: Qwen2_5_VLRunner,
-        rule: PruneRule | None,
+        method: Method,
         watch: Callable[[ChunkMask], None] | None = None,
     ) -> None:
-        self._runner, self._rule, self._watch = runner, rule, watch
+        self._runner, self._watch = runner, watch
+        self._rule, self._scorer = method.prune, method.scorer
+        self._grid: tuple[int, int] | None = None
         self._state: PruneState | None = None
+        self._scorer_state: dict[str, Any] = {}
 
     def run(self, chunk: ChunkTokens) -> ChunkKept:
         runner, source = self._runner, chunk.source
         t, h, w = chunk.grid
         positions = runner.video_positions(t, h, w, 0, source.seconds_per_step)
         span = runner.video_span(t, h, w, source.seconds_per_step)
+        grid = (t, h // runner.merge_size, w // runner.merge_size)
         steps, locations, width = chunk.tokens.shape
         seen = steps * locations
         if self._rule is None:
-            self._show(chunk, None)
+            self._show(source, grid, None)
             tokens = chunk.tokens.view(seen, width)
             return ChunkKept(source, tokens, positions.view(3, seen), HostCount(seen), seen, span)
+        self._match(grid[1:], chunk.tokens)
+        given = self._score(chunk, grid)
         pruned: PrunedTokens = prune_tokens(
-            chunk.tokens,
+            chunk.tokens if given.tokens is None else given.tokens,
             positions,
             self._rule,
-            state=self._carried(chunk.tokens),
+            state=self._state,
+            external_score=given.score,
+            external_mask=given.mask,
+            group_ids=given.group_ids,
+            group_k=given.group_k,
             backend=runner.backend,
         )
-        self._show(chunk, pruned.mask)
+        self._show(source, grid, pruned.mask)
         count = HostCount(pruned.count)
         return ChunkKept(source, pruned.tokens, pruned.positions, count, seen, span)
 
-    def _show(self, chunk: ChunkTokens, mask: torch.Tensor | None) -> None:
-        if self._watch is None:
+    def _match(self, grid: tuple[int, int], tokens: torch.Tensor) -> None:
+        """Frames of another size have other places: what was carried starts anew."""
+        if grid == self._grid:
             return
-        t, h, w = chunk.grid
-        grid = (t, h // self._runner.merge_size, w // self._runner.merge_size)
-        copy = None if mask is None else HostCopy(mask)
-        self._watch(ChunkMask(chunk.source, grid, self._runner.temporal_patch_size, copy))
-
-    def _carried(self, tokens: torch.Tensor) -> PruneState | None:
-        """What the rule carries from chunk to chunk; frames of another size start anew."""
+        self._grid, self._scorer_state = grid, {}
         rule, (_, locations, width) = self._rule, tokens.shape
-        if not rule.needs and rule.always_keep != "first_of_stream":
-            return None
-        held = self._state
-        kept = (
-            None if held is None else held.previous if held.previous is not None else held.last_kept
-        )
-        if held is None or (kept is not None and kept.shape[1] != locations):
+        if rule.needs or rule.always_keep == "first_of_stream":
             self._state = PruneState.empty(
                 rule, locations, width, dtype=tokens.dtype, device=tokens.device
             )
-        return self._state
+
+    def _score(self, chunk: ChunkTokens, grid: tuple[int, int, int]) -> External:
+        if self._scorer is None:
+            return External()
+        runner = self._runner
+        seen = ScoredChunk(
+            chunk.tokens,
+            grid,
+            chunk.patches,
+            tuple(runner.image_mean),
+            tuple(runner.image_std),
+            runner.temporal_patch_size,
+        )
+        return self._scorer(seen, self._scorer_state)
+
+    def _show(
+        self, source: ChunkFrames, grid: tuple[int, int, int], mask: torch.Tensor | None
+    ) -> None:
+        if self._watch is None:
+            return
+        copy = None if mask is None else HostCopy(mask)
+        self._watch(ChunkMask(source, grid, self._runner.temporal_patch_size, copy))
 
 
 class Prefill:

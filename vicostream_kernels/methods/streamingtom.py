@@ -1,0 +1,59 @@
+"""StreamingTOM's causal temporal reduction (arXiv 2510.18269): one budget, split by change."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+
+from vicostream_kernels.methods.scorer import External, ScoredChunk, Scorer
+
+STATIC, DYNAMIC = 0, 1
+
+
+@dataclass(frozen=True)
+class StaticDynamic(Scorer):
+    """Static tokens (cosine with the same place one step before above ``tau``) and dynamic ones
+    share ``budget`` tokens of a step in proportion to their numbers; in both, saliency decides.
+
+    Of N tokens with S static ones, ``budget * S // N`` static ones stay and the rest of the budget
+    is dynamic. Without a step before all are dynamic. The saliency is the attention that a token
+    receives from its step's tokens (softmax of their scaled products): the publication takes the
+    ViT's own attention, and merges static tokens by clustering where we keep the most salient.
+    Tokens with NaN or inf come first. Causal.
+    """
+
+    tau: float = 0.9
+    budget: int = 50
+    name: str = field(default="static-dynamic", init=False)
+    gives: ClassVar[frozenset[str]] = frozenset({"score", "groups"})
+
+    def __post_init__(self) -> None:
+        if not -1 <= self.tau <= 1:
+            raise ValueError(f"tau={self.tau} is outside [-1, 1], the values of a cosine")
+        if self.budget < 1:
+            raise ValueError(f"budget={self.budget} must be at least 1 token")
+
+    def __call__(self, chunk: ScoredChunk, state: dict[str, Any]) -> External:
+        before: torch.Tensor | None = state.get("previous")
+        scores, groups, quotas = [], [], []
+        for step in chunk.tokens.float():
+            # One step at a time, so that the cut of a stream into chunks shows in no bit.
+            whole = step.isfinite().all(-1)
+            step = torch.where(whole[:, None], step, 0.0)
+            static = torch.zeros(len(step), dtype=torch.bool, device=step.device)
+            if before is not None:
+                static = torch.nn.functional.cosine_similarity(before, step, dim=-1) > self.tau
+            of_static = self.budget * static.sum() // len(step)
+            quotas.append(torch.stack((of_static, self.budget - of_static)))
+            groups.append(torch.where(static, STATIC, DYNAMIC))
+            attention = torch.softmax(step @ step.T * step.shape[-1] ** -0.5, -1)
+            scores.append(torch.where(whole, attention.mean(0), torch.nan))
+            before = step
+        state["previous"] = before.clone()
+        return External(
+            score=torch.stack(scores),
+            group_ids=torch.stack(groups).int(),
+            group_k=torch.stack(quotas).int(),
+        )
