@@ -50,6 +50,71 @@ def _run(command: Callable[[], int]) -> None:
 
 
 @app.command()
+def streamqa(
+    model: Model = "tiny",
+    preset: Preset = "live",
+    settings: Settings = None,
+    sweep: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KEY=A,B,C",
+            help="Measure each value of a key of the preset, or of model, preset, keep (dropping "
+            "at random) or selector (rule, oracle, random). Several give all combinations.",
+        ),
+    ] = None,
+    study: Annotated[
+        list[str] | None,
+        typer.Option(help="A standard comparison: dropping, window, retrieval, models, plane."),
+    ] = None,
+    clips: Annotated[int, typer.Option(help="Number of clips.")] = 24,
+    steps: Annotated[int, typer.Option(help="Length of a clip; two steps are a second.")] = 96,
+    questions: Annotated[int, typer.Option(help="Questions for each clip.")] = 24,
+    kind: Annotated[
+        list[str] | None, typer.Option(help="Only this kind of question. May be repeated.")
+    ] = None,
+    at: Annotated[str, typer.Option(help="When they are asked: spread or end.")] = "spread",
+    seed: Annotated[int, typer.Option(help="Of the first clip.")] = 0,
+    split: Annotated[str, typer.Option(help="train, val or test.")] = "test",
+    plot: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DIR",
+            help="Draw figures; without --sweep or --study those of all standard comparisons.",
+        ),
+    ] = None,
+    device: Device = "cpu",
+    out: Annotated[
+        str, typer.Option(metavar="DIR", help="Where results go and are found again.")
+    ] = "out/eval/streamqa",
+    fresh: Annotated[bool, typer.Option("--fresh", help="Measure again what is known.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Synthetic streaming questions with known answers: accuracy by kind, and what it costs.
+
+    Results are kept by the settings, the weights and the code that made them: a second call only
+    measures what is missing. Exit code 0: done; 2: something given cannot be used.
+    """
+    from vicostream_kernels.evaluation.measure import ClipSet
+    from vicostream_kernels.evaluation.qa_run import QAOptions, run_streamqa
+    from vicostream_kernels.evaluation.streamqa import KINDS
+
+    asked = QAOptions(
+        model=model,
+        preset=preset,
+        settings=settings or (),
+        sweeps=sweep or (),
+        studies=study or (),
+        clips=ClipSet(clips, steps, seed, split, questions, tuple(kind or KINDS), at),
+        plot=plot,
+        device=device,
+        out=out,
+        fresh=fresh,
+        debug=debug,
+    )
+    _run(lambda: run_streamqa(asked))
+
+
+@app.command()
 def streamingbench(
     data: Data,
     model: Model,

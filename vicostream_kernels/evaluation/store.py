@@ -58,16 +58,19 @@ class Journal:
     """Rows by their id in a JSON-lines file: written one by one, read back after a restart.
 
     ``config`` is kept beside it; a folder that was made with another one is refused, since its rows
-    would not mean the same.
+    would not mean the same. Keys in ``ignore`` may differ.
     """
 
-    def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
+    def __init__(
+        self, folder: Path, config: Mapping[str, Any], *, ignore: Sequence[str] = ()
+    ) -> None:
         self._path = folder / "answers.jsonl"
         plain = json.loads(json.dumps(config, default=str))
         made_with = folder / "config.json"
         if made_with.exists():
             before = json.loads(made_with.read_text(encoding="utf-8"))
-            differing = sorted(k for k in {*before, *plain} if before.get(k) != plain.get(k))
+            keys = {*before, *plain} - {*ignore}
+            differing = sorted(k for k in keys if before.get(k) != plain.get(k))
             if differing:
                 raise InputError(
                     f"--out {folder}: holds results made with another {', '.join(differing)}; "
