@@ -12,7 +12,12 @@ from vicostream_kernels.ops.prune import prune_tokens
 from vicostream_kernels.pipeline.engine import StreamEngine, check_supported
 from vicostream_kernels.pipeline.errors import InputError
 
-PRUNING = [name for name in methods.names() if methods.get(name).prune is not None]
+#: Those that reuse as well encode other features: tests/pipeline/test_reuse.py.
+PRUNING = [
+    name
+    for name in methods.names()
+    if methods.get(name).prune is not None and methods.get(name).reuse is None
+]
 #: Few tokens a frame here: budgets that leave something to drop.
 FEWER = {
     "stc-pruner": {"prune.k": 3},

@@ -9,9 +9,11 @@ import typing
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from vicostream_kernels.methods.rules import Method
+from vicostream_kernels.methods.rules import Method, ReuseRule
 
 SECTIONS = ("prune", "scorer", "reuse", "attention", "retrieve", "engine")
+#: Sections that a key brings into a method without them: their defaults are a published rule.
+_DEFAULTS = {"reuse": ReuseRule()}
 _NONE = {"none", "null", "off"}
 _BOOL = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 
@@ -34,7 +36,8 @@ def apply(method: Method, overrides: Mapping[str, Any], presets: Mapping[str, Me
     """``method`` with ``overrides`` applied.
 
     A key is ``section.field`` or a whole section, which takes ``none`` or the name of the preset
-    that it is taken from (``prune=vicostream``); whole sections come first. Values are strings as
+    that it is taken from (``prune=vicostream``); whole sections come first. A key of ``reuse``
+    starts from the published rule where the method has none. Values are strings as
     typed on a command line, or Python values. ``prune`` brings its scorer along. Raises
     :class:`UnknownName`, :class:`InvalidValue`.
     """
@@ -83,6 +86,7 @@ def _replace(
     method: Method,
     presets: Mapping[str, Method],
 ) -> Any:
+    current = current or _DEFAULTS.get(section)
     if current is None:
         having = [name for name, other in presets.items() if getattr(other, section) is not None]
         advice = f": first take a preset's with {section}={having[0]}" if having else ""

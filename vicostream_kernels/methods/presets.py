@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from vicostream_kernels.methods.prune_rules import CHUNK_INTRA_PER_CHUNK
+from dataclasses import replace
+
+from vicostream_kernels.methods.prune_rules import CHUNK_INTRA_PER_CHUNK, STC_GAUSSIAN_PER_CHUNK
 from vicostream_kernels.methods.pruning import PRUNING, vicostream_variants
 from vicostream_kernels.methods.rules import (
     AttentionRule,
     EngineRule,
     Method,
     RetrieveRule,
+    ReuseRule,
 )
 
 #: Bounded attention over chunks, change-driven dropping, retrieval at the question.
@@ -62,6 +65,26 @@ LIVE = Method(
     ),
 )
 
+_CACHER = "STC-Cacher, arXiv 2512.00891; settings of the README"
+
+#: STC as a whole: patches that did not change are reused, tokens that say nothing new are dropped.
+STC = Method(
+    name="stc",
+    source=_CACHER + ", with STC-Pruner",
+    reuse=ReuseRule(ratio=0.25, interval=4),
+    prune=STC_GAUSSIAN_PER_CHUNK,
+    # One frame a call as published; here that is one step, two frames.
+    engine=EngineRule(frames_per_chunk=2),
+)
+
+#: ViCoStream over a ViT that reuses.
+VICOSTREAM_STC = replace(
+    VICOSTREAM,
+    name="vicostream+stc",
+    source=VICOSTREAM.source + "; " + _CACHER,
+    reuse=STC.reuse,
+)
+
 PRESETS = {
     method.name: method
     for method in (
@@ -69,6 +92,8 @@ PRESETS = {
         FULL_HISTORY,
         STREAMING_LLM,
         LIVE,
+        STC,
+        VICOSTREAM_STC,
         *vicostream_variants(VICOSTREAM),
         *PRUNING,
     )

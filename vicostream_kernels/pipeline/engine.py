@@ -140,8 +140,6 @@ class StreamEngine:
 
 def check_supported(method: methods.Method) -> None:
     """Refuses what the ops can do and this engine does not: better than ignoring it."""
-    if method.reuse is not None:
-        raise InputError("reuse: this engine encodes every patch; set reuse=none")
     rule, scorer = method.prune, method.scorer
     gives = frozenset() if scorer is None else scorer.gives
     if rule is not None and rule.external and "score" not in gives:

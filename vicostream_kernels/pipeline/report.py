@@ -12,7 +12,7 @@ import platform
 import sys
 import time
 from collections import Counter, deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -110,6 +110,8 @@ class Recorder:
         self.tokens_seen = 0
         self.tokens_kept = 0
         self.kv = {"pages": 0, "bytes": 0, "peak_bytes": 0, "pool_bytes": 0, "page_size": 0}
+        #: What the encoder reused so far, read when the report is made (it waits for the device).
+        self.reuse: Callable[[], dict[str, Any]] | None = None
         self.ingest_s = 0.0
         self._began = time.perf_counter()
         self._ended: float | None = None
@@ -180,6 +182,7 @@ class Recorder:
                 if any(stage in c["stages_ms"] for c in chunks)
             },
             "tokens": {"seen": self.tokens_seen, "kept": self.tokens_kept},
+            "reuse": None if self.reuse is None else self.reuse(),
             "kv": dict(self.kv),
             "memory": {
                 "peak_rss_bytes": peak_rss_bytes(),

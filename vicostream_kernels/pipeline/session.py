@@ -69,6 +69,8 @@ class Stream:
         self._llm = LLMSteps(runner, cache, method)
         self._preprocess = Preprocess(runner, method)
         self._encode = Encode(runner, method)
+        if self._encode.state is not None:
+            recorder.reuse = self._encode.state.figures
         self._prune = Prune(runner, method, on_pruned)
         self._prefill = Prefill(self._llm, method, self.history, engine.bucket)
         try:

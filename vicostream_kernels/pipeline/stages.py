@@ -172,14 +172,17 @@ class Preprocess:
 
 
 class Encode:
-    """Patches -> projected visual tokens; every chunk on its own."""
+    """Patches -> projected visual tokens: every chunk on its own, or, where the method reuses,
+    with what ``state`` keeps of this stream's chunks before."""
 
     def __init__(self, runner: Qwen2_5_VLRunner, method: Method) -> None:
         self._runner = runner
+        self.state = None if method.reuse is None else runner.encoder_state(method.reuse)
         self._keeps = method.scorer is not None and "patches" in method.scorer.needs
 
     def run(self, chunk: ChunkPatches) -> ChunkTokens:
-        tokens = self._runner.encode(chunk.patches, chunk.grid)
+        frames = None if self.state is None else chunk.source.images
+        tokens = self._runner.encode(chunk.patches, chunk.grid, state=self.state, frames=frames)
         patches = chunk.patches if self._keeps else None
         return ChunkTokens(chunk.source, chunk.grid, tokens, patches)
 
