@@ -80,3 +80,48 @@ def test_methods_are_values():
     with pytest.raises(dataclasses.FrozenInstanceError):
         methods.get("vicostream").engine.pixels = 1
     assert all(methods.get(name).source for name in methods.names())
+
+
+def test_retrieval_presets_are_as_published():
+    rekv, livevlm, quest, lserve, tom = (
+        methods.get(name) for name in ("rekv", "livevlm", "quest", "lserve", "streamingtom")
+    )
+    rule = rekv.retrieve
+    assert (rule.summary, rule.score, rule.k, rule.group) == ("raw_mean_key", "dot", 64, 1)
+    assert (rule.layers, rule.scope, rule.positions) == ("each", "stream", "consecutive")
+    assert rekv.attention.window == 15_000 and rekv.engine.frames_per_chunk == 2
+    rule = livevlm.retrieve
+    assert (rule.summary, rule.unit, rule.pool) == ("raw_mean_key", "page", "softmax")
+    assert (rule.ratio, livevlm.engine.page_size) == (0.4, 16)
+    rule = quest.retrieve
+    assert (rule.summary, rule.scope, rule.min_k) == ("minmax", "query_head", 3)
+    assert (rule.dense_layers, rule.prefill, rule.reuse_steps) == (2, "dense", 1)
+    assert (rule.force_last, quest.engine.page_size) == (0, 16)
+    rule = lserve.retrieve
+    assert (rule.sub, rule.token_budget, rule.min_k, rule.force_last) == (4, 4096, 3, 1)
+    assert (rule.reuse_steps, rule.dense_layers, lserve.engine.page_size) == (4, 0, 64)
+    rule = tom.retrieve
+    assert (rule.summary, rule.score, rule.token_budget) == ("mean_key", "cosine", 12_544)
+    assert tom.prune == methods.get("streamingtom-ctr").prune and tom.scorer.budget == 50
+
+
+@pytest.mark.parametrize(
+    ("preset", "overrides", "said"),
+    [
+        ("rekv", {"retrieve.ratio": 0.4}, "exactly one of"),
+        ("rekv", {"retrieve.k": "none"}, "exactly one of"),
+        ("rekv", {"retrieve.score": "bound"}, "does not go with score='bound'"),
+        ("quest", {"retrieve.summary": "mean_key"}, "does not go with score='bound'"),
+        ("livevlm", {"retrieve.sub": 2}, "sub=2 needs summary='minmax'"),
+        ("lserve", {"engine.page_size": 2}, "do not fit in a page"),
+        ("vicostream", {"retrieve.scope": "kv_head"}, "needs a summary of keys"),
+        ("vicostream", {"retrieve.reuse_steps": 2}, "needs a summary of keys"),
+        ("rekv", {"retrieve.group": 3}, "a multiple of group=3"),
+        ("rekv", {"retrieve.reuse_steps": 0}, "reuse_steps=0 must be at least 1"),
+        ("livevlm", {"retrieve.ratio": 1.5}, "at most 1"),
+        ("quest", {"retrieve.dense_layers": -1}, "must not be negative"),
+    ],
+)
+def test_retrieve_rules_that_cannot_be(preset, overrides, said):
+    with pytest.raises(methods.InvalidValue, match=said):
+        methods.get(preset, overrides)

@@ -12,11 +12,14 @@ from vicostream_kernels.ops.prune import prune_tokens
 from vicostream_kernels.pipeline.engine import StreamEngine, check_supported
 from vicostream_kernels.pipeline.errors import InputError
 
-#: Those that reuse as well encode other features: tests/pipeline/test_reuse.py.
+#: Those that reuse as well encode other features (tests/pipeline/test_reuse.py); streamingtom has
+#: the pruning of streamingtom-ctr.
 PRUNING = [
     name
     for name in methods.names()
-    if methods.get(name).prune is not None and methods.get(name).reuse is None
+    if methods.get(name).prune is not None
+    and methods.get(name).reuse is None
+    and name != "streamingtom"
 ]
 #: Few tokens a frame here: budgets that leave something to drop.
 FEWER = {

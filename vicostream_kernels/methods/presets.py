@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from vicostream_kernels.methods.livevlm import LIVEVLM
+from vicostream_kernels.methods.lserve import LSERVE
 from vicostream_kernels.methods.prune_rules import CHUNK_INTRA_PER_CHUNK, STC_GAUSSIAN_PER_CHUNK
 from vicostream_kernels.methods.pruning import PRUNING, vicostream_variants
+from vicostream_kernels.methods.quest import QUEST
+from vicostream_kernels.methods.rekv import REKV
 from vicostream_kernels.methods.rules import (
     AttentionRule,
     EngineRule,
@@ -13,13 +17,15 @@ from vicostream_kernels.methods.rules import (
     RetrieveRule,
     ReuseRule,
 )
+from vicostream_kernels.methods.streamingtom import STREAMINGTOM_METHOD
+from vicostream_kernels.methods.vicostream import CHUNKS
 
 #: Bounded attention over chunks, change-driven dropping, retrieval at the question.
 VICOSTREAM = Method(
     name="vicostream",
     source="ViCoStream, arXiv 2606.19849; settings of the released launchers",
     prune=CHUNK_INTRA_PER_CHUNK,
-    retrieve=RetrieveRule(k=64, score="cosine"),
+    retrieve=CHUNKS,
     engine=EngineRule(
         pixels=90_000,
         # The released loader applies the rule and the processor does again: 16:9 becomes 252 x 420
@@ -94,6 +100,11 @@ PRESETS = {
         LIVE,
         STC,
         VICOSTREAM_STC,
+        REKV,
+        LIVEVLM,
+        QUEST,
+        LSERVE,
+        STREAMINGTOM_METHOD,
         *vicostream_variants(VICOSTREAM),
         *PRUNING,
     )

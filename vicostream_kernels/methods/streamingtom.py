@@ -1,4 +1,4 @@
-"""StreamingTOM's causal temporal reduction (arXiv 2510.18269): one budget, split by change."""
+"""StreamingTOM (arXiv 2510.18269): a step has one budget, split by change; groups by mean key."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import Any, ClassVar
 
 import torch
 
+from vicostream_kernels.methods.prune_rules import STREAMINGTOM
+from vicostream_kernels.methods.rules import EngineRule, Method, RetrieveRule
 from vicostream_kernels.methods.scorer import External, ScoredChunk, Scorer
 
 STATIC, DYNAMIC = 0, 1
@@ -57,3 +59,24 @@ class StaticDynamic(Scorer):
             group_ids=torch.stack(groups).int(),
             group_k=torch.stack(quotas).int(),
         )
+
+
+#: Groups of one step's 50 tokens by the cosine of their mean key, as cached, with the mean query.
+#: Neither heads nor layers are said to choose apart or together: each layer does, for all heads.
+GROUPS = RetrieveRule(
+    summary="mean_key",
+    layers="each",
+    score="cosine",
+    k=None,
+    token_budget=12_544,
+)
+
+#: Without the 4-bit pages. The budget is that of one reimplementation.
+STREAMINGTOM_METHOD = Method(
+    name="streamingtom",
+    source="StreamingTOM, arXiv 2510.18269; temporal reduction and group retrieval",
+    prune=STREAMINGTOM,
+    scorer=StaticDynamic(),
+    retrieve=GROUPS,
+    engine=EngineRule(pixels=196 * 28 * 28, frames_per_chunk=2),
+)

@@ -14,7 +14,7 @@ from vicostream_kernels.methods import Method
 from vicostream_kernels.models import Sampler
 from vicostream_kernels.pipeline.llm import LLMSteps
 from vicostream_kernels.pipeline.reading import Reading
-from vicostream_kernels.pipeline.report import QuestionFigures, Recorder
+from vicostream_kernels.pipeline.report import BlockRead, QuestionFigures, Recorder
 from vicostream_kernels.pipeline.selection import Selector
 from vicostream_kernels.pipeline.text import TextStream
 from vicostream_kernels.pipeline.visibility import (
@@ -159,11 +159,15 @@ class Answer:
             candidates.close()
 
     def _account(self) -> None:
-        self.figures.blocks = [
-            (entry.block.start_s, entry.block.end_s)
+        """What was read so far, for the report."""
+        seen = [
+            BlockRead(entry.block.start_s, entry.block.end_s, entry.score, entry.share)
             for entry in self._reading.relevance()
-            if entry.share
         ]
+        self.figures.reads = [block for block in seen if block.share]
+        self.figures.blocks = [(block.start_s, block.end_s) for block in self.figures.reads]
+        if self._recorder.explain:
+            self.figures.relevance = seen
 
     def _windowed(self, new_tokens: int) -> View:
         window = question_window(

@@ -13,7 +13,7 @@ import sys
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -69,9 +69,26 @@ class ChunkFigures:
         }
 
 
+@dataclass(frozen=True, slots=True)
+class BlockRead:
+    """One chunk as a question's retrieval saw it; fields as ``report.schema.json`` has them."""
+
+    start_s: float
+    end_s: float
+    score: float
+    share: float
+    tier: str = "device"
+
+    def entry(self) -> dict[str, Any]:
+        score = round(self.score, 6) if math.isfinite(self.score) else None
+        times = {"start_s": round(self.start_s, 6), "end_s": round(self.end_s, 6)}
+        return {**times, "score": score, "share": round(self.share, 6), "tier": self.tier}
+
+
 @dataclass
 class QuestionFigures:
-    """One question as reported. ``blocks`` are the times of the chunks that it read."""
+    """One question as reported. ``blocks`` are the times of the chunks that it read; ``reads`` the
+    chunks that retrieval chose, ``relevance`` all that it could have (where that is wanted)."""
 
     time_s: float
     text: str
@@ -81,6 +98,8 @@ class QuestionFigures:
     tokens_per_s: float | None = None
     blocks: list[tuple[float, float]] = field(default_factory=list)
     finish: str = "open"
+    reads: list[BlockRead] = field(default_factory=list)
+    relevance: list[BlockRead] = field(default_factory=list)
 
 
 class Recorder:
@@ -103,13 +122,17 @@ class Recorder:
         self.chunks: deque[ChunkFigures] = deque(maxlen=KEPT_ENTRIES)
         self.questions: deque[QuestionFigures] = deque(maxlen=KEPT_ENTRIES)
         self.errors: deque[Trouble] = deque(maxlen=KEPT_ENTRIES)
+        #: Whether questions note the relevance of what they did not read, too.
+        self.explain = False
         self.frames_read: int | None = None
         self.frames_ingested = 0
         self.frames_processed = 0
         self.chunk_count = 0
         self.tokens_seen = 0
         self.tokens_kept = 0
-        self.kv = {"pages": 0, "bytes": 0, "peak_bytes": 0, "pool_bytes": 0, "page_size": 0}
+        self.kv = dict.fromkeys(
+            ("pages", "bytes", "summary_bytes", "peak_bytes", "pool_bytes", "page_size"), 0
+        )
         #: What the encoder reused so far, read when the report is made (it waits for the device).
         self.reuse: Callable[[], dict[str, Any]] | None = None
         self.ingest_s = 0.0
@@ -223,9 +246,10 @@ class Recorder:
 
 
 def _question(figures: QuestionFigures) -> dict[str, Any]:
-    entry = asdict(figures)
+    entry = {f.name: getattr(figures, f.name) for f in fields(figures) if f.name != "relevance"}
     entry["time_s"] = round(figures.time_s, 6)
     entry["blocks"] = [[round(start, 6), round(end, 6)] for start, end in figures.blocks]
+    entry["reads"] = [block.entry() for block in figures.reads]
     return entry
 
 

@@ -280,10 +280,12 @@ class Stream:
 
     def _account(self) -> dict[str, int]:
         cache = self._engine.cache
+        summaries = cache.summary_bytes
         kv = {
             "pages": cache.used_pages,
-            "bytes": cache.bytes,
-            "peak_bytes": cache.peak_bytes,
+            "bytes": cache.bytes + summaries,
+            "summary_bytes": summaries,
+            "peak_bytes": max(self.recorder.kv["peak_bytes"], cache.peak_bytes + summaries),
             "pool_bytes": cache.pool_bytes,
             "page_size": cache.page_size,
         }

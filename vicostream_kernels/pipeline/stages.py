@@ -279,7 +279,9 @@ class Prefill:
         runner = llm.runner
         markers = runner.embed(llm.ids([runner.vision_start_id, runner.vision_end_id]))
         self._start, self._end = markers.split(1)
-        self._bounded = method.engine.window_chunks is not None or method.engine.history == "window"
+        self._bounded = (
+            method.engine.window_chunks is not None or method.attention.window is not None
+        )
 
     def begin(self, system_ids: list[int]) -> None:
         """Writes the system prompt; what of it stays visible for good has pages of its own."""
@@ -348,7 +350,12 @@ class Prefill:
 
     def _unpin(self) -> None:
         """A full cache may take the oldest chunk, but none that the window still needs."""
-        reach, chunks = self._method.engine.window_chunks, self._history.cache.chunks
-        leaves = reach is not None and self._method.engine.history == "all"
-        if leaves and len(chunks) > reach:
-            chunks[-(reach + 1)].pinned = False
+        if not self._bounded or self._method.engine.history == "window":
+            return
+        chunks = self._history.cache.chunks
+        # The smallest chunk that may come: its two markers.
+        needed = sum(b.kind == "chunk" for b in chunk_window(self._method, self._history, 2).blocks)
+        for at in range(len(chunks) - needed - 1, -1, -1):
+            if not chunks[at].pinned:
+                break
+            chunks[at].pinned = False

@@ -129,13 +129,10 @@ class Window:
 def chunk_window(method: Method, history: History, new_tokens: int) -> Window:
     """What the next chunk of ``new_tokens`` tokens (markers included) sees after the sink."""
     reach = method.engine.window_chunks
-    # A slice, not a copy of the history: a chunk's cost must not grow with it.
-    known = history.cache.chunks
-    chunks = known[0 if reach is None else max(0, len(known) - reach) :]
-    in_reach = reach is None or history.chunks_seen <= reach
-    shown = method.engine.system_prompt == "always" or in_reach
-    blocks = [history.preamble] if history.preamble is not None and shown else []
-    return _cut(method, blocks + chunks, new_tokens)
+    shown = method.engine.system_prompt == "always" or reach is None or history.chunks_seen <= reach
+    return _cut(
+        method, history.preamble if shown else None, history.cache.chunks, reach, new_tokens
+    )
 
 
 def question_window(
@@ -144,27 +141,34 @@ def question_window(
     """What a question of ``new_tokens`` tokens at ``time_s`` sees after the sink, without
     retrieval: all that the method keeps, the last window included. ``preamble`` is the history's at
     the fork: video that comes later may retire it."""
-    chunks = history.chunks(time_s)
     reach = method.engine.window_chunks
-    if method.engine.history == "window" and reach is not None:
-        chunks = chunks[-(reach + 1) :]
-    blocks = [] if preamble is None else [preamble]
-    return _cut(method, blocks + chunks, new_tokens)
+    reach = None if method.engine.history == "all" or reach is None else reach + 1
+    return _cut(method, preamble, history.chunks(time_s), reach, new_tokens)
 
 
-def _cut(method: Method, blocks: list[Block], new_tokens: int) -> Window:
-    """Applies a window in tokens: the new tokens take their part of it, whole blocks drop out."""
+def _cut(
+    method: Method,
+    preamble: Block | None,
+    chunks: Sequence[Block],
+    reach: int | None,
+    new_tokens: int,
+) -> Window:
+    """The newest of ``chunks`` within ``reach`` chunks, behind the ``preamble``, or within the
+    method's window in tokens, of which the new ones take their part: whole blocks drop out."""
     size = method.attention.window
-    if size is None:
+    room = None if size is None else max(0, size - new_tokens)
+    # Slices of bounded length where there is a window: a chunk's cost must not grow with the
+    # history. A block has a token at least.
+    longest = reach if room is None else room
+    newest = chunks[0 if longest is None else max(0, len(chunks) - longest) :]
+    blocks = ([] if preamble is None else [preamble]) + newest
+    if room is None:
         return Window(tuple(blocks))
-    hidden = sum(block.tokens for block in blocks) - max(0, size - new_tokens)
-    if hidden <= 0:
-        return Window(tuple(blocks))
-    first = 0
-    while first < len(blocks) and blocks[first].tokens <= hidden:
-        hidden -= blocks[first].tokens
-        first += 1
-    return Window(tuple(blocks[first:]), hidden if first < len(blocks) else 0)
+    first = len(blocks)
+    while first and room > 0:
+        first -= 1
+        room -= blocks[first].tokens
+    return Window(tuple(blocks[first:]), max(0, -room))
 
 
 def window_view(method: Method, history: History, window: Window, next_id: int) -> View:
