@@ -62,8 +62,7 @@ build: $(STAMP)
 	  { (cd build/cmake && "$(BIN_PATH)/python" -c "import torch, _C") && cp build/cmake/_C$(SUFFIX) build/_C.new && mv -f build/_C.new vicostream_kernels/_C$(SUFFIX); }
 
 demo: build
-	$(BIN)/vicostream run sample --report out/demo \
-	  --ask "4 What is on the screen now?" --ask "10 What moved?" --ask "end What happened at the beginning?"
+	$(BIN)/vicostream run sample --preset live --report out/demo --show-pruning out/demo
 
 test: build
 	$(BIN)/pytest

@@ -8,11 +8,11 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
+from scenes import frame_at
 
 from vicostream_kernels import methods
 from vicostream_kernels.models import load_model
 from vicostream_kernels.pipeline.engine import StreamEngine
-from vicostream_kernels.pipeline.sample import frame_at
 
 #: Four tokens a row at most: a chunk takes milliseconds.
 SMALL = {"engine.pixels": 56 * 112, "engine.max_new_tokens": 8}
@@ -31,7 +31,7 @@ def small_engine(preset: str = "vicostream", **overrides) -> StreamEngine:
 
 @lru_cache(maxsize=32)
 def pictures(count: int, height: int = 48, width: int = 80, *, start: int = 0) -> np.ndarray:
-    """uint8 ``[count, height, width, 3]`` of the sample clip, one every 0.4 s; read only."""
+    """uint8 ``[count, height, width, 3]`` of ``scenes``, one every 0.4 s; read only."""
     step_y, step_x = 360 // height, 640 // width
     frames = [frame_at((start + i) * 0.4)[::step_y, ::step_x] for i in range(count)]
     return np.stack([f[:height, :width] for f in frames])

@@ -13,7 +13,7 @@ from pipeline_kit import SMALL, pictures, tiny_runner, write_video
 
 from vicostream_kernels.models import errors as model_errors
 from vicostream_kernels.pipeline import run as run_module
-from vicostream_kernels.pipeline.report import SCHEMA_FILE
+from vicostream_kernels.pipeline.report import SCHEMA_FILE, QuestionFigures
 from vicostream_kernels.pipeline.run import RunOptions, run
 from vicostream_kernels.pipeline.screen import Screen, clock, mib
 
@@ -285,14 +285,25 @@ def test_a_bug_is_a_failure_and_not_the_users_fault(tmp_path, video, monkeypatch
 
 
 def test_the_sample_has_questions_of_its_own(tmp_path, monkeypatch):
-    from vicostream_kernels.pipeline.sample import write_clip
+    from vicostream_kernels.pipeline import sample
 
-    monkeypatch.setattr(
-        "vicostream_kernels.pipeline.sample.write_clip", lambda path: write_clip(path, seconds=1)
-    )
+    monkeypatch.setattr(sample, "write_clip", lambda path: write_video(path, pictures(30)))
     outcome = Outcome(tmp_path, "sample")
-    assert outcome.code == 0 and len(outcome.report["questions"]) == 3
-    assert outcome.report["frames"]["read"] == 30
+    assert outcome.code == 0 and outcome.report["frames"]["read"] == 30
+    known = sample.questions()
+    for asked, question in zip(outcome.report["questions"], known):
+        assert (asked["text"], asked["expected"]) == (question.text, question.answer)
+        assert asked["right"] is False  # random weights
+    assert outcome.out.count(": WRONG") == 3 and "answers   0 of 3 right" in outcome.out
+    assert f"expected {known[0].answer}: WRONG" in outcome.out
+
+
+def test_an_answer_is_judged_by_its_word():
+    figures = QuestionFigures(1.0, "What?", answer=" Red. ")
+    figures.judge("red")
+    assert figures.right is True
+    figures.judge("blue")
+    assert (figures.right, figures.expected) == (False, "blue")
 
 
 def test_control_characters_do_not_reach_the_terminal():

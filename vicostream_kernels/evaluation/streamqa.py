@@ -307,8 +307,16 @@ def _write_video(path: Path, frames: np.ndarray, fps: float, scale: int, crf: in
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1000))
         stream.width, stream.height = frames.shape[2] * scale, frames.shape[1] * scale
         stream.pix_fmt = "yuv420p"
-        # One thread: x264 cuts slices by thread, and the file must not depend on the machine.
-        stream.options = {"preset": "veryfast", "crf": str(crf), "threads": "1", "g": "32"}
+        # One thread: x264 cuts slices by thread, and the file must not depend on the machine. No
+        # look-ahead: at widths such as 336 it reads memory that it never wrote, and its choices,
+        # and so the file, then differ from run to run.
+        stream.options = {
+            "preset": "veryfast",
+            "crf": str(crf),
+            "threads": "1",
+            "g": "32",
+            "rc-lookahead": "0",
+        }
         for image in frames:
             big = np.ascontiguousarray(image.repeat(scale, 0).repeat(scale, 1))
             container.mux(stream.encode(av.VideoFrame.from_ndarray(big, format="rgb24")))

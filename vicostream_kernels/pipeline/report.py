@@ -88,7 +88,8 @@ class BlockRead:
 @dataclass
 class QuestionFigures:
     """One question as reported. ``blocks`` are the times of the chunks that it read; ``reads`` the
-    chunks that retrieval chose, ``relevance`` all that it could have (where that is wanted)."""
+    chunks that retrieval chose, ``relevance`` all that it could have (where that is wanted);
+    ``right`` says whether the answer is the ``expected`` one, where that is known."""
 
     time_s: float
     text: str
@@ -100,6 +101,13 @@ class QuestionFigures:
     finish: str = "open"
     reads: list[BlockRead] = field(default_factory=list)
     relevance: list[BlockRead] = field(default_factory=list)
+    expected: str | None = None
+    right: bool | None = None
+
+    def judge(self, expected: str) -> None:
+        """Compares the answer with the right one; case, blanks and a full stop do not matter."""
+        self.expected = expected
+        self.right = self.answer.strip().rstrip(".").strip().lower() == expected.lower()
 
 
 class Recorder:

@@ -157,10 +157,11 @@ class _Run:
             return StreamEngine(load_model(self._options.model, device=device), method)
 
     def _sample(self, questions: list[Question]) -> tuple[str, list[Question]]:
-        from vicostream_kernels.pipeline.sample import QUESTIONS, sample_clip
+        from vicostream_kernels.pipeline.sample import questions as known
+        from vicostream_kernels.pipeline.sample import sample_clip
 
         path = sample_clip(self._options.report)
-        return str(path), questions or [Question(time_s, text) for time_s, text in QUESTIONS]
+        return str(path), questions or [Question(q.time_s, q.text, q.answer) for q in known()]
 
     def _consume(self, source: VideoSource, stream: Any, questions: list[Question]) -> None:
         recorder, screen = self._recorder, self._screen
@@ -216,6 +217,8 @@ class _Run:
         with stream.ask(question.text, time_s) as answer:
             for piece in answer:
                 self._screen.piece(piece)
+        if question.expected is not None:
+            answer.figures.judge(question.expected)
         self._screen.answered(answer.figures)
 
     def _draw(self) -> None:

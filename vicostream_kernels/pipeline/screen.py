@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from typing import Any, TextIO
 
 from vicostream_kernels.pipeline.report import CHUNK_STAGES, QuestionFigures, Recorder
@@ -10,6 +11,8 @@ from vicostream_kernels.pipeline.report import CHUNK_STAGES, QuestionFigures, Re
 #: Control characters in an answer would move the cursor or worse; they are shown as symbols.
 _VISIBLE = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {127: 0x2421}
 _VISIBLE |= {code: 0xFFFD for code in range(0x80, 0xA0)}
+#: So many chunks of an answer are listed.
+_STARTS = 8
 
 
 class Screen:
@@ -87,9 +90,12 @@ class Screen:
     def answered(self, figures: QuestionFigures) -> None:
         """How the answer went."""
         speed = f", {figures.tokens_per_s:.0f} tokens/s" if figures.tokens_per_s else ""
+        if figures.right is not None:
+            verdict = "right" if figures.right else "WRONG"
+            self._out.write(f"\n    expected {figures.expected}: {verdict}")
         self._out.write(
             f"\n    (first token after {figures.ttft_ms:.0f} ms, {figures.tokens} tokens{speed}, "
-            f"read {len(figures.blocks)} chunks)\n"
+            f"read {_chunks(figures.blocks)})\n"
         )
         self._out.flush()
         if self._progress is not None:
@@ -129,6 +135,9 @@ def summary_lines(report: dict[str, Any]) -> list[tuple[str, str]]:
             f"peak {mib(kv['peak_bytes'])}",
         )
     )
+    judged = [q["right"] for q in report["questions"] if q["right"] is not None]
+    if judged:
+        lines.insert(1, ("answers", f"{sum(judged)} of {len(judged)} right"))
     memory = report["memory"]
     device = (
         f", {mib(memory['peak_device_bytes'])} on the GPU" if memory["peak_device_bytes"] else ""
@@ -149,6 +158,16 @@ def clock(time_s: float) -> str:
 def mib(count: int) -> str:
     """Bytes in MiB, or GiB where that reads better."""
     return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
+
+
+def _chunks(blocks: Sequence[tuple[float, float]]) -> str:
+    """How many chunks were read, and where they began."""
+    if not blocks:
+        return "0 chunks"
+    starts = [clock(start) for start, _ in blocks]
+    if len(starts) > _STARTS:
+        starts = [*starts[: _STARTS // 2], "...", *starts[-_STARTS // 2 :]]
+    return f"{len(blocks)} chunks: {', '.join(starts)}"
 
 
 def _visible(text: str) -> str:

@@ -49,10 +49,12 @@ class TextStream:
 
 @dataclass(frozen=True)
 class Question:
-    """``text`` asked at ``time_s`` seconds of the stream; None is the end."""
+    """``text`` asked at ``time_s`` seconds of the stream; None is the end. ``expected`` is the
+    right answer, where it is known."""
 
     time_s: float | None
     text: str
+    expected: str | None = None
 
 
 def parse_question(words: str) -> Question:
