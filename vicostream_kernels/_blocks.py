@@ -15,6 +15,7 @@ from vicostream_kernels._pages import check_int
 from vicostream_kernels.checks import check_choice
 
 if TYPE_CHECKING:
+    from vicostream_kernels._spill_file import Record
     from vicostream_kernels.cache import CacheStream
 
 KINDS = ("sink", "chunk", "text")
@@ -75,10 +76,14 @@ class Block:
     _capacity: int | None = field(default=None, repr=False)  # body rows of the plan; None: no plan
     _planned: int | None = field(default=None, repr=False)  # the plan's count where the host has it
     _order: int = field(default=-1, repr=False)  # commit number, over all streams of the cache
+    _number: int = field(default=-1, repr=False)  # of a chunk in its stream, from 0
     _holds: int = field(default=0, repr=False)
     _row: int = field(default=-1, repr=False)
     _summary: torch.Tensor | None = field(default=None, repr=False)  # waits for the row
     _summarised: bool = field(default=False, repr=False)
+    _keeps: int = field(default=0, repr=False)  # users that want it to live, wherever it lies
+    _away: bool = field(default=False, repr=False)  # it has no pages now: it lies below them
+    _copy: Record | None = field(default=None, repr=False)  # what lies below, also of a block here
 
     @property
     def body(self) -> Segment:
@@ -90,8 +95,18 @@ class Block:
         return None if self.tokens is None else self.tokens - sum(self.markers)
 
     @property
+    def counts(self) -> tuple[int, int, int]:
+        """Tokens of each segment; after the commit."""
+        return self.markers[0], self.body_tokens, self.markers[1]
+
+    @property
+    def tier(self) -> str:
+        """Where a committed block lies: "device" ("memory" on the CPU), "host" or "disk"."""
+        return self._stream.cache.tier(self)
+
+    @property
     def pages(self) -> list[int]:
-        """All page ids, in logical order."""
+        """All page ids, in logical order; none while the block lies in a lower tier."""
         return [page for segment in self.segments for page in segment.pages]
 
     @property
@@ -131,18 +146,41 @@ class BlockList(list):
         del self[bisect_left(self, block._order, key=lambda b: b._order)]
 
 
+_SPANS_KEPT = 64
+
+
 @dataclass
 class Forgotten:
-    """What was evicted: totals, and the time spans (s) of the last few; bounded by design."""
+    """What was evicted: totals, and the time spans (s) of the last few; bounded by design.
+
+    ``spans`` joins neighbours: while the oldest chunk goes first it has one entry. The newest 64
+    are kept.
+    """
 
     chunks: int = 0
     tokens: int = 0
-    last: deque[tuple[float, float]] = field(default_factory=lambda: deque(maxlen=64))
+    last: deque[tuple[float, float]] = field(default_factory=lambda: deque(maxlen=_SPANS_KEPT))
+    _runs: list[list[float]] = field(default_factory=list)  # first and last number, start, end
+
+    @property
+    def spans(self) -> list[tuple[float, float]]:
+        return [(start, end) for _, _, start, end in self._runs]
 
     def add(self, block: Block) -> None:
         self.chunks += 1
         self.tokens += block.tokens or 0
         self.last.append((block.start_s, block.end_s))
+        runs, n = self._runs, block._number
+        at = bisect_left(runs, n, key=lambda run: run[0])
+        run = [n, n, block.start_s, block.end_s]
+        if at < len(runs) and runs[at][0] == n + 1:
+            run = [n, runs[at][1], block.start_s, runs[at][3]]
+            del runs[at]
+        if at and runs[at - 1][1] == n - 1:
+            runs[at - 1][1::2] = run[1::2]
+        else:
+            runs.insert(at, run)
+            del runs[:-_SPANS_KEPT]
 
 
 class BlockTable:
@@ -185,6 +223,12 @@ class BlockTable:
         self.missing -= not block._summarised
         block._row = -1
         self.start = self.blocks[0]._row if self.blocks else self.end
+
+    def moved(self, block: Block) -> None:
+        """The pages of ``block`` went, or others came."""
+        row, ids = self.pages[block._row], block.body_ids
+        row.fill_(-1)
+        row[: len(ids)].copy_(ids)
 
     def set_summary(self, block: Block, vector: torch.Tensor) -> None:
         """Writes the row of ``block``, or keeps the vector until the block has a row."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,7 @@ from vicostream_kernels._blocks import (
 from vicostream_kernels._pages import CacheClosed, DoubleFree, ForeignStream, StaleBlock, check_int
 from vicostream_kernels._placement import fill_of, slots_of
 from vicostream_kernels._summaries import KeyRows
+from vicostream_kernels._tiers import Loss, NotResident
 
 if TYPE_CHECKING:
     from vicostream_kernels.cache import PagedKVCache
@@ -34,9 +36,10 @@ class CacheStream:
     ``rollback`` abandons what is not committed.
 
     ``blocks`` (all), ``chunks`` and ``sinks`` list the live committed blocks in commit order; read
-    them, slice them, don't change them. ``forgotten`` says what was evicted. Every method raises
-    CacheClosed after a close, ForeignStream for a block of another stream or cache, StaleBlock for
-    a block that is gone (DoubleFree from evict/free/rollback), before anything changes.
+    them, slice them, don't change them. ``forgotten`` says what was evicted, ``losses`` what of it
+    was given up because a lower tier failed (the newest 1,024). Every method raises CacheClosed
+    after a close, ForeignStream for a block of another stream or cache, StaleBlock for a block that
+    is gone (DoubleFree from evict/free/rollback), before anything changes.
     """
 
     def __init__(self, cache: PagedKVCache) -> None:
@@ -45,6 +48,8 @@ class CacheStream:
         self.chunks = BlockList()
         self.sinks = BlockList()
         self.forgotten = Forgotten()
+        self.losses: deque[Loss] = deque(maxlen=1024)
+        self.chunks_seen = 0
         self.tokens = 0
         self.closed = False
         self._reserved: dict[Block, None] = {}
@@ -171,11 +176,14 @@ class CacheStream:
         if block.kind == "sink":
             self.sinks.append(block)
         elif block.kind == "chunk":
+            block._number, self.chunks_seen = self.chunks_seen, self.chunks_seen + 1
             self.chunks.append(block)
             if count:
                 self._table.add(block, cache.pages_for(block.bucket))
             else:
                 block._summary = None
+            if cache._residency is not None:
+                cache._residency.joined(block)
 
     def append_tokens(self, block: Block, n: int = 1) -> torch.Tensor:
         """Grows a committed text block by ``n`` tokens (decode); takes pages when it must.
@@ -220,12 +228,15 @@ class CacheStream:
 
         ``markers=False`` leaves marker pages out. Planned blocks may be listed before the commit:
         pages they do not fill contribute nothing. A table holds until one of its blocks is
-        committed, freed or evicted; see `hold`.
+        committed, freed, evicted or sent to a lower tier; see `hold`. Raises NotResident for a
+        block that lies there.
         """
         self._check_open()
         blocks = list(blocks)
         for block in blocks:
             self._require(block, "page_table", ("reserved", "committed"))
+            if block._away:
+                raise NotResident(f"page_table: {block} lies in the tier {block.tier!r}: fetch it")
         if len(set(blocks)) != len(blocks):
             raise ValueError("page_table: blocks lists a block twice")
         parts = [block._ids if markers else block.body_ids for block in blocks]
@@ -238,7 +249,8 @@ class CacheStream:
 
         Row r belongs to the r-th chunk that kept body tokens (``block.row == r``; chunks that kept
         none have no row). The tensor is a view: an eviction blanks its row with -1 in place, and
-        the row is absent from the next call's view.
+        the row is absent from the next call's view. A chunk in a lower tier has a row of -1, which
+        `fetch` fills in place.
         """
         self._check_open()
         table = self._table
@@ -296,6 +308,61 @@ class CacheStream:
         self.keys = KeyRows(self.cache, **kind)
         return self.keys
 
+    # -- tiers -----------------------------------------------------------------------------------
+
+    def fetch(self, blocks: Sequence[Block]) -> list[str | None]:
+        """Gives pages to those of ``blocks``, committed ones, that lie in lower tiers, and counts
+        all as retrieved now. Others may go down for them, none that are held or pinned. No wait on
+        a GPU: attention waits, layer by layer (`PagedKVCache.ready`).
+
+        Returns:
+            where each was read from; None for one that was given up (``Tiers.allow_missing``).
+
+        Raises:
+            OutOfPages: they do not fit beside what is held and pinned.
+            LostBlock, DiskFull: a file is missing, altered, or cannot be written.
+        """
+        self._check_open()
+        blocks = list(blocks)
+        for block in blocks:
+            self._require(block, "fetch", ("committed",))
+        cache = self.cache
+        found = [cache.tier(block) for block in blocks]
+        if cache._residency is None:
+            return found
+        cache._residency.fetch(blocks, f"fetch of {len(blocks)} blocks")
+        return [name if b.state == "committed" else None for b, name in zip(blocks, found)]
+
+    def spill(self, blocks: Sequence[Block]) -> None:
+        """Sends committed chunks to the tier below now; those that are there already stay. Raises
+        ValueError for one that is pinned or held, or where there is no lower tier."""
+        self._check_open()
+        blocks = list(dict.fromkeys(blocks))
+        for block in blocks:
+            self._require(block, "spill", ("committed",))
+            if block.kind != "chunk" or block.pinned:
+                raise ValueError(f"spill: block must be a chunk that is not pinned, got {block}")
+            if block._holds:
+                raise ValueError(f"spill: {block} is held by {block._holds} user(s), see hold()")
+        if self.cache._residency is None:
+            raise ValueError("spill: the cache was made without tiers")
+        self.cache._residency.spill([b for b in blocks if b.pages])
+
+    def contents(self, block: Block) -> torch.Tensor:
+        """Keys, values (and raw keys) of a committed block, [layers, 2 or 3, tokens, G, d] on the
+        host, from whatever tier and without moving it. Holds until the next call."""
+        self._require(block, "contents", ("committed",))
+        return self.cache._read(block)
+
+    @property
+    def live_summary_bytes(self) -> int:
+        """Bytes of the summaries of the chunks that live."""
+        table, keys = self._table, self.keys
+        kept = 0 if keys is None else int(keys.bytes * keys.live_share)
+        if table.vectors is not None:
+            kept += 4 * table.vectors.shape[1] * len(table.blocks)
+        return kept
+
     @property
     def summary_bytes(self) -> int:
         """Bytes of the summaries of the stream's chunks, rows not in use included."""
@@ -304,20 +371,24 @@ class CacheStream:
         return kept + (0 if vectors is None else vectors.nbytes)
 
     @contextmanager
-    def hold(self, blocks: Sequence[Block]) -> Iterator[None]:
+    def hold(self, blocks: Sequence[Block], *, resident: bool = True) -> Iterator[None]:
         """Keeps ``blocks`` from being evicted or freed inside the ``with``, e.g. while an answer
-        is decoded over a frozen selection. Holds nest."""
+        is decoded over a frozen selection. Holds nest. ``resident=False`` lets them move to lower
+        tiers, but not be forgotten; with it, what has pages keeps them."""
         self._check_open()
         blocks = list(blocks)
         for block in blocks:
             self._require(block, "hold", ("committed",))
+        change = 1 if resident else 0
         for block in blocks:
-            block._holds += 1
+            block._holds += change
+            block._keeps += 1
         try:
             yield
         finally:
             for block in blocks:
-                block._holds -= 1
+                block._holds -= change
+                block._keeps -= 1
 
     # -- a block goes ----------------------------------------------------------------------------
 
@@ -392,7 +463,26 @@ class CacheStream:
         self.cache._clear(block._ids)
         self._release(block, state)
 
+    def _lose(self, block: Block, why: str) -> None:
+        """A block whose tier failed is forgotten, and said to be."""
+        self.losses.append(Loss(block.start_s, block.end_s, why))
+        self._evict(block)
+
+    def _leaves(self, block: Block) -> None:
+        """The block is about to give its pages back and live on in a lower tier."""
+        if self.keys is not None:
+            self.keys.left(block)
+
+    def _moved(self, block: Block) -> None:
+        """The block has other pages now, or none."""
+        if block._row >= 0:
+            self._table.moved(block)
+        if self.keys is not None and not block._away:
+            self.keys.came(block)
+
     def _release(self, block: Block, state: str) -> None:
+        if self.cache._residency is not None:
+            self.cache._residency.left(block)
         self.cache._give(block.pages, block)
         for segment in block.segments:
             segment.pages.clear()
@@ -422,5 +512,6 @@ class CacheStream:
 
     @staticmethod
     def _check_not_held(call: str, block: Block) -> None:
-        if block._holds:
-            raise ValueError(f"{call}: {block} is held by {block._holds} user(s), see hold()")
+        users = max(block._holds, block._keeps)
+        if users:
+            raise ValueError(f"{call}: {block} is held by {users} user(s), see hold()")

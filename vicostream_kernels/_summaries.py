@@ -84,6 +84,11 @@ class KeyRows:
         return self._slice(layer, self._start, self._start + rows)
 
     @property
+    def live_share(self) -> float:
+        """Rows in use, of all."""
+        return self._live / len(self.pages) if len(self.pages) else 0.0
+
+    @property
     def bytes(self) -> int:
         """Bytes of all rows, used or not."""
         return sum(t.nbytes for t in (self._owner, self.pages, *self._tensors.values()))
@@ -95,19 +100,12 @@ class KeyRows:
         ids = block.body_ids
         if not len(ids):
             return
-        paged = self.unit == "page"
-        n, width = (len(ids), 1) if paged else (1, len(ids))
+        n, width = (len(ids), 1) if self.unit == "page" else (1, len(ids))
         if self._end + n > len(self.pages) or width > self.pages.shape[1]:
             self._make_room(n, width)
         first, self._end = self._end, self._end + n
         self._at[block], self._live = (first, n), self._live + n
-        if paged:
-            self.pages[first : self._end, 0] = ids
-            rows = torch.arange(first, self._end, dtype=torch.int32, device=ids.device)
-            self.block_of_page.index_copy_(0, ids, rows)
-        else:
-            self.pages[first, : len(ids)] = ids
-            self.block_of_page.index_fill_(0, ids, first)
+        self._set_pages(block, first, n)
 
     def trim(self, block: Block, unused: torch.Tensor) -> None:
         """The count left the body pages ``unused``, [n] int64, the last ones: they have gone."""
@@ -123,11 +121,33 @@ class KeyRows:
             if self._end == first + n:
                 self._end = first + kept  # nothing was written beyond
 
+    def left(self, block: Block) -> None:
+        """The block goes to a lower tier; its pages are still known. The rows stay."""
+        if block in self._at:
+            first, n = self._at[block]
+            self.block_of_page.index_fill_(0, block.body_ids, -1)
+            self.pages[first : first + n].fill_(-1)
+
+    def came(self, block: Block) -> None:
+        """The block has pages again."""
+        if block in self._at:
+            self._set_pages(block, *self._at[block])
+
     def drop(self, block: Block) -> None:
         """Blanks the rows of a block that goes; its pages are still known."""
         if block in self._at:
             self.block_of_page.index_fill_(0, block.body_ids, -1)
             self._forget(block)
+
+    def _set_pages(self, block: Block, first: int, n: int) -> None:
+        ids = block.body_ids
+        if self.unit == "page":
+            self.pages[first : first + n, 0] = ids
+            rows = torch.arange(first, first + n, dtype=torch.int32, device=ids.device)
+            self.block_of_page.index_copy_(0, ids, rows)
+        else:
+            self.pages[first, : len(ids)] = ids
+            self.block_of_page.index_fill_(0, ids, first)
 
     def _forget(self, block: Block) -> None:
         first, n = self._at.pop(block)
@@ -169,8 +189,9 @@ class KeyRows:
         for block, (_, count) in self._at.items():
             self._at[block] = (at, count)
             ids = block.body.pages
-            owned += ids
-            owners += range(at, at + count) if self.unit == "page" else [at] * len(ids)
+            if ids:  # none while the block lies in a lower tier
+                owned += ids
+                owners += range(at, at + count) if self.unit == "page" else [at] * len(ids)
             at += count
         self._end = n
         self.block_of_page.index_copy_(

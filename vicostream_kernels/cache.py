@@ -16,7 +16,7 @@ from collections.abc import Iterator
 
 import torch
 
-from vicostream_kernels._blocks import Block, Forgotten, Segment
+from vicostream_kernels._blocks import Block, Forgotten, Segment, to_device
 from vicostream_kernels._pages import (
     CacheClosed,
     DoubleFree,
@@ -26,20 +26,27 @@ from vicostream_kernels._pages import (
     StaleBlock,
     check_int,
 )
+from vicostream_kernels._residency import Residency
 from vicostream_kernels._stream import CacheStream
+from vicostream_kernels._tiers import DiskFull, LostBlock, NotResident, TierError, Tiers
 from vicostream_kernels.checks import FLOAT_DTYPES, check_choice, check_dtype
 
 __all__ = [
     "Block",
     "CacheClosed",
     "CacheStream",
+    "DiskFull",
     "DoubleFree",
     "ForeignStream",
     "Forgotten",
+    "LostBlock",
+    "NotResident",
     "OutOfPages",
     "PagedKVCache",
     "Segment",
     "StaleBlock",
+    "TierError",
+    "Tiers",
 ]
 
 _MAX_SLOTS = 2**31 - 1  # slots are int32
@@ -58,6 +65,9 @@ class PagedKVCache:
         grow: double the pools when they are exhausted, up to ``max_pages``, before ``on_full``
             applies. The pool attributes are new tensors then: read them after reserve.
         max_pages: with ``grow``; default: as many as int32 slots can name.
+        tiers: budgets in bytes for what lives in memory and below it. ``pages`` is at most what
+            the memory budget allows then, ``grow`` must be off, and a full pool sends the chunks
+            that were not retrieved for longest to the next tier; ``on_full`` does not apply.
 
     Attributes:
         k_pages, v_pages: [layers, P, B, G, d] of ``dtype``; contents of unfilled slots are
@@ -79,6 +89,7 @@ class PagedKVCache:
         on_full: str = "error",
         grow: bool = False,
         max_pages: int | None = None,
+        tiers: Tiers | None = None,
     ) -> None:
         me = "PagedKVCache"
         sizes = {"layers": layers, "page_size": page_size, "pages": pages, "kv_heads": kv_heads}
@@ -98,14 +109,17 @@ class PagedKVCache:
 
         self.layers, self.page_size, self.kv_heads = layers, page_size, kv_heads
         self.head_dim, self.dtype, self.on_full, self.grow = head_dim, dtype, on_full, grow
+        self._names = ("k", "v", "raw_k") if raw_keys else ("k", "v")
+        if tiers is not None:
+            pages = min(pages, self._pages_within(tiers))
         self.max_pages = pages if not grow else limit if max_pages is None else max_pages
         self._pool = PagePool(pages)
         self._streams: dict[CacheStream, None] = {}
         self._order = 0
         self._fill = torch.zeros(pages, dtype=torch.int32, device=torch.device(device))
         self.device = self._fill.device
-        self._names = ("k", "v", "raw_k") if raw_keys else ("k", "v")
         self._pools = {name: self._new_pool(pages) for name in self._names}
+        self._residency = None if tiers is None else Residency(self, tiers)
         self.closed = False
 
     # -- pools -----------------------------------------------------------------------------------
@@ -155,6 +169,16 @@ class PagedKVCache:
         return sum(stream.summary_bytes for stream in self._streams)
 
     @property
+    def live_summary_bytes(self) -> int:
+        """The same for the chunks that live, without rows not in use."""
+        return sum(stream.live_summary_bytes for stream in self._streams)
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Keys, values and raw keys of one token in all layers."""
+        return self.bytes_per_page // self.page_size
+
+    @property
     def bytes(self) -> int:
         """Bytes of the used pages."""
         return self.used_pages * self.bytes_per_page
@@ -172,6 +196,46 @@ class PagedKVCache:
     def pages_for(self, tokens: int) -> int:
         """Pages that ``tokens`` tokens of one segment take."""
         return -(-tokens // self.page_size)
+
+    # -- tiers -----------------------------------------------------------------------------------
+
+    @property
+    def tiers(self) -> Tiers | None:
+        """The budgets, as given."""
+        return None if self._residency is None else self._residency.tiers
+
+    def tier(self, block: Block) -> str:
+        """Where a committed block lies: "device" ("memory" on the CPU), "host" or "disk"."""
+        if self._residency is not None:
+            return self._residency.tier(block)
+        return "device" if self.device.type == "cuda" else "memory"
+
+    def tier_bytes(self) -> dict[str, tuple[int, int | None]]:
+        """Bytes and budget (None: no limit) of each tier, summaries included."""
+        self._check_open()
+        if self._residency is not None:
+            return self._residency.bytes()
+        name = "device" if self.device.type == "cuda" else "memory"
+        return {name: (self.bytes + self.summary_bytes, None)}
+
+    def make_room(self, pages: int) -> None:
+        """Sends chunks down until ``pages`` pages are free, as far as that is possible: what is
+        reserved next need not wait. Nothing without tiers. Raises DiskFull."""
+        self._check_open()
+        if self._residency is not None:
+            self._residency.make_room(pages)
+
+    def ready(self, layer: int) -> None:
+        """Called before attention of ``layer``: the current CUDA stream waits for what was fetched,
+        in this layer and those before it. Nothing on the CPU."""
+        if self._residency is not None:
+            self._residency.transfer.ready(layer)
+
+    def settle(self) -> None:
+        """Waits for what is on its way to files. Raises DiskFull."""
+        self._check_open()
+        if self._residency is not None:
+            self._residency.below.settle()
 
     # -- streams ---------------------------------------------------------------------------------
 
@@ -196,6 +260,8 @@ class PagedKVCache:
             return
         for stream in self.streams:
             stream.close()
+        if self._residency is not None:
+            self._residency.close()
         self._pools = {}
         self._fill = self._fill[:0].clone()
         self.closed = True
@@ -218,7 +284,10 @@ class PagedKVCache:
         return self._order
 
     def _take(self, n: int, block: Block, asked: str) -> list[int]:
-        if n > self.free_pages:
+        if self._residency is not None:
+            if self._residency.make_room(n):
+                raise OutOfPages(self._why_full(n, block._stream, asked))
+        elif n > self.free_pages:
             self._make_room(n, block._stream, asked)
         return self._pool.take(n, block)
 
@@ -266,6 +335,45 @@ class PagedKVCache:
         self._fill, self._pools = fill, pools
         self._pool.extend(total - old)
 
+    def _pages_within(self, tiers: Tiers) -> int:
+        """Pages that the memory budget allows; checks what goes with tiers."""
+        if not isinstance(tiers, Tiers):
+            raise TypeError(f"PagedKVCache: tiers must be Tiers, got {type(tiers).__name__}")
+        if self.grow:
+            raise ValueError("PagedKVCache: tiers have a memory budget: grow must be False")
+        pages = tiers.page_bytes // self.bytes_per_page
+        if pages < 1:
+            moving = tiers.memory_bytes - tiers.page_bytes
+            raise ValueError(
+                f"PagedKVCache: memory_bytes={tiers.memory_bytes} leaves no page of "
+                f"{self.bytes_per_page} bytes beside {moving} for what is on its way to files"
+            )
+        return pages
+
+    def _record_shape(self, tokens: int) -> tuple[int, ...]:
+        return (self.layers, len(self._names), tokens, self.kv_heads, self.head_dim)
+
+    def _slots(self, block: Block) -> torch.Tensor:
+        """Where the tokens of a committed block lie, [tokens] int64 on the device."""
+        size = self.page_size
+        slots = [
+            page * size + i
+            for segment, n in zip(block.segments, block.counts)
+            for page, left in zip(segment.pages, range(n, 0, -size))
+            for i in range(min(left, size))
+        ]
+        return to_device(slots, torch.int64, self.device)
+
+    def _read(self, block: Block) -> torch.Tensor:
+        """What a committed block holds, wherever it lies; see `CacheStream.contents`."""
+        if block._away:
+            return self._residency.below.load(block, for_host=True)
+        if self._residency is not None:
+            self._residency.transfer.wait()
+        slots = self._slots(block)
+        found = [pool.flatten(1, 2).index_select(1, slots) for pool in self._pools.values()]
+        return torch.stack(found, dim=1).cpu()
+
     def _new_pool(self, pages: int) -> torch.Tensor:
         shape = (self.layers, pages, self.page_size, self.kv_heads, self.head_dim)
         return torch.empty(shape, dtype=self.dtype, device=self.device)
@@ -296,8 +404,10 @@ class PagedKVCache:
                 helps.append("commit() or rollback() of reservations")
             if held["in texts"]:
                 helps.append("free() of texts that are done")
-            bigger = "a larger max_pages" if self.grow else "more pages or grow=True"
-            helps.append(bigger)
+            if self.tiers is not None:
+                helps.append("a larger memory budget (engine.history_bytes)")
+            else:
+                helps.append("a larger max_pages" if self.grow else "more pages or grow=True")
         return (
             f"{asked}: {n} pages of {self.page_size} tokens asked, {self.free_pages} of "
             f"{self.total_pages} are free (on_full={self.on_full!r}, at most {self.max_pages} "

@@ -150,6 +150,7 @@ def _attention(
     if wanted == "none":
         return None
     table, shift = attend.pages(layer, q, rotated)
+    attend.cache.ready(layer)
     q = rotated
     cu_seqlens_q = attend.cu_seqlens_q
     if wanted == "last" and n > 1:

@@ -1,0 +1,231 @@
+"""Which blocks have pages, within the memory budget; the rest lie below.
+
+A chunk goes down when its pages are needed: the least recently retrieved first, never one that is
+pinned, held or not committed. What was fetched again keeps its record below, so that going down a
+second time costs nothing. Rows and summaries stay in memory as long as their block lives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from vicostream_kernels._below import Below
+from vicostream_kernels._blocks import Block, to_device
+from vicostream_kernels._pages import OutOfPages
+from vicostream_kernels._spill_file import Group
+from vicostream_kernels._tiers import DiskFull, LostBlock, Tiers
+from vicostream_kernels._transfer import Transfer
+
+if TYPE_CHECKING:
+    from vicostream_kernels.cache import PagedKVCache
+
+
+class Residency:
+    """Moves the blocks of one cache between its pages and what is below them."""
+
+    def __init__(self, cache: PagedKVCache, tiers: Tiers) -> None:
+        self.tiers, self._cache = tiers, cache
+        self.transfer = Transfer(cache.device)
+        self.below = Below(tiers, self.transfer)
+        self._resident: dict[Block, None] = {}  # chunks with pages, least recently used first
+        memory = "device" if self.transfer.on_gpu else "memory"
+        host = "host" if tiers.host_bytes or self.transfer.on_gpu else memory
+        self.names = (memory, host, "disk")
+
+    # -- accounts --------------------------------------------------------------------------------
+
+    def tier(self, block: Block) -> str:
+        """Where a block is read from now."""
+        if not block._away:
+            return self.names[0]
+        return self.names[2 if block._copy.group.buffer is None else 1]
+
+    def bytes(self) -> dict[str, tuple[int, int | None]]:
+        """(bytes, budget) of each tier; without a host tier, what is on its way to a file counts in
+        memory."""
+        self.below.reap()
+        cache, tiers, below = self._cache, self.tiers, self.below
+        memory = cache.bytes + cache.summary_bytes
+        if not tiers.host_bytes:
+            memory += below.buffer_bytes
+        found: dict[str, tuple[int, int | None]] = {self.names[0]: (memory, tiers.memory_bytes)}
+        if tiers.host_bytes:
+            found["host"] = (below.buffer_bytes, tiers.host_bytes)
+        if tiers.disk_bytes != 0:
+            found["disk"] = (below.disk_bytes, tiers.disk_bytes)
+        return found
+
+    def headroom(self) -> int:
+        """Pages that may be taken before something must go down; negative when over the budget."""
+        cache = self._cache
+        allowed = (self.tiers.page_bytes - cache.summary_bytes) // cache.bytes_per_page
+        return min(cache.free_pages, allowed - cache.used_pages)
+
+    # -- what the streams tell -------------------------------------------------------------------
+
+    def joined(self, block: Block) -> None:
+        """A chunk was committed; its row may have made the tables grow."""
+        self._resident[block] = None
+        try:
+            self.make_room(0)
+        except DiskFull:
+            pass  # the next request for pages says so, before anything has changed
+
+    def left(self, block: Block) -> None:
+        """A block is gone for good."""
+        self._resident.pop(block, None)
+        if block._copy is not None:
+            self.below.forget(block)
+
+    # -- down ------------------------------------------------------------------------------------
+
+    def make_room(self, n: int) -> int:
+        """Sends chunks down until ``n`` pages may be taken. Returns how many will be missing, and
+        sends nothing down where that is not 0 (with n = 0, what can go). Raises DiskFull."""
+        self.below.reap()
+        self._bound_summaries()
+        short = n - self.headroom()
+        if short <= 0:
+            return 0
+        victims, pages = self._victims(short)
+        if pages >= short or n == 0:
+            self.spill(victims)
+        return max(short - pages, 0)
+
+    def spill(self, blocks: Sequence[Block]) -> None:
+        """Sends chunks down that have pages."""
+        batch, size = [], 0
+        for block in blocks:
+            if block._copy is not None:
+                self._leave(block)
+                continue
+            more = block.tokens * self._cache.bytes_per_token
+            if batch and size + more > self.tiers.group:
+                self._send_down(batch)
+                batch, size = [], 0
+            batch.append(block)
+            size += more
+        if batch:
+            self._send_down(batch)
+
+    def _victims(self, short: int) -> tuple[list[Block], int]:
+        """Chunks with ``short`` pages, or more to make a group full; and their number of pages."""
+        victims, pages, size = [], 0, 0
+        for block in self._resident:
+            if block.pinned or block._holds or not block.pages:
+                continue
+            size += block.tokens * self._cache.bytes_per_token
+            if pages >= short and size > self.tiers.group:
+                break
+            victims.append(block)
+            pages += len(block.pages)
+        return victims, pages
+
+    def _send_down(self, blocks: Sequence[Block]) -> None:
+        cache, group = self._cache, Group(self._cache.dtype)
+        for block in blocks:
+            group.add(block, cache._record_shape(block.tokens))
+        group.seal()
+        group.buffer = self.below.buffer(group.nbytes)
+        pools = list(cache._pools.values())
+        for block, record in group.records.items():
+            self.transfer.down(pools, cache._slots(block), group.view(record))
+            block._copy = record
+            self._leave(block)
+        group.arrived = self.transfer.mark()
+        self.below.take(group)
+
+    def _leave(self, block: Block) -> None:
+        """Gives the pages back; the record below is what is left."""
+        cache = self._cache
+        block._stream._leaves(block)
+        cache._clear(block._ids)
+        cache._give(block.pages, block)
+        for segment in block.segments:
+            segment.pages.clear()
+        block._ids, block._away = block._ids[:0], True
+        block._stream._moved(block)
+        del self._resident[block]
+
+    def _bound_summaries(self) -> None:
+        """Rows outlive pages: the oldest blocks go before rows crowd out the pages. A table has up
+        to four times the rows in use, so that it takes half the budget at most."""
+        while self._cache.live_summary_bytes > self.tiers.page_bytes // 8:
+            if self.below.drop_oldest():
+                continue
+            able = (b for b in self._resident if not b.pinned and not b._keeps)
+            if (victim := next(able, None)) is None:
+                break
+            victim._stream._evict(victim)
+
+    # -- up --------------------------------------------------------------------------------------
+
+    def fetch(self, blocks: Sequence[Block], asked: str) -> None:
+        """Gives pages to those of ``blocks`` that have none; all of them were retrieved now."""
+        self.below.reap()
+        absent = [block for block in dict.fromkeys(blocks) if block._away]
+        if absent:
+            # Room for some of them must not be made of others.
+            for block in blocks:
+                block._holds, block._keeps = block._holds + 1, block._keeps + 1
+            try:
+                self._bring(absent, asked)
+            finally:
+                for block in blocks:
+                    block._holds, block._keeps = block._holds - 1, block._keeps - 1
+        for block in blocks:
+            self._used(block)
+
+    def _bring(self, absent: Sequence[Block], asked: str) -> None:
+        cache = self._cache
+        n = sum(sum(map(cache.pages_for, block.counts)) for block in absent)
+        if self.make_room(n):
+            raise OutOfPages(cache._why_full(n, absent[0]._stream, asked))
+        pools = list(cache._pools.values())
+        arriving: list[tuple[torch.Tensor, torch.Tensor]] = []
+        try:
+            for block in absent:
+                if block.state != "committed":
+                    continue  # given up while room was made
+                try:
+                    record = self.below.load(block)
+                except LostBlock as error:
+                    if not self.tiers.allow_missing:
+                        raise
+                    block._stream._lose(block, str(error))
+                    continue
+                arriving.append((self._place(block), record))
+                if not self.transfer.on_gpu:
+                    self.transfer.up(pools, [arriving.pop()])
+        finally:
+            self.transfer.up(pools, arriving)
+
+    def _place(self, block: Block) -> torch.Tensor:
+        """Takes the pages of a block that comes up; slots of its tokens, [n] int64."""
+        cache = self._cache
+        counts = [cache.pages_for(n) for n in block.counts]
+        pages = cache._pool.take(sum(counts), block)
+        block._ids = to_device(pages, torch.int64, cache.device)
+        for segment, n in zip(block.segments, counts):
+            segment.pages, pages = pages[:n], pages[n:]
+        size = cache.page_size
+        fill = [min(left, size) for n in block.counts for left in range(n, 0, -size)]
+        cache._fill.index_copy_(0, block._ids, to_device(fill, torch.int32, cache.device))
+        block._away = False
+        block._stream._moved(block)
+        self._resident[block] = None
+        return cache._slots(block)
+
+    def _used(self, block: Block) -> None:
+        if block in self._resident:
+            del self._resident[block]
+            self._resident[block] = None
+        if block._copy is not None:
+            self.below.used(block._copy.group)
+
+    def close(self) -> None:
+        self._resident.clear()
+        self.below.close()

@@ -1,0 +1,168 @@
+"""Groups of blocks that left their pages, and the files that hold them."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import shutil
+import tempfile
+import weakref
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vicostream_kernels._blocks import Block
+from vicostream_kernels._tensor_file import (
+    DamagedFile,
+    Entry,
+    header_of,
+    raw,
+    read_into,
+    write_all,
+)
+
+
+@dataclass(eq=False)
+class Record:
+    """Keys and values of a block below the pages, [layers, pools, tokens, G, d].
+
+    ``start`` counts bytes from the first of its group; ``digest`` is known once a file has it.
+    """
+
+    group: Group
+    start: int
+    shape: tuple[int, ...]
+    digest: bytes = b""
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.group.dtype.itemsize
+
+
+@dataclass(eq=False)
+class Group:
+    """Blocks that went down together, in one buffer or one file; never changed afterwards.
+
+    ``records`` are those of the blocks that live. Such a block may have pages again: its record
+    is then a copy, which saves writing the block a second time.
+    """
+
+    dtype: torch.dtype
+    nbytes: int = 0
+    records: dict[Block, Record] = field(default_factory=dict)
+    buffer: torch.Tensor | None = None  # [>= nbytes] uint8, on the host
+    arrived: Any = None  # CUDA event: the copy from the device into the buffer is complete
+    path: Path | None = None
+    file_bytes: int = 0  # size of the file, present or being written
+    header: bytes = b""
+    sealed: tuple[Record, ...] = ()
+    first: int = 0  # commit number of the oldest block
+    writing: Future[tuple[Path, list[bytes]]] | None = None
+    error: OSError | None = None
+
+    def add(self, block: Block, shape: tuple[int, ...]) -> Record:
+        """A place for a block in the group."""
+        record = Record(self, self.nbytes, shape)
+        self.records[block] = record
+        self.nbytes += record.nbytes
+        return record
+
+    def seal(self) -> None:
+        """Nothing is added any more: the file's header is settled."""
+        self.sealed = tuple(self.records.values())
+        self.first = min(block._order for block in self.records)
+        entries = [
+            Entry(f"{i}/{block.start_s:g}-{block.end_s:g}s", self.dtype, record.shape)
+            for i, (block, record) in enumerate(self.records.items())
+        ]
+        self.header, _ = header_of(entries, {"format": "vicostream-blocks/1"})
+        self.file_bytes = len(self.header) + self.nbytes
+
+    @property
+    def spans(self) -> list[tuple[float, float]]:
+        """Times of the blocks that live, s."""
+        return [(block.start_s, block.end_s) for block in self.records]
+
+    def view(self, record: Record) -> torch.Tensor:
+        """A record in the buffer."""
+        part = self.buffer[record.start : record.start + record.nbytes]
+        return part.view(self.dtype).view(record.shape)
+
+    def written(self, path: Path, digests: Sequence[bytes]) -> None:
+        """The file is complete."""
+        self.path = path
+        for record, digest in zip(self.sealed, digests):
+            record.digest = digest
+
+
+class SpillFolder:
+    """The files of groups, in a private folder, written by a thread behind the caller's."""
+
+    def __init__(self, parent: str | None) -> None:
+        self._parent = parent
+        self.where = parent or tempfile.gettempdir()
+        self._path: Path | None = None
+        self._thread: ThreadPoolExecutor | None = None
+        self._count = 0
+
+    def write(self, group: Group) -> None:
+        """Starts to write a sealed group. ``group.writing`` then yields what `Group.written` takes,
+        or an OSError; no part of a file stays behind then."""
+        if self._thread is None:
+            self._thread = ThreadPoolExecutor(1, thread_name_prefix="vicostream-spill")
+        self._count += 1
+        parts = [raw(group.view(record)) for record in group.sealed]
+        name = f"{self._count:08d}.safetensors"
+        group.error = None
+        group.writing = self._thread.submit(
+            self._write, name, memoryview(group.header), parts, group.arrived
+        )
+
+    def _write(
+        self, name: str, header: memoryview, parts: list[memoryview], arrived: Any
+    ) -> tuple[Path, list[bytes]]:
+        if arrived is not None:
+            arrived.synchronize()
+        path = self._folder() / name
+        digests = []
+        try:
+            with open(path, "xb", buffering=0) as file:
+                write_all(file, header)
+                for part in parts:
+                    digests.append(hashlib.sha256(part).digest())
+                    write_all(file, part)
+        except BaseException:
+            path.unlink(missing_ok=True)
+            raise
+        return path, digests
+
+    def _folder(self) -> Path:
+        if self._path is None:
+            if self._parent is not None:
+                os.makedirs(self._parent, exist_ok=True)
+            made = tempfile.mkdtemp(prefix="vicostream-", dir=self._parent)
+            # Also where a cache is dropped without a close, and when the process ends.
+            self._remove = weakref.finalize(self, shutil.rmtree, made, True)
+            self._path = Path(made)
+        return self._path
+
+    def read(self, record: Record, out: torch.Tensor) -> None:
+        """Fills ``out``, of the record's shape, from its file. Raises OSError or DamagedFile."""
+        with open(record.group.path, "rb", buffering=0) as file:
+            read_into(file, len(record.group.header) + record.start, out)
+        if hashlib.sha256(raw(out)).digest() != record.digest:
+            raise DamagedFile("its contents have changed")
+
+    def close(self) -> None:
+        """Removes all files."""
+        if self._thread is not None:
+            self._thread.shutdown(wait=True, cancel_futures=True)
+            self._thread = None
+        if self._path is not None:
+            self._remove()
+            self._path = None

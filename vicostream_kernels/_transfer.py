@@ -1,0 +1,112 @@
+"""Copies keys and values between the pages and host memory.
+
+On the CPU a copy is made at once. On a GPU it goes over a CUDA stream of its own: nothing waits on
+the host, pages are free for their next owner as soon as they were gathered, and what comes up
+arrives layer by layer, so that the first layers compute while the last ones travel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+
+class Transfer:
+    """Moves records [layers, pools, n, G, d] (host) from and to ``pools``, each [layers, P, B, G,
+    d]; ``slots`` [n] int64 on the pools' device say which n tokens."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self.on_gpu = device.type == "cuda"
+        self._copying: Any = torch.cuda.Stream(device) if self.on_gpu else None
+        self._arrivals: list[list[Any]] = []  # of each upward copy still to be waited for, a layer
+
+    def buffer(self, nbytes: int) -> torch.Tensor:
+        """Host memory, uint8 [nbytes]; pinned where there is a GPU."""
+        return torch.empty(nbytes, dtype=torch.uint8, pin_memory=self.on_gpu)
+
+    def down(
+        self, pools: Sequence[torch.Tensor], slots: torch.Tensor, record: torch.Tensor
+    ) -> None:
+        """Copies tokens out of the pages. The pages may be given back right afterwards; on a GPU
+        the record is complete after `mark`."""
+        if not self.on_gpu:
+            for p, pool in enumerate(pools):
+                for layer in range(len(pool)):
+                    torch.index_select(_tokens(pool, layer), 0, slots, out=record[layer, p])
+            return
+        self.wait()
+        gathered = torch.stack([pool.flatten(1, 2).index_select(1, slots) for pool in pools], dim=1)
+        self._copying.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._copying):
+            record.copy_(gathered, non_blocking=True)
+        gathered.record_stream(self._copying)
+
+    def mark(self) -> Any:
+        """An event after all downward copies so far; None on the CPU, where they are complete."""
+        if not self.on_gpu:
+            return None
+        event = torch.cuda.Event()
+        event.record(self._copying)
+        return event
+
+    def up(
+        self,
+        pools: Sequence[torch.Tensor],
+        arriving: Sequence[tuple[torch.Tensor, torch.Tensor]],
+    ) -> None:
+        """Copies ``arriving``, pairs of slots and record, into pages that they own already."""
+        if not self.on_gpu:
+            for slots, record in arriving:
+                for p, pool in enumerate(pools):
+                    for layer in range(len(pool)):
+                        _tokens(pool, layer).index_copy_(0, slots, record[layer, p])
+            return
+        if not arriving:
+            return
+        # The pages' previous owners may still be read by what is queued.
+        self._copying.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._copying):
+            slots = torch.cat([slots for slots, _ in arriving])
+            layers, _, _, heads, width = arriving[0][1].shape
+            shape = (layers, len(pools), len(slots), heads, width)
+            staged = torch.empty(shape, dtype=pools[0].dtype, device=self._device)
+            events = []
+            for layer in range(layers):
+                at = 0
+                for _, record in arriving:
+                    n = record.shape[2]
+                    for p in range(len(pools)):
+                        staged[layer, p, at : at + n].copy_(record[layer, p], non_blocking=True)
+                    at += n
+                for p, pool in enumerate(pools):
+                    _tokens(pool, layer).index_copy_(0, slots, staged[layer, p])
+                event = torch.cuda.Event()
+                event.record(self._copying)
+                events.append(event)
+        for held, _ in arriving:
+            held.record_stream(self._copying)
+        self._arrivals.append(events)
+
+    def ready(self, layer: int) -> None:
+        """What the current CUDA stream does next finds everything that was fetched, in this layer
+        and those before it."""
+        if not self._arrivals:
+            return
+        current = torch.cuda.current_stream(self._device)
+        for events in self._arrivals:
+            current.wait_event(events[layer])
+        if layer == len(self._arrivals[0]) - 1:
+            self._arrivals.clear()
+
+    def wait(self) -> None:
+        """As `ready`, for all layers."""
+        if self._arrivals:
+            self.ready(len(self._arrivals[0]) - 1)
+
+
+def _tokens(pool: torch.Tensor, layer: int) -> torch.Tensor:
+    """A layer's tokens by slot, [P * B, G, d]; a view."""
+    return pool[layer].flatten(0, 1)
