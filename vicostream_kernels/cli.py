@@ -90,6 +90,14 @@ def run(
             "contact sheet, into this folder.",
         ),
     ] = None,
+    explain: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DIR",
+            help="Write relevance-001.png and so on into this folder: for each question the "
+            "relevance of every chunk over time, and which ones it read.",
+        ),
+    ] = None,
     settings: Annotated[
         list[str] | None,
         typer.Option(
@@ -121,6 +129,7 @@ def run(
                 device=device,
                 report=report,
                 show_pruning=show_pruning,
+                explain=explain,
                 settings=settings or (),
                 debug=debug,
             )

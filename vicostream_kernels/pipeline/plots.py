@@ -58,6 +58,11 @@ def plot_report(report: dict[str, Any], path: str | os.PathLike[str]) -> None:
         rate.legend(loc="lower right", fontsize="small")
         latency.legend(loc="upper right", fontsize="small", ncols=len(_COLOURS))
     figure.suptitle(_title(report))
+    save_picture(figure, path)
+
+
+def save_picture(figure: Any, path: str | os.PathLike[str]) -> None:
+    """Writes a matplotlib figure as a PNG, whole or not at all; makes the folder."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}")

@@ -16,7 +16,7 @@ import torch
 
 from vicostream_kernels import methods
 from vicostream_kernels.pipeline.errors import InputError, PipelineError, one_line
-from vicostream_kernels.pipeline.report import Recorder
+from vicostream_kernels.pipeline.report import QuestionFigures, Recorder
 from vicostream_kernels.pipeline.screen import Screen
 from vicostream_kernels.pipeline.source import FrameGroups, VideoSource, stack
 from vicostream_kernels.pipeline.text import Question, parse_question
@@ -38,6 +38,7 @@ class RunOptions:
     device: str = "cpu"
     report: str | None = None
     show_pruning: str | None = None
+    explain: str | None = None
     settings: Sequence[str] = ()
     debug: bool = False
 
@@ -59,6 +60,7 @@ class _Run:
         self._time_s: float | None = None
         self._waiting: list[Question] = []
         self._film: Any = None
+        self._explained = 0
         self._recorder = Recorder(
             model=options.model, preset=options.preset, config={"set": list(options.settings)}
         )
@@ -107,6 +109,8 @@ class _Run:
         options, recorder = self._options, self._recorder
         if options.report is not None:
             _check_folder(options.report)
+        if options.explain is not None:
+            _check_folder(options.explain, "--explain")
         if options.show_pruning is not None:
             from vicostream_kernels.pipeline.film import PruningFilm
 
@@ -114,6 +118,13 @@ class _Run:
         method = methods.get(options.preset, parse_settings(options.settings))
         device = parse_device(options.device)
         recorder.use_device(device)
+        if options.explain is not None:
+            if method.retrieve is None:
+                raise InputError(
+                    f"--explain: preset {options.preset} retrieves nothing, it reads all that it "
+                    "keeps"
+                )
+            recorder.explain = True
         questions = [parse_question(words) for words in options.questions]
 
         self._part = "video"
@@ -220,6 +231,22 @@ class _Run:
         if question.expected is not None:
             answer.figures.judge(question.expected)
         self._screen.answered(answer.figures)
+        if answer.figures.relevance:
+            self._explain(answer.figures)
+
+    def _explain(self, figures: QuestionFigures) -> None:
+        """Draws a question's relevance at once: what it takes is not kept for the whole run."""
+        from vicostream_kernels.pipeline.explain import picture_name, plot_relevance
+
+        self._explained += 1
+        path = Path(self._options.explain or "") / picture_name(self._explained)
+        try:
+            plot_relevance(figures, path)
+        except OSError as error:
+            raise PipelineError(f"--explain {path}: {one_line(error)}") from error
+        finally:
+            figures.relevance = []
+        self._screen.say(f"{path}: {len(figures.reads)} chunks read")
 
     def _draw(self) -> None:
         """Pictures that fail do not end the stream either."""
@@ -308,14 +335,14 @@ def busy_hint() -> str | None:
     )
 
 
-def _check_folder(folder: str) -> None:
+def _check_folder(folder: str, option: str = "--report") -> None:
     """A run of hours must not end in a report that cannot be written."""
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"--report {folder}: {error.strerror or error}") from error
+        raise InputError(f"{option} {folder}: {error.strerror or error}") from error
     if not os.access(folder, os.W_OK):
-        raise InputError(f"--report {folder}: the folder cannot be written")
+        raise InputError(f"{option} {folder}: the folder cannot be written")
 
 
 def _said(error: Exception) -> str:
