@@ -56,7 +56,7 @@ def similarity_of(a, b, metric):
 
 @each_backend("select_changed")
 @pytest.mark.parametrize("metric", METRICS)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shared", [True, False])
 def test_similarity(backend, metric, dtype, shared):
     name, device = backend
@@ -226,7 +226,7 @@ def lists_of(frames, places, length, *, seed=0, device="cpu", holes=True):
 
 
 @each_backend("gather_rows")
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("frames", "places", "width", "k"), [(3, 21, 33, 9), (1, 1, 1, 1)])
 def test_gather(backend, dtype, frames, places, width, k):
     name, device = backend
@@ -241,7 +241,7 @@ def test_gather(backend, dtype, frames, places, width, k):
 
 
 @each_backend("merge_rows")
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize("residual", [True, False])
 @pytest.mark.parametrize(("frames", "places", "width", "k"), [(3, 21, 33, 9), (1, 1, 1, 1)])

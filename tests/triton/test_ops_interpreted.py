@@ -17,22 +17,26 @@ WORDS = sorted({op.word for op in backends.OPS.values() if "triton" in op.implem
 
 # Too long for every run; the slow test below has them, and the others cover what they cover.
 _LONG = tuple(
-    f"tests/ops/test_attention{test}"
+    f"tests/ops/test_{test}"
     for test in (
-        *(f".py::test_head_dims_and_dtypes[{d}-float16" for d in (8, 24, 64, 96, 128, 256)),
-        ".py::test_a_streams_bits_do_not_depend_on_the_others[float32",
-        ".py::test_launch_hint_never_changes_results",
-        ".py::test_missing_entries_contribute_nothing_wherever_they_stand[page_fill",
-        *(f".py::test_page_sizes[{size}-" for size in (3, 64, 256)),
-        ".py::test_head_groups[1-7",
-        ".py::test_head_groups[3-5",
-        "_properties.py::test_each_streams_bits_are_its_own",
-        "_properties.py::test_two_parts_merge_to_the_whole",
-        "_shift.py::test_evictions_and_any_number_of_moves_equal_a_fresh_run[0-0",
-        "_shift.py::test_evictions_and_any_number_of_moves_equal_a_fresh_run[1",
-        "_shift.py::test_evictions_and_any_number_of_moves_equal_a_fresh_run[2",
-        "_shift.py::test_evictions_and_any_number_of_moves_equal_a_fresh_run[3",
-        "_varlen.py::test_varlen_bits_do_not_depend_on_other_windows",
+        *(f"reuse.py::test_ratio_alone[{ratio}-4-540" for ratio in ("0.0", "0.3", "0.85", "1.0")),
+        *(
+            f"attention.py::test_head_dims_and_dtypes[{d}-float16"
+            for d in (8, 24, 64, 96, 128, 256)
+        ),
+        "attention.py::test_a_streams_bits_do_not_depend_on_the_others[float32",
+        "attention.py::test_launch_hint_never_changes_results",
+        "attention.py::test_missing_entries_contribute_nothing_wherever_they_stand[page_fill",
+        *(f"attention.py::test_page_sizes[{size}-" for size in (3, 64, 256)),
+        "attention.py::test_head_groups[1-7",
+        "attention.py::test_head_groups[3-5",
+        "attention_properties.py::test_each_streams_bits_are_its_own",
+        "attention_properties.py::test_two_parts_merge_to_the_whole",
+        "attention_shift.py::test_evictions_and_any_number_of_moves_equal_a_fresh_run[0-0",
+        "attention_shift.py::test_evictions_and_any_number_of_moves_equal_a_fresh_run[1",
+        "attention_shift.py::test_evictions_and_any_number_of_moves_equal_a_fresh_run[2",
+        "attention_shift.py::test_evictions_and_any_number_of_moves_equal_a_fresh_run[3",
+        "attention_varlen.py::test_varlen_bits_do_not_depend_on_other_windows",
     )
 )
 

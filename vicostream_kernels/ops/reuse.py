@@ -24,6 +24,7 @@ for _name in ("select_changed", "gather_rows", "merge_rows"):
     backends.declare(
         "reuse",
         _name,
+        triton=f"vicostream_kernels.triton_kernels.reuse:{_name}",
         reference=f"vicostream_kernels.reference.reuse:{_name}",
         cpu=f"vicostream_kernels.native.reuse:{_name}_cpu",
     )

@@ -1,0 +1,78 @@
+"""Every configuration of the reuse kernels compiles for sm_80 and sm_90 without a spill."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kit import interpreter
+
+pytest.importorskip("triton")
+if interpreter.ACTIVE:
+    pytest.skip("in the interpreter nothing is compiled", allow_module_level=True)
+
+from kit.cubin import compile_launch, record_launches  # noqa: E402
+from vicostream_kernels.triton_kernels import reuse  # noqa: E402
+
+FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
+
+
+@pytest.fixture(autouse=True, scope="module")
+def fresh_compiler_cache(tmp_path_factory):
+    """Compile, and not find what an earlier session compiled."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
+        yield
+
+
+def empty(*shape, dtype=torch.int32):
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "width", "metric", "capability"),
+    [
+        (FP32, 1280, "cosine", 80),
+        (BF16, 1280, "cosine", 90),
+        (BF16, 64, "l2", 80),
+        (FP16, 4096, "l1", 90),
+        (FP32, 45, "dot", 90),
+    ],
+    ids=str,
+)
+def test_select(dtype, width, metric, capability):
+    """Four frames of Qwen2.5-VL's ViT and a shared reference; lists of a quarter of the rows."""
+    x, reference = empty(4, 540, width, dtype=dtype), empty(540, width, dtype=dtype)
+    force = empty(540, dtype=torch.bool) if metric == "l2" else None
+    threshold = None if metric == "cosine" else -0.5
+    launches = record_launches(
+        lambda: reuse.select_changed(x, reference, 135, threshold, 135, metric, force)
+    )
+    names = [launch.kernel.__name__ for launch in launches]
+    assert names == ["similarity_kernel", "rank_kernel", "list_kernel"]
+    for launch in launches:
+        compile_launch(launch, capability).check()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "width", "capability"), [(FP32, 1280, 80), (BF16, 1280, 90), (FP16, 40, 80)], ids=str
+)
+def test_rows(dtype, width, capability):
+    x, rows = empty(4, 540, width, dtype=dtype), empty(4, 135, width, dtype=dtype)
+    index = empty(4, 135)
+    (gather,) = record_launches(lambda: reuse.gather_rows(x, index))
+    (merge,) = record_launches(lambda: reuse.merge_rows(x[0], rows, index, x))
+    (bare,) = record_launches(lambda: reuse.merge_rows(x, rows, index))
+    for launch in (gather, merge, bare):
+        compile_launch(launch, capability).check()
+
+
+def test_rows_move_in_vectors_of_16_bytes():
+    x, rows, index = empty(4, 540, 1280, dtype=BF16), empty(4, 135, 1280, dtype=BF16), empty(4, 135)
+    (select, *_) = record_launches(
+        lambda: reuse.select_changed(x, x[0], 135, None, 135, "cosine", None)
+    )
+    (merge,) = record_launches(lambda: reuse.merge_rows(x[0], rows, index, x))
+    assert compile_launch(select, 90).ptx.count("ld.global.v4.b32") >= 4
+    ptx = compile_launch(merge, 90).ptx
+    assert ptx.count("ld.global.v4.b32") >= 3 and "st.global.v4.b32" in ptx

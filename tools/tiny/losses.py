@@ -1,0 +1,169 @@
+"""What the network is taught: answers, names of what each visual token shows, and retrieval."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from tiny.batches import CHUNK, IDS, Batch, Views, question_ids
+from vicostream_kernels.evaluation._questions import NEVER, NOTHING, Asked, Truth
+from vicostream_kernels.evaluation._world import CELLS, COLOURS, PLACES, SHAPES
+
+_NOTHING_WEIGHT = 0.15
+#: Targets of the cosine between a token and the one a step before.
+_SAME, _OTHER, _RECOLOURED = 0.97, 0.15, 0.5
+
+
+def answer_loss(
+    logits: torch.Tensor, views: Views
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Cross-entropy of the answer, of the end after it, and what was answered [B, Q]."""
+    length = views.branches.length
+    rows = logits.flatten(0, 1).float()
+    ends = length.flatten()
+    index = torch.arange(len(ends))
+    answer, after = rows[index, ends - 2], rows[index, ends - 1]
+    loss = F.cross_entropy(answer, views.answers.flatten(), ignore_index=-100)
+    stop = F.cross_entropy(after, torch.full_like(ends, IDS["<|im_end|>"]))
+    return loss, stop, answer.argmax(-1).view(length.shape)
+
+
+def lookup_loss(looked: torch.Tensor, batch: Batch, views: Views) -> torch.Tensor:
+    """One head looks from the word for a place or a shape at the tokens that show it: the newest
+    of a place, the last sightings of a shape.
+
+    Without it the model names whatever is visible, for thousands of steps: nothing rewards the
+    first half of a lookup. ``looked`` [B, Q, N, L]. What a question can't see is left out.
+    """
+    layout = batch.layout
+    # Where in the trunk the token of a step and a cell lies.
+    at = np.zeros((layout.steps, CELLS), np.int64)
+    body = np.flatnonzero(layout.step >= 0)
+    at[layout.step[body], layout.cell[body]] = body
+    visible = views.branches.mask.numpy()
+    rows, shown = [], []
+    for b, questions in enumerate(batch.questions):
+        for i, q in enumerate(questions):
+            ids = question_ids(q.text)
+            names = PLACES if q.kind == "now" else SHAPES
+            for index in q.about:
+                mask = np.zeros(len(layout.ids), bool)
+                mask[[at[step, cell] for step, cell in _sights(batch.truths[b], q, index)]] = True
+                mask &= visible[b, i]
+                if mask.any():
+                    rows.append((b, i, ids.index(IDS[names[index]])))
+                    shown.append(mask)
+    if not rows:
+        return looked.new_zeros(())
+    b, i, word = torch.tensor(rows).T
+    mass = (looked[b, i, word].float() * torch.from_numpy(np.stack(shown))).sum(-1)
+    return -(mass + 1e-4).log().mean()
+
+
+def _sights(truth: Truth, q: Asked, index: int) -> list[tuple[int, int]]:
+    """(step, cell) of the tokens that show what a question asks about one of its words."""
+    log = truth.log
+    if q.kind == "now":
+        first = q.step
+        while first % CHUNK and (
+            log.shape[first - 1, index] == log.shape[q.step, index]
+            and log.colour[first - 1, index] == log.colour[q.step, index]
+        ):
+            first -= 1
+        return [(step, index) for step in range(first, q.step + 1)]
+    if not q.evidence:
+        return []
+    if q.form == "order":
+        span = (int(truth.start[q.step, index]), int(truth.last[q.step, index]))
+    else:
+        (span,) = q.evidence
+    return [(step, int(log.place[step, index])) for step in range(span[0], span[1] + 1)]
+
+
+def naming_loss(tokens: torch.Tensor, words: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """Each visual token [B, T, 9, D] lies near the words for its shape, colour and place.
+
+    It trains the encoder directly, and gives retrieval by embedding cosine its meaning.
+    """
+    x = F.normalize(tokens.float().flatten(0, 2), dim=-1)
+    loss = x.new_zeros(())
+    place = torch.arange(CELLS).expand(batch.shapes.shape)
+    for names, target, scale in (
+        ((*SHAPES, NOTHING), batch.shapes, 16),
+        ((*COLOURS, NOTHING), batch.colours, 16),
+        (PLACES, place, 8),  # a smaller scale: more of the token says where it lies
+    ):
+        table = F.normalize(words[[IDS[name] for name in names]].float(), dim=-1)
+        weight = torch.ones(len(names))
+        if names[-1] == NOTHING:
+            weight[-1] = _NOTHING_WEIGHT
+        loss = loss + F.cross_entropy(scale * x @ table.T, target.flatten(), weight)
+    return loss
+
+
+def change_loss(tokens: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """Tokens of a cell in which nothing happens stay alike, others turn away: what pruning by
+    similarity reads."""
+    cosine = similarity(tokens)[:, 1:]
+    before, after = batch.shapes[:, :-1], batch.shapes[:, 1:]
+    other = before != after
+    recoloured = ~other & (batch.colours[:, :-1] != batch.colours[:, 1:])
+    same = ~other & ~recoloured
+    loss = F.relu(_SAME - cosine)[same].mean()
+    for which, limit in ((other, _OTHER), (recoloured, _RECOLOURED)):
+        if which.any():
+            loss = loss + F.relu(cosine - limit)[which].mean()
+    return loss
+
+
+def similarity(tokens: torch.Tensor) -> torch.Tensor:
+    """Cosine [B, T, 9] of each token with the one a step before; 1 at step 0."""
+    x = F.normalize(tokens.float(), dim=-1)
+    out = torch.ones(x.shape[:3])
+    out[:, 1:] = (x[:, 1:] * x[:, :-1]).sum(-1)
+    return out
+
+
+def retrieval_loss(
+    tokens: torch.Tensor, words: torch.Tensor, batch: Batch, views: Views
+) -> tuple[torch.Tensor, float]:
+    """The mean of a question's embeddings finds the chunks with its evidence, by cosine, among
+    those of all videos in which its shapes are not; returns the loss and how often it does."""
+    videos, steps = tokens.shape[:2]
+    chunks = batch.layout.chunks
+    kept = views.kept.float()[..., None]
+    pad = chunks * CHUNK - steps
+    summed = F.pad(tokens.float() * kept, (0, 0, 0, 0, 0, pad)).view(videos, chunks, -1, 128).sum(2)
+    number = F.pad(kept, (0, 0, 0, 0, 0, pad)).view(videos, chunks, -1).sum(-1, keepdim=True)
+    means = F.normalize(summed / number, dim=-1).flatten(0, 1)
+
+    seen = torch.stack([torch.from_numpy(log.place >= 0) for log in batch.logs])
+    seen = F.pad(seen, (0, 0, 0, pad)).view(videos, chunks, CHUNK, -1).any(2).flatten(0, 1)
+    who, good, near = [], [], []
+    for b, questions in enumerate(batch.questions):
+        for i, q in enumerate(questions):
+            if q.kind not in ("past", "order", "motion") or q.answer == NEVER:
+                continue
+            shown = torch.zeros(videos * chunks, dtype=torch.bool)
+            for first, last in q.evidence:
+                shown[b * chunks + first // CHUNK : b * chunks + last // CHUNK + 1] = True
+            who.append((b, i))
+            good.append(shown)
+            near.append(seen[:, list(q.about)].any(-1) | shown)
+    if not who:
+        return tokens.new_zeros(()), 1.0
+    rows = torch.tensor(who)
+    ids = views.branches.ids[rows[:, 0], rows[:, 1]]
+    # Without the answer: the prompt is what retrieval knows.
+    inside = torch.arange(ids.shape[1]) < views.branches.length[rows[:, 0], rows[:, 1], None] - 1
+    query = (words[ids].float() * inside[..., None]).sum(1)
+    cosine = F.normalize(query, dim=-1) @ means.T
+    good, near = torch.stack(good), torch.stack(near)
+    # Every chunk with evidence should stand above all chunks without the shape.
+    away = (30 * cosine).masked_fill(near, -1e4).logsumexp(-1)
+    worst = (30 * cosine).masked_fill(~good, 1e4).min(-1).values
+    best = (30 * cosine).masked_fill(~good, -1e4).max(-1).values
+    loss = F.softplus(away - best).mean() + 0.5 * F.softplus(away - worst).mean()
+    hit = float((best > (30 * cosine).masked_fill(near, -1e4).max(-1).values).float().mean())
+    return loss, hit

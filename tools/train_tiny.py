@@ -1,0 +1,288 @@
+"""Train the two models that the package ships, from nothing, on a CPU.
+
+    python tools/train_tiny.py --out out/tiny                 # both stages, about 45 minutes
+    python tools/train_tiny.py --out out/tiny --resume        # goes on where it stopped
+
+``tiny-full`` learns with everything visible that came before; ``tiny`` goes on from there with
+what a bounded stream does to it: pruning, windows and retrieval at random, and a loss that makes
+the mean of a question's embeddings find the chunk that answers it. Every batch comes from its step
+number and the seed alone, so a resumed run is the run. What it learns from is made on the fly.
+
+Writes ``log.jsonl``, ``curve.png``, ``state.pt`` (tensors only) and the folders ``tiny_full`` and
+``tiny``, which transformers loads.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from tiny import card, curve, files
+from tiny.batches import PLACE_SHARES, SHARES, Batch, Views, bounded_views, full_views, make_batch
+from tiny.losses import (
+    answer_loss,
+    change_loss,
+    lookup_loss,
+    naming_loss,
+    retrieval_loss,
+    similarity,
+)
+from tiny.net import Net
+
+_EVAL_SEED = 1
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Part of a stage.
+
+    end: share of the stage at which it ends. longest: most steps of a video. short: share of the
+    batches that have 1 to 4 steps all the same. shares: of the forms of questions.
+    """
+
+    end: float
+    longest: int
+    short: float = 0.2
+    shares: dict[str, float] = field(default_factory=lambda: SHARES)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """``rate``: the highest learning rate; ``naming``, ``lookup``, ``retrieval``: weights of the
+    losses beside that of the answer."""
+
+    name: str
+    bounded: bool
+    rate: float
+    warmup: int
+    phases: tuple[Phase, ...]
+    naming: float
+    lookup: float
+    retrieval: float
+
+
+FULL = Stage(
+    "tiny_full", False, 2e-3, 100,
+    (
+        Phase(0.12, 4, shares=PLACE_SHARES),
+        Phase(0.18, 8),
+        Phase(0.30, 16),
+        Phase(0.60, 32),
+        Phase(1.00, 64),
+    ),
+    0.5, 0.3, 0.1,
+)  # fmt: skip
+BOUNDED = Stage("tiny", True, 8e-4, 50, (Phase(0.3, 32), Phase(1.0, 64)), 0.3, 0.1, 0.3)
+#: Video steps and videos of a batch; questions of a video.
+BUDGET, MOST_VIDEOS, QUESTIONS = 512, 32, 16
+
+
+class Training:
+    """The model, its optimizer, and the number of the next step."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args, self.out = args, args.out
+        self.out.mkdir(parents=True, exist_ok=True)
+        torch.manual_seed(args.seed)
+        self.model = new_model()
+        self.net = Net(self.model, torch.bfloat16)
+        self.optimizer = optimizer(self.model)
+        self.step, self.wall_s, self.cpu_s = 0, 0.0, 0.0
+        self.stages = ((FULL, args.full_steps), (BOUNDED, args.bounded_steps))
+        if args.resume and (self.out / "state.pt").exists():
+            self._load()
+
+    def run(self) -> None:
+        first = 0
+        for stage, steps in self.stages:
+            for at in range(max(0, self.step - first), steps):
+                if at == 0 and first:
+                    self.optimizer = optimizer(self.model)
+                self._one(stage, at, steps, first + at)
+            first += steps
+
+    def _one(self, stage: Stage, at: int, steps: int, number: int) -> None:
+        wall, cpu = time.perf_counter(), time.process_time()
+        for group in self.optimizer.param_groups:
+            group["lr"] = stage.rate * schedule(at, steps, stage.warmup)
+        figures = self._learn(stage, at / steps, number)
+        self.step = number + 1
+        done = self.step == sum(n for _, n in self.stages) or at + 1 == steps
+        self.wall_s += time.perf_counter() - wall
+        self.cpu_s += time.process_time() - cpu
+        line = {"step": number, "stage": stage.name, **figures}
+        line |= {"wall_s": round(self.wall_s, 1), "cpu_s": round(self.cpu_s, 1)}
+        if done or self.step % self.args.eval_every == 0:
+            line["eval"] = evaluate(self.net, stage.bounded, self.args.seed)
+            print(json.dumps(line), flush=True)
+            self._save()
+            self._export(stage)
+        with (self.out / "log.jsonl").open("a", encoding="utf-8") as log:
+            log.write(json.dumps(line) + "\n")
+
+    def _learn(self, stage: Stage, share: float, number: int) -> dict[str, Any]:
+        rng = np.random.Generator(np.random.PCG64([self.args.seed, 7, number]))
+        phase = next(phase for phase in stage.phases if share < phase.end)
+        steps = int(rng.integers(max(1, phase.longest // 4), phase.longest + 1))
+        if rng.random() < phase.short:
+            steps = int(rng.integers(1, 5))
+        if steps > 4:
+            steps = -(-steps // 4) * 4
+        batch = make_batch(rng, min(MOST_VIDEOS, BUDGET // steps), steps, QUESTIONS, phase.shares)
+        self.net.refresh()
+        tokens = self.net.encode(batch.frames).view(*batch.shapes.shape, -1)
+        views = see(rng, stage.bounded, batch, tokens)
+        logits, looked = self.net.logits(tokens.flatten(1, 2), views.trunk, views.branches)
+        answer, stop, said = answer_loss(logits, views)
+        lookup = lookup_loss(looked, batch, views)
+        naming = naming_loss(tokens, self.net.words, batch)
+        loss = answer + 0.2 * stop + stage.naming * naming + stage.lookup * lookup
+        figures = {"T": steps, "answer": answer, "naming": naming, "lookup": lookup}
+        if steps > 1:
+            change = change_loss(tokens, batch)
+            loss = loss + 0.3 * change
+            figures["change"] = change
+        if steps > 8:
+            retrieval, hit = retrieval_loss(tokens, self.net.words, batch, views)
+            loss = loss + stage.retrieval * retrieval
+            figures |= {"retrieval": retrieval, "hit": torch.tensor(hit)}
+        self.optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        if not math.isfinite(float(norm)):
+            raise RuntimeError(f"step {number}: the gradient is not finite")
+        self.optimizer.step()
+        for form, right in by_form(batch, views, said).items():
+            figures[form] = torch.tensor(sum(right) / len(right))
+        return {
+            k: v if isinstance(v, int) else round(float(v.detach()), 4) for k, v in figures.items()
+        }
+
+    # -- files -----------------------------------------------------------------------------------
+
+    def _save(self) -> None:
+        state = {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "step": self.step,
+            "wall_s": self.wall_s,
+            "cpu_s": self.cpu_s,
+        }
+        torch.save(state, self.out / "state.tmp")
+        (self.out / "state.tmp").replace(self.out / "state.pt")
+
+    def _load(self) -> None:
+        state = torch.load(self.out / "state.pt", weights_only=True)
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step, self.wall_s, self.cpu_s = state["step"], state["wall_s"], state["cpu_s"]
+        lines = (self.out / "log.jsonl").read_text(encoding="utf-8").splitlines()
+        kept = [line for line in lines if json.loads(line)["step"] < self.step]
+        (self.out / "log.jsonl").write_text("\n".join([*kept, ""]), encoding="utf-8")
+
+    def _export(self, stage: Stage) -> None:
+        curve.plot(self.out / "log.jsonl", self.out / "curve.png")
+        text = card.text(stage.name, self.args.seed, self.step, self.wall_s, self.cpu_s)
+        files.export(self.model, self.out / stage.name, text)
+
+
+def new_model() -> Any:
+    """transformers' module with weights of standard deviation 1 / sqrt(inputs); residual outputs
+    are smaller by sqrt(2 x layers)."""
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    model = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(**files.config()))
+    model = model.float()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name.endswith("bias"):
+                p.zero_()
+            elif p.dim() == 1:
+                p.fill_(1.0)
+            elif "embed_tokens" in name:
+                p.normal_(0, 0.1)
+            else:
+                std = p[0].numel() ** -0.5
+                if name.endswith(("o_proj.weight", "down_proj.weight", "attn.proj.weight")):
+                    std /= math.sqrt(2 * (2 if "visual" in name else 4))
+                p.normal_(0, std)
+                if "patch_embed" in name:  # the frames of a step weigh the same
+                    p.copy_(p[:, :, :1].expand_as(p))
+    return model.train()
+
+
+def optimizer(model: Any) -> torch.optim.Optimizer:
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    others = [p for p in model.parameters() if p.dim() <= 1]
+    groups = [{"params": matrices, "weight_decay": 0.02}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=True)
+
+
+def schedule(at: int, steps: int, warmup: int) -> float:
+    """Linear warm-up, then a cosine down to 5 %."""
+    if at < warmup:
+        return (at + 1) / warmup
+    return 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * (at - warmup) / max(1, steps - warmup)))
+
+
+def see(rng: np.random.Generator, bounded: bool, batch: Batch, tokens: torch.Tensor) -> Views:
+    """The masks of a batch."""
+    if not bounded:
+        return full_views(batch)
+    return bounded_views(rng, batch, similarity(tokens.detach()).numpy())
+
+
+@torch.no_grad()
+def evaluate(net: Net, bounded: bool, seed: int) -> dict[str, Any]:
+    """Shares of right answers by length and form, on videos of the validation split."""
+    net.refresh()
+    result: dict[str, Any] = {}
+    for steps, videos in ((32, 16), (96, 6)):
+        rng = np.random.Generator(np.random.PCG64([seed, 9, _EVAL_SEED, steps]))
+        batch = make_batch(rng, videos, steps, 32, SHARES, split="val")
+        tokens = net.encode(batch.frames).view(*batch.shapes.shape, -1)
+        for name, masked in (("full", False), ("bounded", True))[: 1 + bounded]:
+            views = see(rng, masked, batch, tokens)
+            logits, _ = net.logits(tokens.flatten(1, 2), views.trunk, views.branches)
+            _, _, said = answer_loss(logits, views)
+            result[f"{name}{steps}"] = {
+                form: round(100 * sum(right) / len(right), 1)
+                for form, right in by_form(batch, views, said).items()
+            }
+    return result
+
+
+def by_form(batch: Batch, views: Views, said: torch.Tensor) -> dict[str, list[int]]:
+    """For each form of question, 1 for a right and 0 for a wrong answer."""
+    found: dict[str, list[int]] = {}
+    for b, questions in enumerate(batch.questions):
+        for i, q in enumerate(questions):
+            if views.answers[b, i] >= 0:
+                found.setdefault(str(q.form), []).append(int(said[b, i] == views.answers[b, i]))
+    return dict(sorted(found.items()))
+
+
+def arguments(words: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("out/tiny"))
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--full-steps", type=int, default=2200)
+    parser.add_argument("--bounded-steps", type=int, default=1100)
+    parser.add_argument("--eval-every", type=int, default=220)
+    parser.add_argument("--resume", action="store_true", help="go on from OUT/state.pt")
+    return parser.parse_args(words)
+
+
+if __name__ == "__main__":
+    Training(arguments()).run()
