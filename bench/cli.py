@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import os
 import sys
+from json import dumps
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 
-from vicostream_kernels.bench import registry, report, results, runner
+from vicostream_kernels.bench import registry, report, results, reuse_error, runner
+
+_MODEL_DTYPES = ("float32", "float16", "bfloat16")
 
 _CACHES = {"warm": ("warm",), "cold": ("cold",), "both": ("warm", "cold")}
 
@@ -25,7 +29,8 @@ def bench(
         typer.Argument(
             metavar="[NAME]...",
             help="A word (append), an op, a case name, a glob or a regular expression; "
-            "none is every case.",
+            "none is every case. reuse/error instead measures how far reused features are from "
+            "the plain ViT's.",
         ),
     ] = None,
     list_: Annotated[bool, typer.Option("--list", help="List the cases and stop.")] = False,
@@ -52,12 +57,16 @@ def bench(
     json: Annotated[Path | None, typer.Option(help="Write all rows to this file.")] = None,
     csv: Annotated[Path | None, typer.Option(help="Append the rows to this file.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw .png, .svg or .pdf.")] = None,
+    model: Annotated[str, typer.Option(help="The model of reuse/error.")] = "tiny-random",
 ) -> None:
     """Check every provider against the truth, then time it against the baseline, in turn.
 
     Exit code 0: all right; 1: a provider gave wrong results (no speed is shown for it); 2: the
     request can't be served.
     """
+    if names and reuse_error.NAME in names:
+        with runner.threads(threads):
+            return _reuse_error(names, model, device, dtype, seed, json, plot)
     try:
         cases = registry.load()
         chosen = registry.select(names or ["*"], cases)
@@ -104,6 +113,50 @@ def bench(
         raise _fail(str(error)) from None
     if not document.all_match:
         raise typer.Exit(1)
+
+
+def _reuse_error(
+    names: list[str],
+    model: str,
+    device: str,
+    dtype: str,
+    seed: int,
+    json: Path | None,
+    plot: Path | None,
+) -> None:
+    """The curves of ``reuse_error``, as a table, data and a picture."""
+    from vicostream_kernels.bench import plots
+    from vicostream_kernels.models import load_model
+
+    try:
+        if len(names) > 1:
+            raise ValueError(f"{reuse_error.NAME} runs on its own")
+        if plot is not None:
+            plots.check_path(plot)
+        where = runner.parse_device(device or runner.default_device())
+        kinds = {"": None} | {kind: getattr(torch, kind) for kind in _MODEL_DTYPES}
+        if dtype not in kinds:
+            raise ValueError(f"--dtype {dtype!r} is not one of {', '.join(_MODEL_DTYPES)}")
+        loaded = load_model(model, device=where, dtype=kinds[dtype], seed=seed)
+    except ValueError as error:
+        raise _fail(str(error)) from None
+    try:
+        points = reuse_error.measure(loaded, seed=seed, progress=_progress)
+    except reuse_error.WrongResult as error:
+        typer.echo(f"vicostream bench: {error}", err=True)
+        raise typer.Exit(1) from None
+    _progress("")
+    title = f"{loaded.name}, {str(loaded.dtype).removeprefix('torch.')}, interval 4"
+    typer.echo(f"error of merged features against the plain ViT (worst step), {title}")
+    typer.echo(reuse_error.table(points))
+    try:
+        if json is not None:
+            json.parent.mkdir(parents=True, exist_ok=True)
+            json.write_text(dumps(reuse_error.as_data(points), indent=1) + "\n")
+        if plot is not None:
+            plots.plot_reuse_error(points, title, plot)
+    except OSError as error:
+        raise _fail(str(error)) from None
 
 
 def _progress(line: str) -> None:

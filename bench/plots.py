@@ -1,10 +1,16 @@
-"""Two pictures of a results document: percent of the floor, and ratio over size."""
+"""Pictures: of a results document, percent of the floor and ratio over size; of reuse, error
+over ratio."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from vicostream_kernels.bench.results import Document, Row
+
+if TYPE_CHECKING:
+    from vicostream_kernels.bench.reuse_error import Point
 
 #: Formats savefig can write without more packages.
 FORMATS = (".png", ".svg", ".pdf")
@@ -33,6 +39,32 @@ def plot(document: Document, path: Path) -> None:
     _ratio_lines(lines, rows)
     facts = document.environment
     figure.suptitle(f"{facts.get('device_name')}, commit {(facts.get('commit') or 'none')[:12]}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+
+
+def plot_reuse_error(points: Sequence[Point], title: str, path: Path) -> None:
+    """Error over ratio, one line a clip and selection; dashed: the worst step's."""
+    check_path(path)
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    for curve in dict.fromkeys((point.clip, point.selection) for point in points):
+        own = sorted((p for p in points if (p.clip, p.selection) == curve), key=lambda p: p.ratio)
+        ratios = [p.ratio for p in own]
+        (line,) = axes.plot(
+            ratios, [100 * p.error for p in own], marker="o", label=", ".join(curve)
+        )
+        axes.plot(ratios, [100 * p.worst for p in own], "--", color=line.get_color(), alpha=0.5)
+    axes.set_xlabel("ratio: share of a step's patches computed between full calls")
+    axes.set_ylabel("error of merged features, % of the plain ViT's (dashed: worst step)")
+    axes.set_title(title, fontsize=9)
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
 

@@ -16,7 +16,7 @@ from vicostream_kernels.bench.registry import Case, Provider
 from vicostream_kernels.bench.results import Document, Row
 from vicostream_kernels.bench.roofline import Roofline
 from vicostream_kernels.bench.stats import Ratio, paired_ratio, timing
-from vicostream_kernels.bench.timer import FULL, QUICK, Budget, Samples, measure_cpu
+from vicostream_kernels.bench.timer import FULL, HEAVY, QUICK, Budget, Samples, measure_cpu
 
 
 class NothingToRun(ValueError):
@@ -127,7 +127,8 @@ def run_case(case: Case, options: Options, roofline: Roofline) -> list[Row]:
         # a wrong baseline leaves nothing to compare with: no speeds at all
         timed = runs if verdicts[baseline].ok and verdicts[case.baseline].ok else {}
         rows = []
-        for cache in options.caches:
+        single = case.heavy and options.device.type == "cpu"
+        for cache in options.caches[:1] if single else options.caches:
             samples = _measure(case, options, timed, cold=cache == "cold") if timed else None
             rows += [
                 _row(case, p, verdicts[p.name], options, roofline, cache, samples, baseline)
@@ -145,7 +146,8 @@ def _measure(case: Case, options: Options, runs, *, cold: bool) -> Samples:
         return measure_cuda(
             runs, inputs, cold=cold, budget=options.budget, clock=clock, graphs=options.graphs
         )
-    return measure_cpu(runs, inputs, case.bytes, cold=cold, budget=options.budget)
+    budget = HEAVY if case.heavy else options.budget
+    return measure_cpu(runs, inputs, case.bytes, cold=cold, budget=budget)
 
 
 def _row(

@@ -29,14 +29,21 @@ _FALLBACK_LLC = 32 << 20
 
 @dataclass(frozen=True)
 class Budget:
-    """How long to measure one case in one cache state."""
+    """How long to measure one case in one cache state.
+
+    ``warm_up`` calls come first; ``untimed``: one more before each timed region.
+    """
 
     seconds: float
     least_rounds: int
     most_rounds: int
+    warm_up: int = 3
+    untimed: bool = True
 
 
 FULL = Budget(seconds=2.0, least_rounds=20, most_rounds=400)
+#: Calls of seconds that sweep through the caches themselves.
+HEAVY = Budget(seconds=0.0, least_rounds=5, most_rounds=5, warm_up=1, untimed=False)
 QUICK = Budget(seconds=0.4, least_rounds=8, most_rounds=100)
 
 
@@ -160,7 +167,7 @@ def _measure_cpu(
 ) -> dict[str, list[float]]:
     calls = {name: 1 for name in runs}
     for name, run in runs.items():
-        once = _warm_up(run, sets[0])
+        once = _warm_up(run, sets[0], budget.warm_up)
         if not cold:
             calls[name] = int(min(_MOST_CALLS, max(1, _SHORTEST_NS // max(once, 1))))
     samples: dict[str, list[float]] = {name: [] for name in runs}
@@ -172,7 +179,8 @@ def _measure_cpu(
             return samples
         for name in order:
             run, count = runs[name], calls[name]
-            run(sets[turn % len(sets)])
+            if budget.untimed:
+                run(sets[turn % len(sets)])
             turn += 1
             chosen = sets[turn % len(sets)]
             if sweep is not None:
@@ -184,7 +192,7 @@ def _measure_cpu(
     raise AssertionError("turns() never ends")
 
 
-def _warm_up(run: Run, inputs: Inputs, least: int = 3, seconds: float = 0.02) -> int:
+def _warm_up(run: Run, inputs: Inputs, least: int, seconds: float = 0.02) -> int:
     """Calls until the time is up; returns the fastest call in nanoseconds."""
     fastest, count, until = 1 << 62, 0, time.perf_counter() + seconds
     while count < least or time.perf_counter() < until:

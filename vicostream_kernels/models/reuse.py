@@ -235,8 +235,8 @@ class EncoderState:
         own, n = self.layout, h * w
         kind = {"dtype": own.dtype, "device": own.device}
         with torch.inference_mode(False):
-            self.branches = torch.zeros(own.layers, 4, n + 1, own.width, **kind)
-            self.tokens = torch.zeros(n // own.merge_size**2, own.hidden_size, **kind)
+            self.branches = torch.empty(own.layers, 4, n + 1, own.width, **kind)
+            self.tokens = torch.empty(n // own.merge_size**2, own.hidden_size, **kind)
             if self.rule.max_age is not None:
                 turns = torch.arange(n, dtype=torch.int32, device=own.device)
                 self.turns = turns.remainder_(self.rule.max_age + 1)
