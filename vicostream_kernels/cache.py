@@ -395,6 +395,8 @@ class PagedKVCache:
         helps = []
         if n > self.max_pages:
             helps.append(f"a cache of at least {n} pages")
+            if self.tiers is not None:
+                helps.append("which takes a larger memory budget (engine.history_bytes)")
         else:
             if self.on_full == "error" and held["in chunks that could be evicted"]:
                 helps.append("on_full='evict_oldest' or evict() of chunks")

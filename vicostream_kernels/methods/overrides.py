@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -107,8 +108,28 @@ def _replace(
         raise InvalidValue(f"{said}: {error}") from error
 
 
+_UNITS = {"k": 1, "m": 2, "g": 3, "t": 4}
+
+
+def _bytes(value: Any) -> Any:
+    """``"256MiB"`` and the like (powers of 1024 with an i, of 1000 without) as a number; anything
+    else as it is."""
+    if not isinstance(value, str):
+        return value
+    found = re.fullmatch(r"([0-9.]+)\s*([kmgt])(i?)b", value.strip().lower())
+    if found is None:
+        return value
+    try:
+        count = float(found[1])
+    except ValueError:
+        return value
+    return int(count * (1024 if found[3] else 1000) ** _UNITS[found[2]])
+
+
 def _parse(key: str, value: Any, hint: Any) -> Any:
     """``value`` as the field's type has it; the first alternative that fits is taken."""
+    if key.endswith("_bytes"):
+        value = _bytes(value)
     for option in _alternatives(hint):
         fits, parsed = _as(value, option)
         if fits:

@@ -220,6 +220,16 @@ class EngineRule:
         can see.
     page_size: tokens in a page of the KV cache.
     max_pages: capacity of the KV cache; None lets it grow. When it is full the oldest chunk goes.
+    history_bytes: budget of the KV cache in memory (of the GPU, where the model is there): pages,
+        summaries, and what is on its way to files. Beyond it the chunks that were not retrieved for
+        longest go to the next tier, and come back when a question reads them. None: no tiers.
+    host_bytes: host memory between a GPU's and the files; 0: none. Not used on the CPU.
+    disk_bytes: files; None: as much as there is; 0: none. Beyond the last budget the oldest chunks
+        are forgotten.
+    spill_dir: where a private folder for the files is made, and removed at the end; None: the
+        system's folder for temporary files.
+    allow_missing: chunks whose file cannot be written or read are forgotten, and reported;
+        otherwise that is an error.
     bucket: the LLM step runs on lengths rounded up to a multiple of this (None: 64 on a GPU, exact
         lengths on the CPU).
     max_new_tokens, max_question_tokens: budgets of an answer and of a question.
@@ -234,12 +244,17 @@ class EngineRule:
     history: Literal["all", "window"] = "all"
     page_size: int = 16
     max_pages: int | None = None
+    history_bytes: int | None = None
+    host_bytes: int = 0
+    disk_bytes: int | None = None
+    spill_dir: str | None = None
+    allow_missing: bool = False
     bucket: int | None = None
     max_new_tokens: int = 128
     max_question_tokens: int = 1024
 
     def __post_init__(self) -> None:
-        for name in ("pixels", "max_pages", "bucket"):
+        for name in ("pixels", "max_pages", "history_bytes", "bucket"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value} must be at least 1, or none")
@@ -254,6 +269,12 @@ class EngineRule:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if self.window_chunks is not None and self.window_chunks < 0:
             raise ValueError(f"window_chunks={self.window_chunks} must not be negative, or none")
+        for name in ("host_bytes", "disk_bytes"):
+            value = getattr(self, name)
+            if value and value < 0:
+                raise ValueError(f"{name}={value} must not be negative")
+            if value and self.history_bytes is None:
+                raise ValueError(f"{name}={value} needs a budget for memory: set history_bytes")
         if self.seconds_per_step is not None and not 0 <= self.seconds_per_step < float("inf"):
             raise ValueError(f"seconds_per_step={self.seconds_per_step} must be finite seconds")
 
@@ -296,6 +317,18 @@ class Method:
                 f"retrieve.sub={self.retrieve.sub} parts do not fit in a page of "
                 f"engine.page_size={self.engine.page_size} tokens"
             )
+        if self.engine.history_bytes is not None:
+            if not bounded:
+                raise ValueError(
+                    "engine.history_bytes: every chunk reads all chunks before it, so none can "
+                    "leave memory: set engine.window_chunks or attention.window"
+                )
+            rule = self.retrieve
+            if rule is not None and (rule.dense_layers or rule.prefill == "dense"):
+                raise ValueError(
+                    "engine.history_bytes: with retrieve.dense_layers or retrieve.prefill=dense a "
+                    "question reads every chunk, so the whole history has to fit in memory"
+                )
         self._check_scorer()
 
     def _check_scorer(self) -> None:

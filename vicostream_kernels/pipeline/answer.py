@@ -20,6 +20,7 @@ from vicostream_kernels.pipeline.text import TextStream
 from vicostream_kernels.pipeline.visibility import (
     History,
     View,
+    Window,
     question_window,
     window_view,
 )
@@ -161,10 +162,16 @@ class Answer:
     def _account(self) -> None:
         """What was read so far, for the report."""
         seen = [
-            BlockRead(entry.block.start_s, entry.block.end_s, entry.score, entry.share)
+            BlockRead(
+                entry.block.start_s,
+                entry.block.end_s,
+                entry.score,
+                entry.share,
+                self._reading.tier(entry.block),
+            )
             for entry in self._reading.relevance()
         ]
-        self.figures.reads = [block for block in seen if block.share]
+        self.figures.reads = [block for block in seen if block.share and block.tier != "lost"]
         self.figures.blocks = [(block.start_s, block.end_s) for block in self.figures.reads]
         if self._recorder.explain:
             self.figures.relevance = seen
@@ -173,6 +180,9 @@ class Answer:
         window = question_window(
             self._method, self._history, self._preamble, new_tokens, self._time_s
         )
+        cache = self._history.cache
+        if cache.cache.tiers is not None and None in cache.fetch(window.blocks):
+            window = Window(tuple(b for b in window.blocks if b.state == "committed"))
         return window_view(self._method, self._history, window, self._first)
 
     def _advance(self) -> tuple[str, str | None]:
@@ -212,3 +222,5 @@ class Answer:
             cache.free(self._block)
         self._block = None
         self._held.close()
+        if self._reading is not None:
+            self._reading.close()

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from vicostream_kernels import methods
-from vicostream_kernels.cache import PagedKVCache
+from vicostream_kernels.cache import PagedKVCache, Tiers
 from vicostream_kernels.models import Qwen2_5_VLRunner, load_model
 from vicostream_kernels.pipeline.errors import InputError
 from vicostream_kernels.pipeline.report import Recorder
@@ -43,7 +43,11 @@ class StreamEngine:
         self.runner, self.method = runner, method
         rule = method.engine
         self.bucket = rule.bucket or (_CUDA_BUCKET if runner.device.type == "cuda" else 1)
+        tiers = _tiers(rule, runner.device)
         first = _FIRST_PAGES if rule.max_pages is None else min(_FIRST_PAGES, rule.max_pages)
+        if tiers is not None:
+            # As many as the budget allows; on the CPU memory is taken as it is first written.
+            first = rule.max_pages or 2**31 // rule.page_size - 1
         self.cache = PagedKVCache(
             layers=runner.layers,
             pages=first,
@@ -52,9 +56,10 @@ class StreamEngine:
             head_dim=runner.head_dim,
             dtype=runner.dtype,
             device=runner.device,
-            grow=True,
-            max_pages=rule.max_pages,
+            grow=tiers is None,
+            max_pages=rule.max_pages if tiers is None else None,
             on_full="evict_oldest",
+            tiers=tiers,
         )
 
     @classmethod
@@ -136,6 +141,22 @@ class StreamEngine:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _tiers(rule: methods.EngineRule, device: torch.device) -> Tiers | None:
+    if rule.history_bytes is None:
+        return None
+    # On the CPU host memory is where the pages are.
+    host = rule.host_bytes if device.type == "cuda" else 0
+    if not host and rule.disk_bytes == 0:
+        raise InputError("engine.disk_bytes=0 leaves nothing below memory: set engine.max_pages")
+    return Tiers(
+        rule.history_bytes,
+        host_bytes=host,
+        disk_bytes=rule.disk_bytes,
+        folder=rule.spill_dir,
+        allow_missing=rule.allow_missing,
+    )
 
 
 def check_supported(method: methods.Method) -> None:

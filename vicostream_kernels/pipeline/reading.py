@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
@@ -36,7 +38,8 @@ class Reading:
     """The pages of a question at ``time_s``: system prompt, chosen blocks, end of the last chunk.
 
     Dense layers, and a dense prompt, read every block. Call `begin` before the prompt is read and
-    `step` before each decoded token; layers call the object itself (see ``models.Attend``).
+    `step` before each decoded token; layers call the object itself (see ``models.Attend``); call
+    `close` at the end. With tiers, what is chosen is fetched when it is, and stays until then.
     """
 
     def __init__(
@@ -53,8 +56,20 @@ class Reading:
         self._rule, self._selector, self._backend = rule, selector, backend
         self._time_s, self._asking = time_s, asking
         self._cache, cache = history.cache, history.cache
+        self._tiered = cache.cache.tiers is not None
+        self._holding = ExitStack()
+        self._tiers: dict[Block, str | None] = {}
         always = [b for b in (history.sink, history.preamble) if b is not None]
         self.chunks = chunks = history.chunks(time_s)
+        if self._tiered:
+            # What may still be chosen must not be forgotten, wherever it lies.
+            self._holding.enter_context(cache.hold(chunks, resident=False))
+            try:
+                self._fetch(chunks[-1:])  # for its end marker
+            except BaseException:
+                self.close()
+                raise
+            self.chunks = chunks = [block for block in chunks if block.state == "committed"]
         self._prefix = cache.page_table(always)
         self._suffix = self._prefix.new_empty(1, 0)
         if chunks and chunks[-1].markers[1]:
@@ -63,6 +78,9 @@ class Reading:
             ).unsqueeze(0)
         self._always = (*always, *chunks[-1:])
         self.rows = self._candidates(chunks)
+        self._place: dict[Block, list[int]] = {}
+        for row, block in enumerate(self.rows.blocks if self._tiered else ()):
+            self._place.setdefault(block, []).append(row)
         #: Number of the chunk of each row, counted over the chunks that have rows.
         order = {block: n for n, block in enumerate(dict.fromkeys(self.rows.blocks))}
         self._chunks = list(order)
@@ -76,6 +94,8 @@ class Reading:
                 history, always, self._chunks, self._prefix, self.rows.pages, self._chunk_of_row,
                 end,
             )  # fmt: skip
+        for block in self._tiers:
+            self._show(block)
         self._step = 0
         self._made: dict[int, tuple[int, PageList]] = {}
         self._everything: PageList | None = None
@@ -126,12 +146,25 @@ class Reading:
     def blocks(self) -> tuple[Block, ...]:
         """What must stay in the cache: all candidates until the choice is settled, then what was
         chosen; the system prompt and the last chunk always."""
+        if self._tiered:
+            here = (block for block, tier in self._tiers.items() if tier is not None)
+            return tuple(dict.fromkeys((*self._always, *here)))
         chunks = self.chunks
         if self.frozen and (self._lists or self._uncounted):
             chunks = [entry.block for entry in self.relevance() if entry.share]
         return tuple(dict.fromkeys((*self._always, *chunks)))
 
+    def close(self) -> None:
+        """Nothing more will be read."""
+        self._holding.close()
+
     # -- what was read ---------------------------------------------------------------------------
+
+    def tier(self, block: Block) -> str:
+        """Where a chunk was read from, or lies; "lost" where its file was, and it was not read."""
+        if block in self._tiers:
+            return self._tiers[block] or "lost"
+        return block.tier if block.state == "committed" else "lost"
 
     def relevance(self) -> list[Relevance]:
         """Every chunk with candidate rows, in time order. Waits for the device."""
@@ -174,6 +207,9 @@ class Reading:
         else:
             blocks = cache.keys.rows(chunks)
             pages = cache.keys.table(len(blocks))
+        if self._tiered:
+            # Pages move: what is chosen enters its own when it has come.
+            pages = torch.full_like(pages, -1)
         if self._rule.unit == "page":
             tokens = [
                 min(size, block.body_tokens - first)
@@ -207,6 +243,8 @@ class Reading:
         if index is None:
             table = torch.cat((self._prefix, self._suffix), dim=1)
         else:
+            if self._tiered:
+                self._bring(index)
             table = select_pages(
                 index, self.rows.pages, self._prefix, self._suffix, backend=self._backend
             )
@@ -215,6 +253,32 @@ class Reading:
             chosen = None if index is None else self._chosen_chunks(index[0])
             shift = self._rebase(table, chosen)
         return PageList(table, shift)
+
+    def _bring(self, index: torch.Tensor) -> None:
+        """The chunks of the rows ``index`` get pages, which enter the table."""
+        rows = sorted({row for row in index.flatten().tolist() if 0 <= row < len(self.rows)})
+        new = [b for b in dict.fromkeys(self.rows.blocks[row] for row in rows)]
+        new = [block for block in new if block not in self._tiers]
+        self._fetch(new)
+        for block in new:
+            self._show(block)
+
+    def _fetch(self, blocks: Sequence[Block]) -> None:
+        found = self._cache.fetch(blocks)
+        self._tiers.update(zip(blocks, found))
+        here = [block for block, tier in zip(blocks, found) if tier is not None]
+        self._holding.enter_context(self._cache.hold(here))
+
+    def _show(self, block: Block) -> None:
+        rows, ids = self._place.get(block), block.body_ids
+        if not rows or not len(ids):
+            return
+        if self._rule.unit == "page":
+            self.rows.pages[0, rows[0] : rows[-1] + 1, 0] = ids.to(torch.int32)
+        else:
+            self.rows.pages[0, rows[0], : len(ids)] = ids.to(torch.int32)
+        if self._rebase is not None:
+            self._rebase.place(ids, self._chunk_of_row[rows[0]])
 
     def _chosen_chunks(self, index: torch.Tensor) -> torch.Tensor:
         """[R, C] bool: the chunks that have a row in each list of ``index`` [(R,) K]."""

@@ -59,6 +59,10 @@ class Rebase:
         spare[pages[0].long().masked_fill(~known, len(owner))] = of_page
         self._owner = spare[:-1]
 
+    def place(self, ids: torch.Tensor, chunk: torch.Tensor) -> None:
+        """A chunk (its number, []) has its pages ``ids`` [n] int64 now."""
+        self._owner[ids] = chunk
+
     def __call__(self, table: torch.Tensor, chosen: torch.Tensor | None) -> torch.Tensor:
         """[*table.shape, 3] int32 for ``table`` [1, (R,) L] and the ``chosen`` chunks [R, C]."""
         if chosen is None:

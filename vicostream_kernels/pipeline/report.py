@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from vicostream_kernels.cache import Forgotten
 from vicostream_kernels.pipeline.errors import PipelineError, Trouble, one_line
 from vicostream_kernels.pipeline.trace import Span, Trace, write_atomically
 
@@ -77,7 +78,7 @@ class BlockRead:
     end_s: float
     score: float
     share: float
-    tier: str = "device"
+    tier: str
 
     def entry(self) -> dict[str, Any]:
         score = round(self.score, 6) if math.isfinite(self.score) else None
@@ -138,9 +139,12 @@ class Recorder:
         self.chunk_count = 0
         self.tokens_seen = 0
         self.tokens_kept = 0
-        self.kv = dict.fromkeys(
+        self.kv: dict[str, Any] = dict.fromkeys(
             ("pages", "bytes", "summary_bytes", "peak_bytes", "pool_bytes", "page_size"), 0
         )
+        self.kv["tiers"] = {}
+        #: What retrieval can't reach any more.
+        self.forgotten = Forgotten()
         #: What the encoder reused so far, read when the report is made (it waits for the device).
         self.reuse: Callable[[], dict[str, Any]] | None = None
         self.ingest_s = 0.0
@@ -215,6 +219,11 @@ class Recorder:
             "tokens": {"seen": self.tokens_seen, "kept": self.tokens_kept},
             "reuse": None if self.reuse is None else self.reuse(),
             "kv": dict(self.kv),
+            "forgotten": {
+                "chunks": self.forgotten.chunks,
+                "tokens": self.forgotten.tokens,
+                "spans": [[round(a, 6), round(b, 6)] for a, b in self.forgotten.spans],
+            },
             "memory": {
                 "peak_rss_bytes": peak_rss_bytes(),
                 "peak_device_bytes": peak_device_bytes(self.device),

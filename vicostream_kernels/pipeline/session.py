@@ -62,9 +62,11 @@ class Stream:
         self._now: float | None = None
         self._answers: WeakSet[Answer] = WeakSet()
         self._failed = False
+        self._most_pages = 0  # of a chunk so far
         self._cleanup = ExitStack()
         cache = self._cleanup.enter_context(engine.cache.open())
         self.history = History(cache)
+        recorder.forgotten = cache.forgotten
         self._selector = _follow(method, runner, cache)
         self._llm = LLMSteps(runner, cache, method)
         self._preprocess = Preprocess(runner, method)
@@ -143,6 +145,8 @@ class Stream:
     def _finish_chunk(self) -> int:
         if not self._buffer:
             return 0
+        # What must move for it moves now: where that fails, the frames wait and nothing is lost.
+        self._engine.cache.make_room(self._most_pages)
         images = self._buffer[0] if len(self._buffer) == 1 else torch.cat(self._buffer)
         chunk = ChunkFrames(images, self._times[0], self._times[-1], self._seconds_per_step())
         self._buffer, self._times = [], []
@@ -167,6 +171,7 @@ class Stream:
             with trace.span(name, start_s=chunk.start_s) as span:
                 value = stage.run(value)
             spans.append(span)
+        self._most_pages = max(self._most_pages, len(value.block.pages))
         kv = self._account()
         self.recorder.chunk(
             ChunkFigures(
@@ -289,7 +294,17 @@ class Stream:
             "pool_bytes": cache.pool_bytes,
             "page_size": cache.page_size,
         }
-        self.recorder.kv = kv
+        self.recorder.kv = kv | {
+            "tiers": {
+                name: {"bytes": used, "budget": budget}
+                for name, (used, budget) in cache.tier_bytes().items()
+            }
+        }
+        losses = self.history.cache.losses
+        while losses:
+            loss = losses.popleft()
+            what = f"the history of {loss.start_s:g}-{loss.end_s:g} s went missing: {loss.why}"
+            self.recorder.error("history", what, self.time_s)
         return kv
 
     def _check_open(self) -> None:

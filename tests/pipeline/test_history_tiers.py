@@ -1,0 +1,166 @@
+"""History beyond a memory budget: the same answers, accounts that hold, and what goes wrong."""
+
+from __future__ import annotations
+
+import errno
+import json
+
+import jsonschema
+import pytest
+from pipeline_kit import pictures, small_engine
+
+from vicostream_kernels import _spill_file, methods
+from vicostream_kernels.cache import DiskFull, LostBlock, OutOfPages
+from vicostream_kernels.pipeline.report import SCHEMA_FILE
+
+#: About nine chunks of three pages, of the 24 that the tests stream.
+BUDGET = 2**20
+TIERS = {"engine__history_bytes": BUDGET, "engine__window_chunks": 2, "retrieve__k": 4}
+
+
+def streamed(made, chunks=24, **options):
+    stream = made.open(fps=2, **options)
+    for start in range(0, chunks * 8, 40):
+        stream.ingest(pictures(40)[: min(40, chunks * 8 - start)])
+    return stream
+
+
+def told(stream, time_s=None):
+    """The answer and the blocks that it read."""
+    answer = stream.ask("What happened at the beginning?", time_s)
+    text = "".join(answer)
+    return text, answer.figures.blocks
+
+
+#: ReKV chooses per layer and moves what it chose, LiveVLM chooses pages.
+PRESETS = {
+    "vicostream": TIERS,
+    "rekv": {"attention__window": 40, "retrieve__k": 2, "engine__history_bytes": 2 * BUDGET},
+    "livevlm": {"attention__window": 40, "retrieve__ratio": 0.05}
+    | {"engine__history_bytes": 3 * BUDGET},
+}
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_answers_do_not_depend_on_where_the_history_lies(preset):
+    found = []
+    budget = PRESETS[preset]["engine__history_bytes"]
+    for given in ("none", budget):
+        changes = PRESETS[preset] | {"engine__history_bytes": given}
+        with small_engine(preset, **changes) as made:
+            with streamed(made) as stream:
+                answers = [told(stream), told(stream, 20.0), told(stream)]
+                stream.ingest(pictures(16))
+                answers.append(told(stream))
+                report = stream.report()
+                found.append((answers, report["tokens"]))
+    assert found[0] == found[1]
+    tiers = {read["tier"] for q in report["questions"] for read in q["reads"]}
+    assert tiers == {"memory", "disk"}
+    assert report["kv"]["tiers"]["memory"]["bytes"] <= budget
+    assert report["kv"]["tiers"]["disk"]["bytes"] > 0
+    assert report["forgotten"] == {"chunks": 0, "tokens": 0, "spans": []}
+    validator = jsonschema.Draft202012Validator(json.loads(SCHEMA_FILE.read_text()))
+    validator.validate(json.loads(json.dumps(report)))
+
+
+def test_what_is_beyond_the_last_budget_is_forgotten_and_said_to_be():
+    with small_engine(**TIERS, engine__disk_bytes=300_000) as made, streamed(made) as stream:
+        report = stream.report()
+        assert report["kv"]["tiers"]["disk"]["bytes"] <= 300_000
+        (span,) = report["forgotten"]["spans"]
+        assert span[0] == 0.0 and span[1] == stream.history.cache.chunks[0].start_s - 0.5
+        assert report["forgotten"]["chunks"] + len(stream.history.cache.chunks) == 24
+        assert report["errors"] == []
+        told(stream)
+
+
+def test_more_than_fits_says_what_would_help():
+    with small_engine(**(TIERS | {"retrieve__k": 20})) as made, streamed(made) as stream:
+        for _ in range(2):
+            with pytest.raises(OutOfPages, match="a larger memory budget .engine.history_bytes"):
+                stream.ask("What?")
+        assert not any(b._holds or b._keeps for b in stream.history.cache.blocks)
+        stream.ingest(pictures(8))
+
+
+def fail(monkeypatch):
+    def write_all(file, data):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(_spill_file, "write_all", write_all)
+
+
+def test_a_full_disk_stops_before_anything_is_lost(monkeypatch):
+    with small_engine(**TIERS) as made, made.open(fps=2) as whole:
+        for _ in range(4):
+            whole.ingest(pictures(40))
+        expected = told(whole)
+    with small_engine(**TIERS) as made, made.open(fps=2) as stream:
+        stream.ingest(pictures(40))
+        with monkeypatch.context() as patch:
+            fail(patch)
+            with pytest.raises(DiskFull, match="No space left on device.*allow_missing"):
+                for _ in range(3):
+                    taken = stream.time_s
+                    stream.ingest(pictures(40))
+        # The frames up to the failure are there; the caller goes on with the rest.
+        rest = round((stream.time_s - taken) * 2) if taken else 0
+        assert 0 < rest <= 40 and rest % 8 == 0 and stream.report()["errors"] == []
+        stream.flush()
+        stream.ingest(pictures(40)[rest:])
+        while stream.time_s < 79:
+            stream.ingest(pictures(40))
+        assert told(stream) == expected
+
+
+def test_a_full_disk_is_survived_where_that_is_allowed(monkeypatch):
+    fail(monkeypatch)
+    with small_engine(**TIERS, engine__allow_missing=True) as made, streamed(made) as stream:
+        told(stream)
+        report = stream.report()
+        assert report["forgotten"]["chunks"] == len(report["errors"]) > 5
+        first = report["errors"][0]
+        assert first["where"] == "history" and "No space left" in first["what"]
+        assert first["what"].startswith("the history of 0-3.5 s went missing")
+
+
+@pytest.mark.parametrize("allowed", [False, True])
+def test_a_missing_file_names_the_span_and_is_read_around_where_allowed(tmp_path, allowed):
+    changes = TIERS | {"retrieve__force_first": 2}
+    options = {"engine__spill_dir": str(tmp_path), "engine__allow_missing": allowed}
+    with small_engine(**changes, **options) as made, streamed(made) as stream:
+        made.cache.settle()
+        oldest = min(tmp_path.rglob("*.safetensors"))
+        oldest.unlink()
+        if allowed:
+            text, blocks = told(stream)
+            assert text and (0.0, 3.5) not in blocks and len(blocks) >= 2
+            assert "0-3.5 s" in stream.report()["errors"][0]["what"]
+        else:
+            with pytest.raises(LostBlock, match="0-3.5 s cannot be read"):
+                stream.ask("What?")
+            assert len(stream.history.cache.chunks) == 24
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "typed, value", [("256MiB", 2**28), ("1.5GB", 1_500_000_000), ("4096", 4096), ("none", None)]
+)
+def test_bytes_may_be_typed_with_a_unit(typed, value):
+    method = methods.get("vicostream", {"engine.history_bytes": typed})
+    assert method.engine.history_bytes == value
+
+
+@pytest.mark.parametrize(
+    "preset, changes, why",
+    [
+        ("full-history", {"engine.history_bytes": "1GiB"}, "none can leave memory"),
+        ("vicostream", {"engine.history_bytes": "12parsecs"}, "give none or a whole number"),
+        ("vicostream", {"engine.disk_bytes": "1GiB"}, "set history_bytes"),
+        ("quest", {"engine.history_bytes": "1GiB", "engine.window_chunks": 4}, "fit in memory"),
+    ],
+)
+def test_budgets_that_make_no_sense_are_refused(preset, changes, why):
+    with pytest.raises(ValueError, match=why):
+        methods.get(preset, changes)
