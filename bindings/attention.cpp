@@ -1,10 +1,15 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <stdexcept>
+#include <string>
 #include <tuple>
 
 #include "cpu/dispatch.h"
 #include "module.h"
+#if defined(VICO_WITH_CUDA)
+#include "cuda/attention.h"
+#endif
 
 namespace py = pybind11;
 
@@ -121,6 +126,25 @@ void bind_attention(py::module_& m) {
         cpu::sink_window_attention(with_addresses(layout, addresses), n_threads);
       },
       py::arg("layout"), py::arg("addresses"), py::arg("n_threads"));
+#if defined(VICO_WITH_CUDA)
+  m.def("sink_window_attention_workspace", &attention_decode_workspace, py::arg("layout"));
+  m.def(
+      "sink_window_attention_cuda",
+      [](const AttentionArgs& layout, const Addresses& addresses, Address workspace,
+         int64_t rows_hint, Address stream) {
+        const char* error;
+        {
+          py::gil_scoped_release release;
+          error = sink_window_attention_cuda(with_addresses(layout, addresses),
+                                             pointer<void>(workspace), rows_hint,
+                                             pointer<void>(stream));
+        }
+        if (error != nullptr)
+          throw std::runtime_error(std::string("sink_window_attention: CUDA: ") + error);
+      },
+      py::arg("layout"), py::arg("addresses"), py::arg("workspace"), py::arg("rows_hint"),
+      py::arg("stream"));
+#endif
   py::class_<VarlenArgs>(m, "VarlenLayout")
       .def(py::init(&make_varlen_layout), py::arg("dtype"), py::arg("sizes"), py::arg("head_dim"),
            py::arg("sm_scale"), py::arg("q"), py::arg("k"), py::arg("v"), py::arg("out"),

@@ -40,16 +40,18 @@ class Op:
     word: str
     name: str
     implementations: dict[str, str] = field(default_factory=dict)
+    #: A backend that ``auto`` passes over: no device has shown it to be the faster one yet.
+    on_request: str | None = None
 
 
 OPS: dict[str, Op] = {}
 
 
-def declare(word: str, name: str, **implementations: str) -> Op:
+def declare(word: str, name: str, *, on_request: str | None = None, **implementations: str) -> Op:
     """Registers the implementations of op ``name``: ``backend="module:function"`` each."""
     if word not in WORDS or not set(implementations) <= set(BACKENDS):
         raise ValueError(f"unknown word {word!r} or backend in {sorted(implementations)}")
-    OPS[name] = Op(word, name, implementations)
+    OPS[name] = Op(word, name, implementations, on_request)
     return OPS[name]
 
 
@@ -135,24 +137,40 @@ def _load(op_name: str, backend: str) -> Callable[..., Any]:
 
 def served_by(op_name: str, device_type: str, dtype: torch.dtype | None = None) -> tuple[str, ...]:
     """The backends that can serve the op on this kind of device here, the fastest first."""
-    order = _AUTO_ORDER.get(device_type, _FALLBACK_ORDER)
+    order = _auto_order(op_name, device_type)
     rest = tuple(b for b in BACKENDS if b not in order)
     return tuple(b for b in order + rest if why_not(op_name, b, device_type, dtype) is None)
 
 
+def _auto_order(op_name: str, device_type: str) -> tuple[str, ...]:
+    order = _AUTO_ORDER.get(device_type, _FALLBACK_ORDER)
+    return tuple(name for name in order if name != OPS[op_name].on_request)
+
+
 @cache
-def choose(op_name: str, backend: str, device_type: str, dtype: torch.dtype | None = None) -> str:
-    """The backend that serves this request; raises BackendUnavailable, ValueError."""
+def choose(
+    op_name: str,
+    backend: str,
+    device_type: str,
+    dtype: torch.dtype | None = None,
+    cuda_refuses: str | None = None,
+) -> str:
+    """The backend that serves this request; raises BackendUnavailable, ValueError.
+
+    ``cuda_refuses``: why the CUDA kernels don't take this call, whatever the device.
+    """
     if backend not in (*BACKENDS, "auto"):
         raise ValueError(
             f"{op_name}: backend={backend!r} is not one of auto, {', '.join(BACKENDS)}"
         )
     order: tuple[str, ...] = ()
     for name in AUTO if backend == "auto" else (backend,):
-        order += _AUTO_ORDER.get(device_type, _FALLBACK_ORDER) if name == "auto" else (name,)
+        order += _auto_order(op_name, device_type) if name == "auto" else (name,)
     reasons = {}
     for name in order:
         reasons[name] = why_not(op_name, name, device_type, dtype)
+        if name == "cuda" and reasons[name] is None:
+            reasons[name] = cuda_refuses
         if reasons[name] is None:
             return name
     said = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
@@ -163,9 +181,12 @@ def choose(op_name: str, backend: str, device_type: str, dtype: torch.dtype | No
     )
 
 
-def resolve(op_name: str, backend: str, tensor: torch.Tensor) -> Callable[..., Any]:
+def resolve(
+    op_name: str, backend: str, tensor: torch.Tensor, cuda_refuses: str | None = None
+) -> Callable[..., Any]:
     """The function that serves ``op_name`` for tensors like ``tensor``."""
-    return _load(op_name, choose(op_name, backend, tensor.device.type, tensor.dtype))
+    device_type, dtype = tensor.device.type, tensor.dtype
+    return _load(op_name, choose(op_name, backend, device_type, dtype, cuda_refuses))
 
 
 def table(device_type: str) -> list[dict[str, Any]]:

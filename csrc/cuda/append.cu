@@ -4,11 +4,9 @@
 // accesses, the d/2 angles computed once a token into shared memory (one fp64 product each) and
 // shared by all heads of the token, K and V straight to their pages.
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <cuda_runtime.h>
-
 #include "cuda/append.h"
+
+#include "cuda/launch.h"
 #include "vico/rotary.h"
 
 namespace vico {
@@ -16,24 +14,6 @@ namespace {
 
 constexpr int kThreads = 128;
 constexpr int kWarp = 32;
-
-__device__ __forceinline__ float to_float(float x) { return x; }
-__device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
-__device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
-template <typename T>
-__device__ __forceinline__ T from_float(float x);
-template <>
-__device__ __forceinline__ float from_float<float>(float x) {
-  return x;
-}
-template <>
-__device__ __forceinline__ __half from_float<__half>(float x) {
-  return __float2half_rn(x);
-}
-template <>
-__device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float x) {
-  return __float2bfloat16_rn(x);
-}
 
 template <typename T, int kWidth>
 struct alignas(sizeof(T) * kWidth) Vector {
@@ -135,10 +115,11 @@ __device__ __forceinline__ int block_of_token(const AppendArgs& a, int64_t n) {
 // stored key of the call once; the search for the first token reads N slots from L2.
 template <typename T>
 __global__ void __launch_bounds__(kWarp) summarize_kernel(const AppendArgs a) {
-  const int64_t n = blockIdx.x;
-  const int64_t g = blockIdx.y;
+  const int64_t pieces = (a.head_dim + kWarp - 1) / kWarp;
+  const int64_t n = blockIdx.x / (a.kv_heads * pieces);
+  const int64_t g = blockIdx.x / pieces % a.kv_heads;
   const int lane = threadIdx.x;
-  const int channel = blockIdx.z * kWarp + lane;
+  const int channel = static_cast<int>(blockIdx.x % pieces) * kWarp + lane;
   const bool active = channel < a.head_dim;
   const int block = block_of_token(a, n);
   if (block < 0) return;
@@ -197,40 +178,23 @@ bool aligned(const AppendArgs& a, int64_t width, int64_t bytes) {
 }
 
 template <typename T>
-cudaError_t launch(const AppendArgs& a, cudaStream_t stream) {
-  if (a.tokens == 0) return cudaSuccess;
-  const dim3 grid(static_cast<unsigned>(a.tokens));
+cudaError_t append(const AppendArgs& a, cudaStream_t stream) {
   constexpr int kWide = 16 / sizeof(T);
-  if (aligned(a, kWide, sizeof(T)))
-    rope_append_kernel<T, kWide><<<grid, kThreads, 0, stream>>>(a);
-  else if (kWide > 4 && aligned(a, 4, sizeof(T)))
-    rope_append_kernel<T, 4><<<grid, kThreads, 0, stream>>>(a);
-  else
-    rope_append_kernel<T, 1><<<grid, kThreads, 0, stream>>>(a);
-  if (a.block_of_page != nullptr) {
-    const dim3 units(static_cast<unsigned>(a.tokens), static_cast<unsigned>(a.kv_heads),
-                     static_cast<unsigned>((a.head_dim + kWarp - 1) / kWarp));
-    summarize_kernel<T><<<units, kWarp, 0, stream>>>(a);
-  }
-  return cudaGetLastError();
+  const auto kernel = aligned(a, kWide, sizeof(T))            ? rope_append_kernel<T, kWide>
+                      : kWide > 4 && aligned(a, 4, sizeof(T)) ? rope_append_kernel<T, 4>
+                                                              : rope_append_kernel<T, 1>;
+  const cudaError_t status = launch(kernel, a.tokens, kThreads, 0, stream, a);
+  if (status != cudaSuccess || a.block_of_page == nullptr) return status;
+  const int64_t pieces = (a.head_dim + kWarp - 1) / kWarp;
+  return launch(summarize_kernel<T>, a.tokens * a.kv_heads * pieces, kWarp, 0, stream, a);
 }
 
 }  // namespace
 
 const char* rope_append_cuda(const AppendArgs& args, void* stream) {
-  cudaError_t status = cudaErrorInvalidValue;
-  switch (args.dtype) {
-    case DType::kFloat32:
-      status = launch<float>(args, static_cast<cudaStream_t>(stream));
-      break;
-    case DType::kFloat16:
-      status = launch<__half>(args, static_cast<cudaStream_t>(stream));
-      break;
-    case DType::kBFloat16:
-      status = launch<__nv_bfloat16>(args, static_cast<cudaStream_t>(stream));
-      break;
-  }
-  return status == cudaSuccess ? nullptr : cudaGetErrorString(status);
+  return message_of(with_type(args.dtype, [&](auto zero) {
+    return append<decltype(zero)>(args, static_cast<cudaStream_t>(stream));
+  }));
 }
 
 }  // namespace vico

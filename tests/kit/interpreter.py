@@ -44,20 +44,23 @@ class Run:
         """Passes, fails or skips the running test as the one named ``nodeid`` did."""
         got = self.outcomes.get(nodeid)
         if got is None:
-            pytest.fail(f"the interpreter process did not report on it:\n{self.output}", False)
+            pytest.fail(f"its process did not report on it:\n{self.output}", False)
         if got.outcome == "skipped":
             pytest.skip(got.text)
         if got.outcome != "passed":
             pytest.fail(got.text, pytrace=False)
 
 
-def run(targets: Sequence[str], *options: str) -> Run:
-    """Runs the tests at ``targets`` (paths or node ids from the repository's root)."""
+def run(targets: Sequence[str], *options: str, mode: dict[str, str] | None = None) -> Run:
+    """Runs the tests at ``targets`` (paths or node ids from the repository's root).
+
+    ``mode``: environment variables of that process, the interpreter's by default.
+    """
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.jsonl"
         report.touch()
-        environment = os.environ | {
-            "TRITON_INTERPRET": "1",
+        environment = os.environ | ({"TRITON_INTERPRET": "1"} if mode is None else mode)
+        environment |= {
             # One thread: the interpreter is numpy on tiny arrays.
             "OMP_NUM_THREADS": "1",
             "PYTHONPATH": str(ROOT / "tests"),

@@ -30,6 +30,7 @@ _LONG = tuple(
         *(f"attention.py::test_page_sizes[{size}-" for size in (3, 64, 256)),
         "attention.py::test_head_groups[1-7",
         "attention.py::test_head_groups[3-5",
+        "attention_decode.py",
         "attention_properties.py::test_each_streams_bits_are_its_own",
         "attention_properties.py::test_two_parts_merge_to_the_whole",
         "attention_shift.py::test_evictions_and_any_number_of_moves_equal_a_fresh_run[0-0",

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from vicostream_kernels.backends import native
+from vicostream_kernels.native._stream import current_stream
 
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _NONE = (0, 0, 0)
@@ -82,8 +83,6 @@ def rope_append_cpu(*args: Any) -> None:
 
 def rope_append_cuda(*args: Any) -> None:
     """See ``vicostream_kernels.rope_append``; launches on the current stream of q's device."""
-    device = args[0].device
-    with torch.cuda.device(device):
+    with current_stream(args[0].device) as stream:
         layout, addresses, _kept = _prepare(*args)
-        stream = torch.cuda.current_stream(device).cuda_stream
         native()[0].rope_append_cuda(layout, addresses, stream)

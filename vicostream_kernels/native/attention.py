@@ -1,4 +1,4 @@
-"""sink_window_attention, varlen_attention and merge_states in C++ (CPU).
+"""sink_window_attention, varlen_attention and merge_states in C++ (CPU), decode in CUDA C++.
 
 Prefill and windows run in C++ too, not on torch's SDPA over gathered pages: measured on one thread
 of a Zen 4 (320 queries x 1,600 keys, 16 / 2 heads, d 128), SDPA takes 1.4 times as long in float32
@@ -7,15 +7,19 @@ and 2.5 times in bfloat16; it multiplies masked tiles and reads K and V once per
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 from typing import Any
 
 import torch
 
 from vicostream_kernels.backends import native
+from vicostream_kernels.native._stream import current_stream
 
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _NO_WINDOW = (1 << 63) - 1
+#: The kernels count positions in int32 and round up to granules (csrc/include/vico/decode.h).
+_MOST_POSITIONS = 2**31 - 1 - 128
 
 
 def _dense(x: torch.Tensor) -> torch.Tensor:
@@ -70,12 +74,11 @@ def _layout(
     )
 
 
-def sink_window_attention_cpu(
-    q, k_pages, v_pages, page_table, cu_seqlens_q, out, lse=None, kv_len=None, page_fill=None,
-    sink_tokens=0, window=None, window_start=None, sm_scale=None, sink_logits=None,
-    page_shift=None, inv_freq=None, mrope_section=None, max_seqlen_q=None,
-) -> None:  # fmt: skip
-    """See ``vicostream_kernels.sink_window_attention``; ``torch.get_num_threads()`` threads."""
+def _prepare(
+    q, k_pages, v_pages, page_table, cu_seqlens_q, out, lse, kv_len, page_fill, sink_tokens, window,
+    window_start, sm_scale, sink_logits, page_shift, inv_freq, mrope_section,
+) -> tuple[Any, tuple[int, ...], tuple[torch.Tensor | None, ...]]:  # fmt: skip
+    """The layout, the addresses, and the tensors that must outlive the call."""
     q, k_pages, v_pages = _dense(q), _dense(k_pages), _dense(v_pages)
     if sink_logits is not None:
         sink_logits = sink_logits.float().contiguous()
@@ -103,7 +106,73 @@ def sink_window_attention_cpu(
         _address(sink_logits), _address(page_shift), _address(inv_freq), out.data_ptr(),
         _address(lse),
     )  # fmt: skip
+    return layout, addresses, (q, k_pages, v_pages, sink_logits, inv_freq)
+
+
+def sink_window_attention_cpu(
+    q, k_pages, v_pages, page_table, cu_seqlens_q, out, lse=None, kv_len=None, page_fill=None,
+    sink_tokens=0, window=None, window_start=None, sm_scale=None, sink_logits=None,
+    page_shift=None, inv_freq=None, mrope_section=None, max_seqlen_q=None,
+) -> None:  # fmt: skip
+    """See ``vicostream_kernels.sink_window_attention``; ``torch.get_num_threads()`` threads."""
+    layout, addresses, _kept = _prepare(
+        q, k_pages, v_pages, page_table, cu_seqlens_q, out, lse, kv_len, page_fill, sink_tokens,
+        window, window_start, sm_scale, sink_logits, page_shift, inv_freq, mrope_section,
+    )  # fmt: skip
     native()[0].sink_window_attention_cpu(layout, addresses, torch.get_num_threads())
+
+
+#: Query rows of a stream that the CUDA kernels are made for; with more they would read the keys
+#: once for every 16 rows of a KV head.
+DECODE_ROWS = 16
+
+
+def not_decode(rows: int, max_seqlen_q: int | None) -> str | None:
+    """Why the CUDA kernels don't take a call with so many query rows, or None where they do."""
+    if min(rows, rows if max_seqlen_q is None else max_seqlen_q) <= DECODE_ROWS:
+        return None
+    return (
+        f"the cuda kernels serve decode: q of at most {DECODE_ROWS} rows, "
+        f"or max_seqlen_q <= {DECODE_ROWS}"
+    )
+
+
+def sink_window_attention_cuda(
+    q, k_pages, v_pages, page_table, cu_seqlens_q, out, lse=None, kv_len=None, page_fill=None,
+    sink_tokens=0, window=None, window_start=None, sm_scale=None, sink_logits=None,
+    page_shift=None, inv_freq=None, mrope_section=None, max_seqlen_q=None,
+) -> None:  # fmt: skip
+    """See ``vicostream_kernels.sink_window_attention``; on the current stream of q's device.
+
+    Any number of rows gives right results; ``not_decode`` says for how many it is meant. Raises
+    ValueError for tables and rows that reach 2^31 logical positions.
+    """
+    rows, heads = q.shape[:2]
+    if rows * heads == 0:
+        return
+    if page_table.numel() == 0 or k_pages.shape[0] == 0:
+        out.zero_()
+        if lse is not None:
+            lse.fill_(-math.inf)
+        return
+    positions = page_table.shape[-1] * k_pages.shape[1] + rows
+    if max(positions, rows * heads) > _MOST_POSITIONS:
+        raise ValueError(
+            f"sink_window_attention: page_table lists {page_table.shape[-1]} pages of "
+            f"{k_pages.shape[1]} slots; with {rows} query rows of {heads} heads the cuda backend "
+            f"takes at most {_MOST_POSITIONS} logical positions"
+        )
+    with current_stream(q.device) as stream:
+        layout, addresses, _kept = _prepare(
+            q, k_pages, v_pages, page_table, cu_seqlens_q, out, lse, kv_len, page_fill,
+            sink_tokens, window, window_start, sm_scale, sink_logits, page_shift, inv_freq,
+            mrope_section,
+        )  # fmt: skip
+        module = native()[0]
+        size = module.sink_window_attention_workspace(layout)
+        workspace = torch.empty(size, dtype=torch.float32, device=q.device)
+        hint = rows if max_seqlen_q is None else max_seqlen_q
+        module.sink_window_attention_cuda(layout, addresses, workspace.data_ptr(), hint, stream)
 
 
 @lru_cache(maxsize=1024)

@@ -7,15 +7,20 @@ import math
 import torch
 
 from vicostream_kernels import backends, checks
+from vicostream_kernels.native.attention import not_decode
 from vicostream_kernels.ops._registry import register
 
 for _name in ("sink_window_attention", "varlen_attention", "merge_states"):
+    _native = {"cpu": f"vicostream_kernels.native.attention:{_name}_cpu"}
+    if _name == "sink_window_attention":
+        _native["cuda"] = f"vicostream_kernels.native.attention:{_name}_cuda"
     backends.declare(
         "attention",
         _name,
         triton=f"vicostream_kernels.triton_kernels.attention:{_name}",
         reference=f"vicostream_kernels.reference.attention:{_name}",
-        cpu=f"vicostream_kernels.native.attention:{_name}_cpu",
+        **_native,
+        on_request="cuda",  # auto stays with Triton's decode until a GPU has shown which is faster
     )
 
 
@@ -141,7 +146,8 @@ def _run_sink_window(
     _check_sink_window(*args)
     if checks.CHECK_VALUES:
         _check_sink_window_values(q, k_pages, page_table, cu_seqlens_q, kv_len, page_fill)
-    backends.resolve(_SINK_WINDOW, backend, q)(*args)
+    refused = not_decode(q.shape[0], max_seqlen_q)
+    backends.resolve(_SINK_WINDOW, backend, q, refused)(*args)
 
 
 def _fake_sink_window(

@@ -1,0 +1,65 @@
+// Runs CUDA kernels on a CPU, block after block: each thread of a block is a fiber that runs until
+// it must wait for others (a barrier, an exchange within its warp).
+//
+// It is made to find mistakes, not to be fast: fibers and warps are picked in an order that a seed
+// settles, asynchronous copies happen at once or not before they are waited for, shared memory is
+// full of NaN at first and ends at a page that may not be touched, and the lanes of a warp must
+// meet at the same exchange. What it cannot show: speed, the memory of a real device, and
+// instructions that cuda/ptx.h here misreads.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <type_traits>
+
+struct uint3 {
+  unsigned x, y, z;
+};
+struct dim3 {
+  unsigned x, y, z;
+  constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+
+extern uint3 threadIdx, blockIdx;
+extern dim3 blockDim, gridDim;
+
+namespace emulator {
+
+constexpr int kWarp = 32;
+constexpr int kMaxExchange = 64;  // bytes of a lane
+
+struct Lane {
+  alignas(16) unsigned char in[kMaxExchange], out[kMaxExchange];
+};
+
+extern unsigned char* shared_memory;
+extern size_t shared_bytes;
+
+[[noreturn]] void fail(const char* what);
+
+// Waits for all threads of the block.
+void barrier();
+
+// Waits for the lanes of the warp; then `run` makes every lane's `out` of all lanes' `in`.
+using Exchange = void (*)(Lane* (&lanes)[kWarp]);
+void exchange(Exchange run, const char* name, const void* in, size_t in_bytes, void* out,
+              size_t out_bytes);
+
+// `bytes` (16 or 0) of 16 to shared memory, at a time of the emulator's choice up to the wait.
+void copy_later(void* to, const void* from, int bytes);
+void commit_copies();
+void wait_for_copies(int pending);
+
+// Fails unless [p, p + bytes) is dynamic shared memory and p a multiple of bytes.
+void check_shared(const void* p, size_t bytes);
+
+// null, or what went wrong.
+const char* run_grid(dim3 grid, dim3 block, size_t shared, const std::function<void()>& kernel);
+const char* last_error();
+bool may_use(const void* kernel, size_t shared);
+void allow(const void* kernel, size_t shared);
+void set_seed(unsigned seed);
+
+}  // namespace emulator
