@@ -3,10 +3,15 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <stdexcept>
+#include <string>
 #include <tuple>
 
 #include "cpu/dispatch.h"
 #include "module.h"
+#if defined(VICO_WITH_CUDA)
+#include "cuda/retrieve.h"
+#endif
 
 namespace py = pybind11;
 
@@ -96,9 +101,74 @@ PagesArgs pages_args(const std::array<Address, 5>& at, const Sizes<7>& sizes) {
   return a;
 }
 
+#if defined(VICO_WITH_CUDA)
+// Calls run() without the GIL and raises what it says.
+template <typename Run>
+void launched(const char* op, Run&& run) {
+  const char* error;
+  {
+    py::gil_scoped_release release;
+    error = run();
+  }
+  if (error != nullptr) throw std::runtime_error(std::string(op) + ": CUDA: " + error);
+}
+
+void bind_retrieve_cuda(py::module_& m) {
+  m.def(
+      "summarize_blocks_cuda",
+      [](int dtype, int head_dim, const std::array<Address, 6>& addresses, const Sizes<6>& sizes,
+         const Sizes<3>& strides, Address stream) {
+        const SummarizeArgs args = summarize_args(dtype, head_dim, addresses, sizes, strides);
+        launched("summarize_blocks",
+                 [&] { return summarize_blocks_cuda(args, pointer<void>(stream)); });
+      },
+      py::arg("dtype"), py::arg("head_dim"), py::arg("addresses"), py::arg("sizes"),
+      py::arg("strides"), py::arg("stream"));
+  py::class_<ScoreArgs>(m, "ScoreCall")
+      .def(py::init(&score_args), py::arg("kinds"), py::arg("sm_scale"), py::arg("addresses"),
+           py::arg("sizes"), py::arg("query"), py::arg("summary"), py::arg("summary_max"),
+           py::arg("count_stream"));
+  m.def("score_blocks_workspace", &score_blocks_workspace, py::arg("call"));
+  m.def(
+      "score_blocks_cuda",
+      [](const ScoreArgs& call, Address workspace, Address stream) {
+        launched("topk_blocks", [&] {
+          return score_blocks_cuda(call, pointer<void>(workspace), pointer<void>(stream));
+        });
+      },
+      py::arg("call"), py::arg("workspace"), py::arg("stream"));
+  m.def(
+      "select_blocks_cuda",
+      [](int rule, double amount, const std::array<Address, 5>& addresses, const Sizes<9>& sizes,
+         Address stream) {
+        const SelectArgs args = select_args(rule, amount, addresses, sizes);
+        launched("topk_blocks", [&] { return select_blocks_cuda(args, pointer<void>(stream)); });
+      },
+      py::arg("rule"), py::arg("amount"), py::arg("addresses"), py::arg("sizes"),
+      py::arg("stream"));
+  m.def(
+      "select_pages_workspace",
+      [](const Sizes<7>& sizes) { return select_pages_workspace(pages_args({}, sizes)); },
+      py::arg("sizes"));
+  m.def(
+      "select_pages_cuda",
+      [](const std::array<Address, 5>& addresses, const Sizes<7>& sizes, Address workspace,
+         Address stream) {
+        const PagesArgs args = pages_args(addresses, sizes);
+        launched("select_pages", [&] {
+          return select_pages_cuda(args, pointer<void>(workspace), pointer<void>(stream));
+        });
+      },
+      py::arg("addresses"), py::arg("sizes"), py::arg("workspace"), py::arg("stream"));
+}
+#endif
+
 }  // namespace
 
 void bind_retrieve(py::module_& m) {
+#if defined(VICO_WITH_CUDA)
+  bind_retrieve_cuda(m);
+#endif
   m.def(
       "summarize_blocks_cpu",
       [](int dtype, int head_dim, const std::array<Address, 6>& addresses, const Sizes<6>& sizes,

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from vicostream_kernels import backends, sink_window_attention, varlen_attention
 from vicostream_kernels.bench.registry import Case, Inputs, Outputs, Provider, case
+from vicostream_kernels.native.attention import not_decode
 from vicostream_kernels.reference import attention as truth
 
 _PAGE = 64
@@ -33,80 +34,85 @@ def _make_paged(
     kv_heads: int,
     head_dim: int,
     dtype: torch.dtype,
+    streams: int = 1,
 ) -> Inputs:
-    """One stream whose pages lie scattered in a pool an eighth larger; unlisted slots hold NaN."""
+    """Streams whose pages lie scattered in a pool an eighth larger; unlisted slots hold NaN."""
     random = torch.Generator().manual_seed(seed)
     pages = -(-keys // _PAGE)
-    pool = pages + max(1, pages // 8)
-    listed = torch.randperm(pool, generator=random)[:pages]
+    pool = streams * pages + max(1, streams * pages // 8)
+    listed = torch.randperm(pool, generator=random)[: streams * pages].view(streams, pages)
     shape = (pool, _PAGE, kv_heads, head_dim)
-    inputs: Inputs = {"q": torch.randn(queries, heads, head_dim, generator=random).to(dtype)}
+    rows = streams * queries
+    inputs: Inputs = {"q": torch.randn(rows, heads, head_dim, generator=random).to(dtype)}
+    slots = (listed[..., None] * _PAGE + torch.arange(_PAGE)).flatten(1)[:, :keys].flatten()
     for name in ("k_pages", "v_pages"):
         inputs[name] = torch.full(shape, torch.nan, dtype=dtype)
-        values = torch.randn(keys, kv_heads, head_dim, generator=random).to(dtype)
-        slots = (listed[:, None] * _PAGE + torch.arange(_PAGE)).flatten()[:keys]
+        values = torch.randn(streams * keys, kv_heads, head_dim, generator=random).to(dtype)
         inputs[name].flatten(0, 1)[slots] = values
-    inputs["page_table"] = listed[None].int()
-    inputs["listed"] = listed  # index_select wants it long; a stack keeps it so
-    inputs["cu_seqlens_q"] = torch.tensor([0, queries], dtype=torch.int32)
-    inputs["kv_len"] = torch.tensor([keys], dtype=torch.int32)
+    inputs["page_table"] = listed.int()
+    inputs["listed"] = listed.flatten()  # index_select wants it long; a stack keeps it so
+    inputs["cu_seqlens_q"] = (torch.arange(streams + 1) * queries).int()
+    inputs["kv_len"] = torch.full((streams,), keys, dtype=torch.int32)
     if queries > 1:
         logical = torch.arange(keys)
         inputs["visible"] = logical <= logical[keys - queries :, None]
-    return {**{name: x.to(device) for name, x in inputs.items()}, "keys": keys}
+    moved = {name: x.to(device) for name, x in inputs.items()}
+    return {**moved, "keys": keys, "queries": queries, "streams": streams}
 
 
 def _paged(inputs: Inputs, *, backend: str) -> torch.Tensor:
     return sink_window_attention(
         inputs["q"], inputs["k_pages"], inputs["v_pages"], inputs["page_table"],
-        inputs["cu_seqlens_q"], kv_len=inputs["kv_len"], backend=backend,
+        inputs["cu_seqlens_q"], kv_len=inputs["kv_len"], max_seqlen_q=inputs["queries"],
+        backend=backend,
     )  # fmt: skip
 
 
 def _gathered(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
-    """K and V [keys, G, d] of the listed pages in order, copied together."""
+    """K and V [streams, keys, G, d] of the listed pages in order, copied together."""
     both = (inputs[name][inputs["listed"]] for name in ("k_pages", "v_pages"))
-    k, v = (x.flatten(0, 1)[: inputs["keys"]] for x in both)
-    return k, v
+    k, v = (x.unflatten(0, (inputs["streams"], -1)).flatten(1, 2) for x in both)
+    return k[:, : inputs["keys"]], v[:, : inputs["keys"]]
 
 
 def _sdpa(inputs: Inputs) -> torch.Tensor:
-    k, v = (x.transpose(0, 1)[None] for x in _gathered(inputs))
-    q = inputs["q"].transpose(0, 1)[None]
+    k, v = (x.transpose(1, 2) for x in _gathered(inputs))
+    q = inputs["q"].unflatten(0, (inputs["streams"], -1)).transpose(1, 2)
     out = F.scaled_dot_product_attention(
         q, k, v, attn_mask=inputs.get("visible"), enable_gqa=q.shape[1] != k.shape[1]
     )
-    return out[0].transpose(0, 1)
+    return out.transpose(1, 2).flatten(0, 1)
 
 
-def _rows(q: torch.Tensor, kv_heads: int) -> torch.Tensor:
-    """[Q, H, d] as [G, (H/G) * Q, d]: the query heads of a KV head are more rows of it."""
-    return q.unflatten(1, (kv_heads, -1)).permute(1, 2, 0, 3).flatten(1, 2)
+def _rows(inputs: Inputs, kv_heads: int) -> torch.Tensor:
+    """[S Q, H, d] as [S, G, (H/G) * Q, d]: the query heads of a KV head are more rows of it."""
+    q = inputs["q"].unflatten(1, (kv_heads, -1)).unflatten(0, (inputs["streams"], -1))
+    return q.permute(0, 2, 3, 1, 4).flatten(2, 3)
 
 
 def _heads(out: torch.Tensor, queries: int) -> torch.Tensor:
-    return out.unflatten(1, (-1, queries)).permute(2, 0, 1, 3).flatten(1, 2)
+    return out.unflatten(2, (-1, queries)).permute(0, 3, 1, 2, 4).flatten(2, 3).flatten(0, 1)
 
 
 def _sdpa_rows(inputs: Inputs) -> torch.Tensor:
-    k, v = (x.transpose(0, 1)[None] for x in _gathered(inputs))
-    q = _rows(inputs["q"], k.shape[1])[None]
+    k, v = (x.transpose(1, 2) for x in _gathered(inputs))
+    q = _rows(inputs, k.shape[1])
     visible = inputs.get("visible")
     if visible is not None:
         visible = visible.repeat(q.shape[2] // visible.shape[0], 1)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible)
-    return _heads(out[0], inputs["q"].shape[0])
+    return _heads(out, inputs["queries"])
 
 
 def _matmul(inputs: Inputs) -> torch.Tensor:
     k, v = _gathered(inputs)
-    q = _rows(inputs["q"], k.shape[1])
-    scores = torch.matmul(q * q.shape[-1] ** -0.5, k.permute(1, 2, 0))
+    q = _rows(inputs, k.shape[2])
+    scores = torch.matmul(q * q.shape[-1] ** -0.5, k.permute(0, 2, 3, 1))
     visible = inputs.get("visible")
     if visible is not None:
-        split = scores.unflatten(1, (-1, visible.shape[0]))
-        scores = split.masked_fill(~visible, -torch.inf).flatten(1, 2)
-    return _heads(scores.softmax(-1) @ v.transpose(0, 1), inputs["q"].shape[0])
+        split = scores.unflatten(2, (-1, visible.shape[0]))
+        scores = split.masked_fill(~visible, -torch.inf).flatten(2, 3)
+    return _heads(scores.softmax(-1) @ v.transpose(1, 2), inputs["queries"])
 
 
 def _providers(op: str, ours: Any, *others: Provider, device: torch.device) -> list[Provider]:
@@ -118,8 +124,8 @@ def _providers(op: str, ours: Any, *others: Provider, device: torch.device) -> l
     return [*made, *others]
 
 
-def _paged_providers(device: torch.device) -> list[Provider]:
-    return _providers(
+def _paged_providers(device: torch.device, *, queries: int) -> list[Provider]:
+    made = _providers(
         "sink_window_attention",
         _paged,
         Provider("torch:sdpa", _sdpa, note="gathered pages, enable_gqa"),
@@ -127,6 +133,8 @@ def _paged_providers(device: torch.device) -> list[Provider]:
         Provider("torch:matmul", _matmul, note="gathered pages, grouped matmul"),
         device=device,
     )
+    left_out = "ours:cuda" if not_decode(queries, None) else None
+    return [provider for provider in made if provider.name != left_out]
 
 
 def _outputs(inputs: Inputs, result: torch.Tensor) -> Outputs:
@@ -149,26 +157,31 @@ def _paged_case(
     head_dim: int,
     dtype: torch.dtype,
     *,
+    streams: int = 1,
     smoke: bool = False,
 ) -> Case:
     axes = dict(queries=queries, keys=keys, heads=heads, kv_heads=kv_heads, head_dim=head_dim)
     pairs = queries * keys - queries * (queries - 1) // 2
     elements = 2 * keys * kv_heads * head_dim + 2 * queries * heads * head_dim
+    if streams > 1:
+        axes["streams"] = streams
+        kind = f"{kind}-{streams}s"
     return Case(
         name=f"attention/{kind}-{queries}q-{keys}k-{heads}h-{kv_heads}g-{head_dim}d/{_name(dtype)}",
         word="attention",
         op="sink_window_attention",
         axes=axes,
         dtype=dtype,
-        bytes=elements * dtype.itemsize + -(-keys // _PAGE) * 4,
-        flops=4 * pairs * heads * head_dim,
+        bytes=streams * (elements * dtype.itemsize + -(-keys // _PAGE) * 4),
+        flops=4 * streams * pairs * heads * head_dim,
         make=partial(_make_paged, dtype=dtype, **axes),
-        providers=_paged_providers,
+        providers=partial(_paged_providers, queries=queries),
         reference=_paged_truth,
         outputs=_outputs,
         # the faster one for the size, measured on the CPU
         baseline="torch:sdpa-rows" if queries == 1 else "torch:sdpa",
         smoke=smoke,
+        devices=("cpu", "cuda") if streams == 1 else ("cuda",),
     )
 
 
@@ -258,6 +271,7 @@ def cases() -> Iterator[Case]:
         yield _paged_case("prefill", 37, 150, 4, 2, 64, dtype, smoke=True)
         yield _windows_case(3, 16, 16, 2, 80, dtype, smoke=True)
         yield _paged_case("decode", 1, 13000, 16, 2, 128, dtype)
+        yield _paged_case("decode", 1, 13000, 16, 2, 128, dtype, streams=16)
         yield _paged_case("prefill", 320, 1600, 16, 2, 128, dtype)
         yield _windows_case(34, 64, 64, 16, 80, dtype)
         yield _windows_case(2, 1080, 1080, 16, 80, dtype)

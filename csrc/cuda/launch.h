@@ -35,7 +35,7 @@ cudaError_t launch(void (*kernel)(Parameters...), int64_t blocks, int threads, s
                    cudaStream_t stream, const Arguments&... arguments) {
   if (blocks <= 0) return cudaSuccess;
   if (blocks > 0x7fffffff) return cudaErrorInvalidConfiguration;
-  if (shared > 48 * 1024) {  // more has to be asked for
+  if (shared > 32 * 1024) {  // with static shared memory more than 48 KiB has to be asked for
     const cudaError_t status =
         cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                              cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));

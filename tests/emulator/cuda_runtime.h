@@ -107,6 +107,22 @@ T atomicAdd(T* at, T more) {
   return before;
 }
 
+inline int atomicCAS(int* at, int expected, int wanted) {
+  const int before = *at;
+  if (before == expected) *at = wanted;
+  return before;
+}
+inline int atomicMin(int* at, int x) {
+  const int before = *at;
+  if (x < before) *at = x;
+  return before;
+}
+inline float __int_as_float(int bits) {
+  float f;
+  std::memcpy(&f, &bits, sizeof(f));
+  return f;
+}
+
 using cudaStream_t = struct CUstream_st*;
 enum cudaError_t {
   cudaSuccess,

@@ -249,7 +249,8 @@ const char* run_grid(dim3 grid, dim3 block, size_t shared, const std::function<v
 const char* last_error() { return error.empty() ? nullptr : error.c_str(); }
 
 bool may_use(const void* kernel, size_t shared) {
-  return shared <= 48 * 1024 || (allowed.count(kernel) != 0 && allowed[kernel] >= shared);
+  // 48 KiB, less what kernels may have of static shared memory.
+  return shared <= 32 * 1024 || (allowed.count(kernel) != 0 && allowed[kernel] >= shared);
 }
 void allow(const void* kernel, size_t shared) { allowed[kernel] = shared; }
 

@@ -39,6 +39,22 @@ def test_no_kernel_uses_local_memory(source, arch, tmp_path):
     assert done.returncode == 0, done.stderr
 
 
+def test_decode_copies_asynchronously_and_multiplies_on_tensor_cores(tmp_path):
+    source, out = ROOT / "csrc" / "cuda" / "attention.cu", tmp_path / "attention.ptx"
+    folders = [f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc' / 'include'}"]
+    command = ["nvcc", "-std=c++17", "-O3", "-arch=sm_80", "-ptx", "-o", str(out), *folders]
+    subprocess.run([*command, str(source)], check=True, capture_output=True)
+    kernels = {part.partition("(")[0]: part for part in out.read_text().split(".entry ")[1:]}
+    split = {name: body for name, body in kernels.items() if "split_kernel" in name}
+    assert len(split) == 9, "three element types, three classes of head dims"
+    for name, body in split.items():
+        assert "cp.async.cg.shared.global" in body, name
+        of_type = [kind for kind in ("bf16.bf16", "f16.f16") if f".f32.{kind}.f32" in body]
+        floats = "ldmatrix" not in body  # float32: plain multiplications
+        assert len(of_type) == (0 if floats else 1), name
+    assert sum("ldmatrix" in body for body in split.values()) == 6
+
+
 def test_the_gate_can_fail(tmp_path):
     source = tmp_path / "spill.cu"
     source.write_text(SPILLING)

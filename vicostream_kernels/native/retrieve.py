@@ -1,10 +1,13 @@
-"""summarize_blocks, topk_blocks and select_pages in C++ (CPU)."""
+"""summarize_blocks, topk_blocks and select_pages in C++ (CPU) and CUDA C++."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 
 from vicostream_kernels.backends import native
+from vicostream_kernels.native._stream import current_stream
 
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _SCORES = {"dot": 0, "cosine": 1, "bound": 2}
@@ -24,19 +27,21 @@ def _packed(x: torch.Tensor | None) -> torch.Tensor | None:
     return None if x is None else x.contiguous()
 
 
-def summarize_blocks_cpu(
+def _summarize(
     k_pages: torch.Tensor, block_pages: torch.Tensor, page_fill: torch.Tensor, kind: str, sub: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """See ``vicostream_kernels.summarize_blocks``; ``torch.get_num_threads()`` threads."""
+) -> tuple[tuple[Any, ...], torch.Tensor, torch.Tensor, tuple[torch.Tensor, ...]]:
+    """The arguments of the native call but its last, what it writes, and what must outlive it."""
     k_pages, block_pages, page_fill = _dense(k_pages), block_pages.contiguous(), _packed(page_fill)
     (streams, blocks, width), (heads, d) = block_pages.shape, k_pages.shape[2:]
+    on = {"device": k_pages.device}
     if kind == "mean":
-        first = torch.empty((streams, blocks, heads, d))
-        second = torch.empty((streams, blocks), dtype=torch.int32)
+        first = torch.empty((streams, blocks, heads, d), dtype=torch.float32, **on)
+        second = torch.empty((streams, blocks), dtype=torch.int32, **on)
     else:
-        first, second = (torch.empty((streams, blocks, sub, heads, d)) for _ in range(2))
+        shape = (streams, blocks, sub, heads, d)
+        first, second = (torch.empty(shape, dtype=torch.float32, **on) for _ in range(2))
     high, count = (0, second.data_ptr()) if kind == "mean" else (second.data_ptr(), 0)
-    native()[0].summarize_blocks_cpu(
+    call = (
         _DTYPES[k_pages.dtype],
         d,
         (
@@ -45,15 +50,34 @@ def summarize_blocks_cpu(
         ),
         (*k_pages.shape[:3], streams * blocks, width, sub),
         k_pages.stride()[:3],
-        torch.get_num_threads(),
     )  # fmt: skip
+    return call, first, second, (k_pages, block_pages, page_fill)
+
+
+def summarize_blocks_cpu(
+    k_pages: torch.Tensor, block_pages: torch.Tensor, page_fill: torch.Tensor, kind: str, sub: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See ``vicostream_kernels.summarize_blocks``; ``torch.get_num_threads()`` threads."""
+    call, first, second, _kept = _summarize(k_pages, block_pages, page_fill, kind, sub)
+    native()[0].summarize_blocks_cpu(*call, torch.get_num_threads())
     return first, second
 
 
-def _score_blocks(
+def summarize_blocks_cuda(
+    k_pages: torch.Tensor, block_pages: torch.Tensor, page_fill: torch.Tensor, kind: str, sub: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See ``vicostream_kernels.summarize_blocks``; on the current stream of the keys' device."""
+    with current_stream(k_pages.device) as stream:
+        call, first, second, _kept = _summarize(k_pages, block_pages, page_fill, kind, sub)
+        native()[0].summarize_blocks_cuda(*call, stream)
+    return first, second
+
+
+def _score(
     query, summary, summary_max, summary_count, cu_seqlens, num_blocks, score, pool, scope, sm_scale
-) -> torch.Tensor:  # fmt: skip
-    """[S, R, NB] float32; what lies beyond ``num_blocks`` is not written."""
+) -> tuple[tuple[Any, ...], torch.Tensor, tuple[torch.Tensor | None, ...]]:  # fmt: skip
+    """The arguments of the native call, the scores [S, R, NB] float32 that it writes up to
+    ``num_blocks``, and what must outlive it."""
     query, summary = _dense(query), _dense(summary)
     summary_max = None if summary_max is None else _dense(summary_max)
     summary_count = None if summary_count is None else _dense(summary_count)
@@ -66,8 +90,8 @@ def _score_blocks(
     rows = {"stream": 1, "kv_head": kv_heads, "query_head": heads}[scope]
     if sm_scale is None:
         sm_scale = 1.0 if score == "cosine" else d**-0.5
-    scores = torch.empty((streams, rows, blocks))
-    native()[0].score_blocks_cpu(
+    scores = torch.empty((streams, rows, blocks), dtype=torch.float32, device=query.device)
+    call = (
         (
             _DTYPES[query.dtype], _DTYPES[summary.dtype], _SCORES[score], _POOLS[pool],
             _SCOPES[scope],
@@ -82,25 +106,33 @@ def _score_blocks(
         summary.stride()[:4],
         (0, 0, 0, 0) if summary_max is None else summary_max.stride()[:4],
         0 if summary_count is None else summary_count.stride(0),
-        torch.get_num_threads(),
     )  # fmt: skip
-    return scores
+    return call, scores, (query, summary, summary_max, summary_count, cu_seqlens)
 
 
-def topk_blocks_cpu(
-    query, summary, summary_max, summary_count, cu_seqlens, num_blocks, external_score,
+def _topk(
+    cuda, query, summary, summary_max, summary_count, cu_seqlens, num_blocks, external_score,
     block_tokens, score, pool, scope, sm_scale, *, k, ratio, mass, token_budget, tokens_per_block,
     min_k, group, force_first, force_last, capacity,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    """See ``vicostream_kernels.topk_blocks``; ``torch.get_num_threads()`` threads."""
+    """Both backends; ``cuda``: the stream, or None on the CPU."""
+    module = native()[0]
     num_blocks, block_tokens = _packed(num_blocks), _packed(block_tokens)
     if external_score is None:
-        scores = _score_blocks(
+        call, scores, _kept = _score(
             query, summary, summary_max, summary_count, _packed(cu_seqlens), num_blocks,
             score, pool, scope, sm_scale,
         )  # fmt: skip
+        if cuda is None:
+            module.score_blocks_cpu(*call, torch.get_num_threads())
+        elif scores.numel():
+            made = module.ScoreCall(*call)
+            size = module.score_blocks_workspace(made)
+            workspace = torch.empty(size, dtype=torch.float32, device=scores.device)
+            module.score_blocks_cuda(made, workspace.data_ptr(), cuda)
     else:
-        scores = torch.empty(external_score.shape).copy_(external_score)
+        like = {"dtype": torch.float32, "device": external_score.device}
+        scores = torch.empty(external_score.shape, **like).copy_(external_score)
         scores = scores[:, None] if scope == "stream" else scores
     streams, rows, blocks = scores.shape
     if ratio is not None:
@@ -111,9 +143,9 @@ def topk_blocks_cpu(
         rule, amount, target = 3, 0.0, token_budget
     else:
         rule, amount, target = 0, 0.0, k if k is not None else token_budget // tokens_per_block
-    index = torch.empty((streams, rows, capacity), dtype=torch.int32)
-    count = torch.empty((streams, rows), dtype=torch.int32)
-    native()[0].select_blocks_cpu(
+    index = torch.empty((streams, rows, capacity), dtype=torch.int32, device=scores.device)
+    count = torch.empty((streams, rows), dtype=torch.int32, device=scores.device)
+    call = (
         rule,
         amount,
         (
@@ -124,11 +156,58 @@ def topk_blocks_cpu(
             streams, rows, blocks, capacity, target, min_k, group,
             min(force_first, blocks), min(force_last, blocks),
         ),
-        torch.get_num_threads(),
     )  # fmt: skip
+    if cuda is None:
+        module.select_blocks_cpu(*call, torch.get_num_threads())
+    else:
+        module.select_blocks_cuda(*call, cuda)
     if scope == "stream":
         return index[:, 0], count[:, 0], scores[:, 0]
     return index, count, scores
+
+
+def topk_blocks_cpu(*args: Any, **options: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """See ``vicostream_kernels.topk_blocks``; ``torch.get_num_threads()`` threads."""
+    return _topk(None, *args, **options)
+
+
+def topk_blocks_cuda(*args: Any, **options: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """See ``vicostream_kernels.topk_blocks``; on the current stream of the scores' device."""
+    query, external_score = args[0], args[6]
+    with current_stream((query if external_score is None else external_score).device) as stream:
+        return _topk(stream, *args, **options)
+
+
+def no_cuda_choice(pool: str, mass: float | None) -> str | None:
+    """Why the CUDA kernels don't serve a choice of blocks, or None where they do."""
+    if pool == "softmax":
+        return "the cuda kernels pool by mean or max"
+    if mass is not None:
+        return "the cuda kernels choose by k, ratio or token_budget"
+    return None
+
+
+def _pages(
+    block_index: torch.Tensor,
+    block_pages: torch.Tensor,
+    sink_pages: torch.Tensor | None,
+    recent_pages: torch.Tensor | None,
+) -> tuple[tuple[int, ...], tuple[int, ...], torch.Tensor, tuple[torch.Tensor | None, ...]]:
+    """Addresses, sizes, the table that is written, and what must outlive the call."""
+    block_index, block_pages = block_index.contiguous(), block_pages.contiguous()
+    sink_pages, recent_pages = _packed(sink_pages), _packed(recent_pages)
+    streams, blocks, width = block_pages.shape
+    *rows, chosen = block_index.shape
+    sinks = 0 if sink_pages is None else sink_pages.shape[1]
+    recent = 0 if recent_pages is None else recent_pages.shape[1]
+    length = sinks + chosen * width + recent
+    table = torch.empty((*rows, length), dtype=torch.int32, device=block_index.device)
+    addresses = (
+        block_index.data_ptr(), block_pages.data_ptr(), _address(sink_pages),
+        _address(recent_pages), table.data_ptr(),
+    )  # fmt: skip
+    sizes = (streams, rows[1] if len(rows) > 1 else 1, chosen, blocks, width, sinks, recent)
+    return addresses, sizes, table, (block_index, block_pages, sink_pages, recent_pages)
 
 
 def select_pages_cpu(
@@ -138,20 +217,22 @@ def select_pages_cpu(
     recent_pages: torch.Tensor | None,
 ) -> torch.Tensor:
     """See ``vicostream_kernels.select_pages``; ``torch.get_num_threads()`` threads."""
-    block_index, block_pages = block_index.contiguous(), block_pages.contiguous()
-    sink_pages, recent_pages = _packed(sink_pages), _packed(recent_pages)
-    streams, blocks, width = block_pages.shape
-    *rows, chosen = block_index.shape
-    sinks = 0 if sink_pages is None else sink_pages.shape[1]
-    recent = 0 if recent_pages is None else recent_pages.shape[1]
-    length = sinks + chosen * width + recent
-    table = torch.empty((*rows, length), dtype=torch.int32)
-    native()[0].select_pages_cpu(
-        (
-            block_index.data_ptr(), block_pages.data_ptr(), _address(sink_pages),
-            _address(recent_pages), table.data_ptr(),
-        ),
-        (streams, rows[1] if len(rows) > 1 else 1, chosen, blocks, width, sinks, recent),
-        torch.get_num_threads(),
-    )  # fmt: skip
+    addresses, sizes, table, _kept = _pages(block_index, block_pages, sink_pages, recent_pages)
+    native()[0].select_pages_cpu(addresses, sizes, torch.get_num_threads())
+    return table
+
+
+def select_pages_cuda(
+    block_index: torch.Tensor,
+    block_pages: torch.Tensor,
+    sink_pages: torch.Tensor | None,
+    recent_pages: torch.Tensor | None,
+) -> torch.Tensor:
+    """See ``vicostream_kernels.select_pages``; on the current stream of the blocks' device."""
+    with current_stream(block_index.device) as stream:
+        addresses, sizes, table, _kept = _pages(block_index, block_pages, sink_pages, recent_pages)
+        module = native()[0]
+        size = module.select_pages_workspace(sizes) // 4
+        workspace = torch.empty(size, dtype=torch.int32, device=table.device)
+        module.select_pages_cuda(addresses, sizes, workspace.data_ptr(), stream)
     return table

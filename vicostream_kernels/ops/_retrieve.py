@@ -8,12 +8,14 @@ import warnings
 import torch
 
 from vicostream_kernels import backends, checks
+from vicostream_kernels.native.retrieve import no_cuda_choice
 from vicostream_kernels.ops._registry import register
 
 for _name in ("summarize_blocks", "topk_blocks", "select_pages"):
     backends.declare(
         "retrieve",
         _name,
+        cuda=f"vicostream_kernels.native.retrieve:{_name}_cuda",
         cpu=f"vicostream_kernels.native.retrieve:{_name}_cpu",
         reference=f"vicostream_kernels.reference.retrieve:{_name}",
     )
@@ -298,7 +300,10 @@ def _run_topk(
     if checks.CHECK_VALUES:
         _check_topk_values(query, cu_seqlens, num_blocks, block_tokens, dims["NB"])
     run = backends.resolve(
-        "topk_blocks", backend, query if external_score is None else external_score
+        "topk_blocks",
+        backend,
+        query if external_score is None else external_score,
+        no_cuda_choice(pool if external_score is None else "mean", mass),
     )
     index, count, scores = run(
         query, summary, summary_max, summary_count, cu_seqlens, num_blocks, external_score,
