@@ -11,16 +11,17 @@ from vicostream_kernels.native.attention import not_decode
 from vicostream_kernels.ops._registry import register
 
 for _name in ("sink_window_attention", "varlen_attention", "merge_states"):
-    _native = {"cpu": f"vicostream_kernels.native.attention:{_name}_cpu"}
+    _options = {"cpu": f"vicostream_kernels.native.attention:{_name}_cpu"}
     if _name == "sink_window_attention":
-        _native["cuda"] = f"vicostream_kernels.native.attention:{_name}_cuda"
+        _options["cuda"] = f"vicostream_kernels.native.attention:{_name}_cuda"
+        # auto stays with Triton's decode until a GPU has shown which is the faster one.
+        _options["on_request"] = "cuda"
     backends.declare(
         "attention",
         _name,
         triton=f"vicostream_kernels.triton_kernels.attention:{_name}",
         reference=f"vicostream_kernels.reference.attention:{_name}",
-        **_native,
-        on_request="cuda",  # auto stays with Triton's decode until a GPU has shown which is faster
+        **_options,
     )
 
 
