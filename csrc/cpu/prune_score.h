@@ -49,6 +49,7 @@ class Scorer {
     for (int k = 0; k < rule_.terms; ++k) {
       const PruneTerm& term = rule_.term[k];
       const bool frame = term.reference == PruneReference::kFrameMean;
+      scaled_ |= term.metric == PruneMetric::kGaussian;
       raw_means |= term.reference == PruneReference::kRunningMean;
       (term.metric == PruneMetric::kGaussian ? unit_means : raw_means) |= frame;
     }
@@ -252,7 +253,7 @@ class Scorer {
       if (!squares_known) set_squares(at, squares_of(token, a_.width));
       judged_.score[at] = score;
       const Other<T> now{token, compared_squares_[at],
-                         rule_.terms == 0 ? 0.0f : inverse_norm(compared_squares_[at])};
+                         scaled_ ? inverse_norm(compared_squares_[at]) : 1.0f};
       previous = now;
       if (t == 0) first = now;
       const uint8_t marks = judged_.marks[at];
@@ -275,7 +276,7 @@ class Scorer {
   Judged& judged_;
   const int threads_;
   const bool some_channels_;
-  bool squares_known_ = false;
+  bool squares_known_ = false, scaled_ = false;
   const float* compared_squares_ = nullptr;
   std::vector<float> channel_squares_;
   std::vector<int32_t> mask_;

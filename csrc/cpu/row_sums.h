@@ -52,12 +52,26 @@ VICO_INLINE Floats load_lanes(const T* at, int64_t left) {
   return load_lanes(padded);
 }
 
+// The upper half is added to the lower one until one lane is left.
 VICO_INLINE float sum_lanes(Floats v) {
+#if defined(__AVX512F__)
+  const __m512 all = (__m512)v;
+  const __m256 upper = _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(all), 1));
+  const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(all), upper);
+#elif defined(__AVX2__)
+  const __m256 eight = (__m256)v;
+#endif
+#if defined(__AVX2__)
+  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+  const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+#else
   alignas(64) float lane[kLanes];
   store(lane, v);
   for (int half = kLanes / 2; half > 0; half /= 2)
     for (int i = 0; i < half; ++i) lane[i] += lane[i + half];
   return lane[0];
+#endif
 }
 
 VICO_INLINE Floats absolute(Floats v) { return (Floats)((Ints)v & 0x7fffffff); }
