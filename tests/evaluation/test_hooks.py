@@ -9,15 +9,18 @@ import torch
 from pipeline_kit import pictures, small_engine, tiny_runner
 
 from vicostream_kernels import methods
+from vicostream_kernels.evaluation._world import PLACES
 from vicostream_kernels.evaluation.hooks import (
     Chance,
     Missing,
     Oracle,
     RandomScore,
     drop_at_random,
+    evidence_tokens,
     selector,
     without_tokens,
 )
+from vicostream_kernels.evaluation.streamqa import make_clip
 from vicostream_kernels.methods import ScoredChunk
 from vicostream_kernels.pipeline.engine import StreamEngine
 
@@ -66,10 +69,20 @@ def test_selectors_by_name():
     assert selector("rule", rule, question, 0) is None
     assert selector("oracle", rule, question, 0) == Oracle(question.evidence, rule.k, 1)
     assert selector("random", rule, question, 7) == Chance(7, rule.k, 1)
-    with pytest.raises(ValueError, match="one of rule, oracle, random"):
+    assert selector("missing", rule, question, 7) == Missing(question.evidence)
+    with pytest.raises(ValueError, match="one of rule, oracle, random, missing"):
         selector("best", rule, question, 0)
     with pytest.raises(ValueError, match="needs a method with retrieve.k"):
         selector("oracle", None, question, 0)
+
+
+def test_evidence_tokens_show_the_shape_while_it_was_there():
+    clip = make_clip(3, 48, kinds=("past", "motion"), frames=False)
+    question = next(q for q in clip.questions if q.form == "last_place" and q.evidence)
+    tokens = evidence_tokens(clip, question)
+    (span,) = question.evidence
+    assert {step for step, _ in tokens} == set(range(int(2 * span[0]), int(2 * span[1]) + 1))
+    assert {PLACES[cell] for _, cell in tokens} == {question.answer}
 
 
 def test_scores_by_chance_are_new_for_each_chunk_and_the_same_in_every_run():

@@ -58,8 +58,8 @@ def streamqa(
         list[str] | None,
         typer.Option(
             metavar="KEY=A,B,C",
-            help="Measure each value of a key of the preset, or of model, preset, keep (dropping "
-            "at random) or selector (rule, oracle, random). Several give all combinations.",
+            help="Measure each value of a key of the preset, or of model, preset, keep (drop at "
+            "random) or selector (rule, oracle, random, missing). Several: all combinations.",
         ),
     ] = None,
     study: Annotated[

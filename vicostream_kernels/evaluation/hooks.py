@@ -6,20 +6,22 @@ Selectors go to ``Stream.ask(selector=...)``, scorers into a ``Method``.
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from vicostream_kernels.evaluation.streamqa import Question
+from vicostream_kernels.evaluation._world import SHAPES
+from vicostream_kernels.evaluation.streamqa import FRAMES_PER_STEP, Clip, Question
 from vicostream_kernels.methods import External, Method, RetrieveRule, ScoredChunk, Scorer
 from vicostream_kernels.ops.prune import PruneRule
 from vicostream_kernels.ops.retrieve import TopBlocks
 from vicostream_kernels.pipeline.selection import Asked, Rows, Selector, chosen_rows
 
-#: Selectors by name; ``rule`` is the method's own.
-SELECTORS = ("rule", "oracle", "random")
+#: Selectors by name; ``rule`` is the method's own, ``missing`` reads all but the evidence.
+SELECTORS = ("rule", "oracle", "random", "missing")
 
 
 def overlaps(block: Any, spans: Sequence[tuple[float, float]]) -> bool:
@@ -92,6 +94,8 @@ def selector(
         return None
     if rule is None or rule.k is None:
         raise ValueError(f"selector={name!r}: needs a method with retrieve.k")
+    if name == "missing":
+        return Missing(question.evidence)
     if name == "oracle":
         return Oracle(question.evidence, rule.k, rule.force_last)
     return Chance(seed, rule.k, rule.force_last)
@@ -140,3 +144,16 @@ class Erase(Scorer):
 def without_tokens(method: Method, gone: frozenset[tuple[int, int]]) -> Method:
     """``method`` with no other pruning than that the tokens ``gone`` never enter the model."""
     return dataclasses.replace(method, prune=PruneRule(reference=()), scorer=Erase(gone))
+
+
+def evidence_tokens(clip: Clip, question: Question) -> frozenset[tuple[int, int]]:
+    """(step, location) of the tokens that show the shapes which a question names, while its
+    evidence lasts. Needs a clip with its log."""
+    named = [n for n, shape in enumerate(SHAPES) if re.search(rf"\b{shape}\b", question.text)]
+    gone = set()
+    for start, end in question.evidence:
+        first = int(start * clip.fps) // FRAMES_PER_STEP
+        last = int(end * clip.fps) // FRAMES_PER_STEP
+        for step in range(first, last + 1):
+            gone |= {(step, int(c)) for c in clip.log.place[step, named] if c >= 0}
+    return frozenset(gone)

@@ -61,13 +61,13 @@ LIVE = Method(
     name="live",
     source="ViCoStream's pipeline, arXiv 2606.19849; the newest chunk is always read",
     prune=VICOSTREAM.prune,
-    retrieve=RetrieveRule(k=5, score="cosine", force_last=1),
+    retrieve=RetrieveRule(k=64, score="cosine", force_last=1),
     engine=EngineRule(
         pixels=90_000,
         resizes=2,
         frames_per_chunk=8,
         seconds_per_step=1.0,
-        window_chunks=2,
+        window_chunks=4,
     ),
 )
 
