@@ -57,13 +57,18 @@ def select_changed_cpu(
 
 def gather_rows_cpu(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     """See ``vicostream_kernels.gather_rows``; ``torch.get_num_threads()`` threads."""
-    x, index = _dense(x), _dense(index)
-    frames, places, width = x.shape
-    rows = index.shape[1]
-    out = torch.empty((frames, rows, width), dtype=x.dtype)
+    (frame, row, inner), (listed, entry) = x.stride(), index.stride()
+    if inner != 1:
+        x = x.contiguous()
+        frame, row, _ = x.stride()
+    if entry != 1:
+        index = index.contiguous()
+        listed = index.stride(0)
+    (frames, places, width), rows = x.shape, index.shape[1]
+    out = x.new_empty((frames, rows, width))
     native()[0].gather_rows_cpu(
         _DTYPES[x.dtype],
-        (frames, places, width, rows, *_frames(x), index.stride(0)),
+        (frames, places, width, rows, frame, row, listed),
         (x.data_ptr(), index.data_ptr(), out.data_ptr()),
         torch.get_num_threads(),
     )
