@@ -34,6 +34,7 @@ def test_errors_fall_to_nothing(runner):
             errors = [p.error for p in own]
             assert errors == sorted(errors, reverse=True) and errors[0] > 0.01 and errors[-1] == 0
             assert all(p.worst >= p.error for p in own)
+            assert own[1].error < own[1].stale and len({round(p.stale, 9) for p in own[:3]}) == 1
             # One full call of four; one patch of 24 where the ratio is 0.
             shares = [0.25 + 0.75 * share for share in (1 / 24, 0.25, 0.75, 1)]
             assert [p.computed for p in own] == pytest.approx(shares)
