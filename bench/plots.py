@@ -60,7 +60,7 @@ def plot_reuse_error(points: Sequence[Point], title: str, path: Path) -> None:
         )
         axes.plot(ratios, [100 * p.worst for p in own], "--", color=line.get_color(), alpha=0.5)
     axes.set_xlabel("ratio: share of a step's patches computed between full calls")
-    axes.set_ylabel("error of merged features, % of the plain ViT's (dashed: worst step)")
+    axes.set_ylabel("error of merged features, %; dashed: worst step")
     axes.set_title(title, fontsize=9)
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
