@@ -138,14 +138,22 @@ void bind_retrieve_cuda(py::module_& m) {
       },
       py::arg("call"), py::arg("workspace"), py::arg("stream"));
   m.def(
+      "select_blocks_workspace",
+      [](int rule, const Sizes<9>& sizes) {
+        return select_blocks_workspace(select_args(rule, 0.0, {}, sizes));
+      },
+      py::arg("rule"), py::arg("sizes"));
+  m.def(
       "select_blocks_cuda",
       [](int rule, double amount, const std::array<Address, 5>& addresses, const Sizes<9>& sizes,
-         Address stream) {
+         Address workspace, Address stream) {
         const SelectArgs args = select_args(rule, amount, addresses, sizes);
-        launched("topk_blocks", [&] { return select_blocks_cuda(args, pointer<void>(stream)); });
+        launched("topk_blocks", [&] {
+          return select_blocks_cuda(args, pointer<void>(workspace), pointer<void>(stream));
+        });
       },
       py::arg("rule"), py::arg("amount"), py::arg("addresses"), py::arg("sizes"),
-      py::arg("stream"));
+      py::arg("workspace"), py::arg("stream"));
   m.def(
       "select_pages_workspace",
       [](const Sizes<7>& sizes) { return select_pages_workspace(pages_args({}, sizes)); },

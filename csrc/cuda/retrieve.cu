@@ -3,7 +3,9 @@
 // Summaries are bound by memory: each listed key is read once. The choice is bound by latency up to
 // some ten thousand blocks: one block of threads a row, whose keys of preference (vico/ordering.h)
 // stay in shared memory while four passes find the last one that is chosen, eight bits each. With
-// more they are made anew in each pass. Sums are integers, so atomics keep one result.
+// more, each of several blocks of threads first lists the best of a part; where that is no help
+// (many are chosen, or as many as fit into a budget) one makes the keys anew in each pass. Sums are
+// integers, so atomics keep one result.
 
 #include "cuda/retrieve.h"
 
@@ -88,6 +90,7 @@ __global__ void __launch_bounds__(256) summarize_kernel(const __grid_constant__ 
 constexpr int kSelectThreads = 1024;
 constexpr int kCopies = 4;          // of the histograms, against collisions
 constexpr int64_t kCached = 20000;  // keys in shared memory
+constexpr int64_t kPart = 16384;    // units of which one block of threads lists the best
 
 struct SelectShared {
   int64_t sums[kSelectThreads / kWarp];
@@ -96,17 +99,45 @@ struct SelectShared {
   // What a pass found out.
   int digit;
   int64_t left, used, taken;
+  int last_listed;  // whether the row's last unit is
 };
 
-// One row of scores.
+// One row of scores: all of its units, a part of them, or candidates among them, in order.
 struct Selection {
   const SelectArgs& a;
   SelectShared& shared;
-  uint32_t* cache;  // or null
   int64_t stream, n, units;
   int64_t forced_first, forced_last;  // units before the one and from the other on are forced
-  const float* scores;
+  float* scores;
+  uint32_t* cache;            // or null
+  const int32_t* candidates;  // or null; -1 at the end
+  int64_t first, items;
 
+  __device__ __forceinline__ Selection(const SelectArgs& a, SelectShared& shared, int64_t row)
+      : a(a), shared(shared), stream(row / a.rows), n(a.blocks), scores(a.scores + row * a.blocks) {
+    if (a.num_blocks != nullptr) {
+      const int64_t given = a.num_blocks[stream];
+      n = given < 0 ? 0 : min(given, n);
+    }
+    units = items = units_for(n);
+    forced_first = min(units, units_for(a.force_first));
+    forced_last = a.force_last == 0 ? units : max(int64_t{0}, n - a.force_last) / a.group;
+    cache = nullptr;
+    candidates = nullptr;
+    first = 0;
+  }
+  __device__ __forceinline__ int64_t units_for(int64_t blocks) const {
+    return (blocks + a.group - 1) / a.group;
+  }
+  __device__ __forceinline__ void keep_keys(uint32_t* room) {
+    for (int64_t i = threadIdx.x; i < items; i += kSelectThreads) room[i] = make_key(unit_of(i));
+    cache = room;
+    __syncthreads();
+  }
+
+  __device__ __forceinline__ int64_t unit_of(int64_t item) const {
+    return candidates == nullptr ? first + item : candidates[item];
+  }
   __device__ __forceinline__ float score_of(int64_t unit) const {
     if (a.group == 1) return scores[unit];
     float total = 0.0f;
@@ -121,11 +152,12 @@ struct Selection {
     return total / static_cast<float>(numbers);  // NaN where there is no number
   }
   __device__ __forceinline__ uint32_t make_key(int64_t unit) const {
+    if (unit < 0) return shared::kKeyAbsent;
     if (unit < forced_first || unit >= forced_last) return shared::kKeyForced;
     return shared::preference_key(score_of(unit));
   }
-  __device__ __forceinline__ uint32_t key(int64_t unit) const {
-    return cache == nullptr ? make_key(unit) : cache[unit];
+  __device__ __forceinline__ uint32_t key(int64_t item) const {
+    return cache == nullptr ? make_key(unit_of(item)) : cache[item];
   }
   __device__ __forceinline__ int64_t tokens(int64_t unit) const {
     int64_t total = 0;
@@ -144,13 +176,14 @@ struct Selection {
     }
     __syncthreads();
     const int copy = threadIdx.x / kWarp % kCopies;
-    for (int64_t unit = threadIdx.x; unit < units; unit += kSelectThreads) {
-      const uint32_t k = key(unit);
+    for (int64_t item = threadIdx.x; item < items; item += kSelectThreads) {
+      const uint32_t k = key(item);
       if ((k & mask) != prefix) continue;
       const int digit = static_cast<int>(k >> shift & 255u);
       atomicAdd(&shared.units[copy][digit], 1);
       if (weigh)
-        atomicAdd(&shared.tokens[copy][digit], static_cast<unsigned long long>(tokens(unit)));
+        atomicAdd(&shared.tokens[copy][digit],
+                  static_cast<unsigned long long>(tokens(unit_of(item))));
     }
     __syncthreads();
   }
@@ -176,7 +209,7 @@ struct Selection {
   }
 
   // The key of the target-th unit in the order of preference, and how many units of that key are
-  // among the first `target`; 1 <= target <= units.
+  // among the first `target`; 1 <= target <= the items that are there.
   __device__ __forceinline__ uint32_t last_key(int64_t target, int64_t* equals) {
     uint32_t prefix = 0, mask = 0;
     int64_t left = target;
@@ -205,7 +238,8 @@ struct Selection {
     return prefix;
   }
 
-  // How many units, from the most preferred on, have `target` tokens or fewer together.
+  // How many units, from the most preferred on, have `target` tokens or fewer together. Of all
+  // units of the row.
   __device__ __forceinline__ int64_t within_tokens() {
     uint32_t prefix = 0, mask = 0;
     int64_t used = 0, taken = 0;
@@ -257,56 +291,94 @@ struct Selection {
     return taken;
   }
 
-  // Lists the units of a key above `last`, and the first `equals` of those with that key; how many,
-  // and whether these are all with that key.
+  // Lists the units of a key above `last`, and the first `equals` of those with that key, as blocks
+  // or as they are; how many units.
   __device__ __forceinline__ int64_t list(uint32_t last, int64_t equals, int32_t* out,
-                                          bool* all_equals) {
+                                          bool as_blocks) {
+    constexpr int kEach = 4;  // items of a thread at a time, side by side
+    if (threadIdx.x == 0) shared.last_listed = 0;
     int64_t above_before = 0, equal_before = 0;
-    for (int64_t first = 0; first < units; first += kSelectThreads) {
-      const int64_t unit = first + threadIdx.x;
-      const uint32_t k = unit < units ? key(unit) : shared::kKeyAbsent;
-      const int64_t above = unit < units && k > last, equal = unit < units && k == last;
+    for (int64_t start = 0; start < items; start += kEach * kSelectThreads) {
+      const int64_t mine = start + kEach * threadIdx.x;
+      uint32_t keys[kEach];
+      int64_t both = 0;  // above, and equal in the high half
+#pragma unroll
+      for (int i = 0; i < kEach; ++i) {
+        keys[i] = mine + i < items ? key(mine + i) : shared::kKeyAbsent;
+        both += is_equal(keys[i], last) ? int64_t{1} << 32 : keys[i] > last;
+      }
       int64_t whole;
-      const int64_t before = sum_before<kSelectThreads>(above | equal << 32, shared.sums, &whole);
-      const int64_t equal_rank = equal_before + (before >> 32);
-      if (above || (equal && equal_rank < equals)) {
-        const int64_t place = above_before + (before & 0xffffffff) + min(equal_rank, equals);
-        const int64_t end = min(n, (unit + 1) * a.group);
-        for (int64_t b = unit * a.group; b < end; ++b)
-          out[place * a.group + b - unit * a.group] = static_cast<int32_t>(b);
+      int64_t before = sum_before<kSelectThreads>(both, shared.sums, &whole);
+#pragma unroll
+      for (int i = 0; i < kEach; ++i) {
+        const int64_t equal_rank = equal_before + (before >> 32);
+        const bool equal = is_equal(keys[i], last), above = keys[i] > last;
+        if (above || (equal && equal_rank < equals)) {
+          const int64_t place = above_before + (before & 0xffffffff) + min(equal_rank, equals);
+          const int64_t unit = unit_of(mine + i);
+          if (as_blocks) {
+            const int64_t end = min(n, (unit + 1) * a.group);
+            for (int64_t b = unit * a.group; b < end; ++b)
+              out[place * a.group + b - unit * a.group] = static_cast<int32_t>(b);
+          } else {
+            out[place] = static_cast<int32_t>(unit);
+          }
+          if (unit == units - 1) shared.last_listed = 1;
+        }
+        before += equal ? int64_t{1} << 32 : above;
       }
       above_before += whole & 0xffffffff;
       equal_before += whole >> 32;
     }
-    *all_equals = equal_before <= equals;
+    __syncthreads();
     return above_before + min(equal_before, equals);
+  }
+  static __device__ __forceinline__ bool is_equal(uint32_t key, uint32_t last) {
+    return key == last && key != shared::kKeyAbsent;
+  }
+
+  // Lists the `target` most preferred of the items.
+  __device__ __forceinline__ int64_t list_best(int64_t target, int64_t there, int32_t* out,
+                                               bool as_blocks) {
+    if (target <= 0) return 0;
+    uint32_t last = shared::kKeyAbsent;  // all that are there
+    int64_t equals = 0;
+    if (target < there) last = last_key(target, &equals);
+    return list(last, equals, out, as_blocks);
   }
 };
 
+// One block of threads: the best `keep` units of a part of a row, ascending, -1 padded.
 __global__ void __launch_bounds__(kSelectThreads)
-    select_kernel(const __grid_constant__ SelectArgs a, bool cached) {
+    shortlist_kernel(const __grid_constant__ SelectArgs a, int32_t* lists, int64_t parts,
+                     int64_t keep) {
   __shared__ SelectShared shared;
   VICO_DYNAMIC_SHARED(keys);
-  const int64_t row = blockIdx.x, stream = row / a.rows;
-  int64_t n = a.blocks;
-  if (a.num_blocks != nullptr) {
-    const int64_t given = a.num_blocks[stream];
-    n = given < 0 ? 0 : min(given, n);
+  Selection part(a, shared, blockIdx.x / parts);
+  part.first = min(blockIdx.x % parts * kPart, part.units);
+  part.items = min(kPart, part.units - part.first);
+  part.keep_keys(reinterpret_cast<uint32_t*>(keys));
+  int32_t* const out = lists + blockIdx.x * keep;
+  const int64_t found = part.list_best(min(keep, part.items), part.items, out, false);
+  for (int64_t i = found + threadIdx.x; i < keep; i += kSelectThreads) out[i] = -1;
+}
+
+// One block of threads: one row, from all of its units or from `candidates` a row of them.
+__global__ void __launch_bounds__(kSelectThreads)
+    select_kernel(const __grid_constant__ SelectArgs a, const int32_t* lists, int64_t candidates,
+                  bool cached) {
+  __shared__ SelectShared shared;
+  VICO_DYNAMIC_SHARED(keys);
+  const int64_t row = blockIdx.x;
+  Selection selection(a, shared, row);
+  const int64_t n = selection.n, units = selection.units;
+  for (int64_t b = n + threadIdx.x; b < a.blocks; b += kSelectThreads)
+    selection.scores[b] = -kInfinity;
+  if (lists != nullptr) {
+    selection.candidates = lists + row * candidates;
+    selection.items = candidates;
   }
-  float* const scores = a.scores + row * a.blocks;
-  int32_t* const out = a.index + row * a.capacity;
-  for (int64_t b = n + threadIdx.x; b < a.blocks; b += kSelectThreads) scores[b] = -kInfinity;
-  const auto units_for = [&](int64_t blocks) { return (blocks + a.group - 1) / a.group; };
-  const int64_t units = units_for(n), first = min(units, units_for(a.force_first));
-  const int64_t last = a.force_last == 0 ? units : max(int64_t{0}, n - a.force_last) / a.group;
-  Selection row_of{a, shared, nullptr, stream, n, units, first, last, scores};
-  if (cached) {
-    uint32_t* const cache = reinterpret_cast<uint32_t*>(keys);
-    for (int64_t unit = threadIdx.x; unit < units; unit += kSelectThreads)
-      cache[unit] = row_of.make_key(unit);
-    row_of.cache = cache;
-    __syncthreads();
-  }
+  if (cached) selection.keep_keys(reinterpret_cast<uint32_t*>(keys));
 
   int64_t wanted;
   if (a.rule == Rule::kCount)
@@ -314,24 +386,15 @@ __global__ void __launch_bounds__(kSelectThreads)
   else if (a.rule == Rule::kRatio)
     wanted = static_cast<int64_t>(floor(static_cast<double>(n) * a.amount)) / a.group;
   else
-    wanted = row_of.within_tokens();
-  const int64_t forced = first + units - max(first, last);
-  int64_t target = max(max(units_for(a.min_k), forced), wanted);
+    wanted = selection.within_tokens();
+  const int64_t forced =
+      selection.forced_first + units - max(selection.forced_first, selection.forced_last);
+  int64_t target = max(max(selection.units_for(a.min_k), forced), wanted);
   target = min(min(target, a.capacity / a.group), units);
 
-  int64_t found = 0;
-  if (target > 0) {
-    int64_t equals = units;
-    // All of them: no key is absent.
-    uint32_t last_key = shared::kKeyAbsent;
-    if (target < units) last_key = row_of.last_key(target, &equals);
-    bool all_equals;
-    found = row_of.list(last_key, equals, out, &all_equals) * a.group;
-    // The last unit may be short.
-    const uint32_t k = row_of.key(units - 1);
-    if (n % a.group != 0 && (k > last_key || (k == last_key && all_equals)))
-      found -= a.group - n % a.group;
-  }
+  int32_t* const out = a.index + row * a.capacity;
+  int64_t found = selection.list_best(target, units, out, true) * a.group;
+  if (found > 0 && shared.last_listed != 0) found -= units * a.group - n;  // it may be short
   for (int64_t i = found + threadIdx.x; i < a.capacity; i += kSelectThreads) out[i] = -1;
   if (threadIdx.x == 0) a.chosen[row] = static_cast<int32_t>(found);
 }
@@ -423,6 +486,18 @@ __global__ void __launch_bounds__(kPagesThreads)
   for (int64_t i = listed + threadIdx.x; i < length; i += kPagesThreads) out[i] = -1;
 }
 
+// Units that each part of a row lists; 0: there are no parts.
+struct Parts {
+  int64_t parts, keep;
+
+  explicit Parts(const SelectArgs& a) : parts(0), keep(a.capacity / a.group) {
+    const int64_t units = (a.blocks + a.group - 1) / a.group;
+    if (units <= kCached || a.rule == Rule::kTokens || keep == 0) return;
+    const int64_t wanted = (units + kPart - 1) / kPart;
+    if (wanted * keep <= kCached) parts = wanted;
+  }
+};
+
 }  // namespace
 
 const char* summarize_blocks_cuda(const SummarizeArgs& a, void* stream) {
@@ -433,13 +508,29 @@ const char* summarize_blocks_cuda(const SummarizeArgs& a, void* stream) {
   }));
 }
 
-const char* select_blocks_cuda(const SelectArgs& a, void* stream) {
+int64_t select_blocks_workspace(const SelectArgs& a) {
+  const Parts parts(a);
+  return a.streams * a.rows * parts.parts * parts.keep * 4;
+}
+
+const char* select_blocks_cuda(const SelectArgs& a, void* workspace, void* stream) {
   if (a.rule == Rule::kMass) return "cumulative mass is not served";
-  const int64_t units = (a.blocks + a.group - 1) / a.group;
-  const bool cached = units <= kCached;
-  return message_of(launch(select_kernel, a.streams * a.rows, kSelectThreads,
-                           cached ? units * sizeof(uint32_t) : 0, static_cast<cudaStream_t>(stream),
-                           a, cached));
+  const cudaStream_t on = static_cast<cudaStream_t>(stream);
+  const int64_t rows = a.streams * a.rows, units = (a.blocks + a.group - 1) / a.group;
+  const Parts parts(a);
+  int32_t* const lists = parts.parts > 0 ? static_cast<int32_t*>(workspace) : nullptr;
+  if (lists != nullptr) {
+    const cudaError_t status =
+        launch(shortlist_kernel, rows * parts.parts, kSelectThreads, kPart * sizeof(uint32_t), on,
+               a, lists, parts.parts, parts.keep);
+    if (status != cudaSuccess) return message_of(status);
+  }
+  const int64_t candidates = parts.parts * parts.keep,
+                items = lists != nullptr ? candidates : units;
+  const bool cached = items <= kCached;
+  return message_of(launch(select_kernel, rows, kSelectThreads,
+                           cached ? items * sizeof(uint32_t) : 0, on, a,
+                           static_cast<const int32_t*>(lists), candidates, cached));
 }
 
 int64_t select_pages_workspace(const PagesArgs& a) {

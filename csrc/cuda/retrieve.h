@@ -14,8 +14,9 @@ const char* summarize_blocks_cuda(const SummarizeArgs& args, void* stream);
 int64_t score_blocks_workspace(const ScoreArgs& args);
 const char* score_blocks_cuda(const ScoreArgs& args, void* workspace, void* stream);
 
-// Rule::kMass is not served.
-const char* select_blocks_cuda(const SelectArgs& args, void* stream);
+// Bytes that select_blocks_cuda needs beside its arguments; 0: none. Rule::kMass is not served.
+int64_t select_blocks_workspace(const SelectArgs& args);
+const char* select_blocks_cuda(const SelectArgs& args, void* workspace, void* stream);
 
 // Bytes that select_pages_cuda needs beside its arguments, where a row is too long for shared
 // memory; 0: none.

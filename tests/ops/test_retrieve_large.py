@@ -14,18 +14,18 @@ from kit.compare import assert_same_bits
 @pytest.mark.parametrize("backend", backends_of("topk_blocks"))
 @pytest.mark.parametrize(
     "rule",
-    ({"k": 1000}, {"ratio": 0.7}, {"token_budget": 40_000}, {"k": 900, "group": 3}),
-    ids=lambda rule: "-".join(rule),
+    ({"k": 1000}, {"ratio": 0.7}, {"ratio": 0.01}, {"token_budget": 40_000}, {"k": 90, "group": 3}),
+    ids=str,
 )
 def test_a_choice_among_many(backend, rule):
-    """30,000 blocks, many of them equal; the second stream has fewer, NaN among them."""
+    """70,000 blocks, many of them equal; others have fewer, NaN among them."""
     name, device = backend
-    scores = (tensors.randn((2, 30_000), seed=1) * 50).round()
+    scores = (tensors.randn((3, 70_000), seed=1) * 50).round()
     scores[1, ::7] = torch.nan
-    options = {"num_blocks": torch.tensor([30_000, 20_123], dtype=torch.int32), **rule}
+    options = {"num_blocks": torch.tensor([70_000, 20_123, 80], dtype=torch.int32), **rule}
     options |= {"force_first": 4, "force_last": 5}
     if "token_budget" in rule:
-        options["block_tokens"] = tensors.ints((2, 30_000), 0, 9, seed=2)
+        options["block_tokens"] = tensors.ints((3, 70_000), 0, 9, seed=2)
 
     def choose(name, device):
         moved = {k: v.to(device) if torch.is_tensor(v) else v for k, v in options.items()}
@@ -34,7 +34,7 @@ def test_a_choice_among_many(backend, rule):
     got, wanted = choose(name, device), choose("reference", "cpu")
     assert torch.equal(got.count.cpu(), wanted.count)
     assert torch.equal(got.block_index.cpu(), wanted.block_index)
-    assert wanted.count.min() > 100
+    assert wanted.count[0] > 80
 
 
 @pytest.mark.parametrize("backend", backends_of("topk_blocks"))

@@ -160,7 +160,9 @@ def _topk(
     if cuda is None:
         module.select_blocks_cpu(*call, torch.get_num_threads())
     else:
-        module.select_blocks_cuda(*call, cuda)
+        size = module.select_blocks_workspace(rule, call[3]) // 4
+        lists = torch.empty(size, dtype=torch.int32, device=scores.device)
+        module.select_blocks_cuda(*call, lists.data_ptr(), cuda)
     if scope == "stream":
         return index[:, 0], count[:, 0], scores[:, 0]
     return index, count, scores
