@@ -500,6 +500,55 @@ def test_causal_scorers_give_the_bits_of_one_call(scorer, cut):
             assert torch.equal(joined.nan_to_num(9), value.nan_to_num(9)), name
 
 
+def named_rules():
+    """Every rule that needs no score from outside."""
+    found = {n: v for n, v in vars(prune_rules).items() if isinstance(v, methods.rules.PruneRule)}
+    found["dtd_relative"] = prune_rules.dtd_relative(0.6)
+    found["dtd_relative_vicostream"] = prune_rules.dtd_relative_vicostream(0.4)
+    return {name: rule for name, rule in found.items() if not rule.external}
+
+
+@each_backend
+@pytest.mark.parametrize("name", named_rules())
+def test_a_stream_gives_the_bits_of_one_call(backend, name):
+    """Causal rules in any pieces; the others chunk by chunk, as the packed call has them."""
+    rule = named_rules()[name]
+    t, n, d = 8, 70, 40
+    x, positions = moving(t, n, d, noise=0.4), positions_of(t, n)
+    cuts = [0, 1, 4, 5, 8] if rule.causal else [0, 4, 8]
+    states = [PruneState.empty(rule, n, d, device=backend[1]) for _ in range(2)]
+    pieces = [
+        prune_tokens(
+            x[a:b].to(backend[1]), positions[:, a:b].to(backend[1]), rule, state=states[0],
+            backend=backend[0],
+        )
+        for a, b in zip(cuts, cuts[1:])
+    ]  # fmt: skip
+    tokens = torch.cat([p.tokens[: int(p.count)] for p in pieces])
+    mask = torch.cat([p.mask for p in pieces])
+    assert mask.any() and not mask.all()
+    if rule.causal:
+        whole = run(backend, x, rule, state=states[1])
+        assert torch.equal(whole.mask, mask)
+        assert torch.equal(whole.tokens[: int(whole.count)], tokens)
+        for name in rule.needs | {"steps"}:
+            assert torch.equal(getattr(states[0], name), getattr(states[1], name))
+    elif not rule.needs:  # the packed form has a state for each of its segments
+        packed = run(backend, x.reshape(-1, d), rule, shapes=((4, n), (4, n)))
+        assert torch.equal(packed.mask, mask.flatten())
+        assert torch.equal(packed.tokens[: int(packed.count)], tokens)
+
+
+def test_broken_tokens_stay_whatever_their_picture():
+    _, patches, mean, std = video_patches(4, 3, 5)
+    x = moving(2, 15, 8)
+    x[1, 6, 2] = math.nan
+    still = patches[:60].repeat(2, 1)
+    given = PixelDifference()(ScoredChunk(x, (2, 3, 5), still, mean, std), {})
+    out = prune_tokens(x, positions_of(2, 15), prune_rules.DTD_PIXEL, external_score=given.score)
+    assert out.mask[1, 6] and given.score[1, 6].isnan()
+
+
 def test_names_say_which_rules_are_not_causal():
     for name, value in vars(prune_rules).items():
         if isinstance(value, methods.rules.PruneRule):

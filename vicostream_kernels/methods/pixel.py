@@ -22,7 +22,8 @@ def patch_pictures(chunk: ScoredChunk) -> torch.Tensor:
 @dataclass(frozen=True)
 class PixelDifference(Scorer):
     """Mean absolute RGB difference in [0, 1] of a square: the first raw frame of step t-1 with the
-    last raw frame of step t. NaN, which every rule keeps, where nothing came before. Causal."""
+    last raw frame of step t. NaN, which every rule keeps, where nothing came before and for tokens
+    with NaN or inf. Causal."""
 
     name: str = field(default="pixel-difference", init=False)
     gives: ClassVar[frozenset[str]] = frozenset({"score"})
@@ -40,4 +41,5 @@ class PixelDifference(Scorer):
             )
             before = step[0]
         state["first"] = before.clone()
-        return External(score=torch.stack(scores))
+        whole = chunk.tokens.isfinite().all(-1)
+        return External(score=torch.where(whole, torch.stack(scores), torch.nan))
