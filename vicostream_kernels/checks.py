@@ -31,27 +31,46 @@ def remember(check: Callable[..., None]) -> Callable[..., None]:
     The key holds what a check may look at: shape, strides, dtype and device of each tensor, and
     every other argument's value. Symbolic sizes (torch.compile) are always checked.
     """
+
+    def key(args: tuple[object, ...]) -> Hashable:
+        return tuple(  # of a list: a generator takes half as long again
+            [
+                (a.shape, a.stride(), a.dtype, a.device)
+                if isinstance(a, torch.Tensor)
+                else (tuple(a) if isinstance(a, list) else a)
+                for a in args
+            ]
+        )
+
+    return _remembering(check, key)
+
+
+def remember_shapes(check: Callable[..., None]) -> Callable[..., None]:
+    """`remember` for checks of tensors and None that look at no strides: half the key."""
+
+    def key(args: tuple[object, ...]) -> Hashable:
+        return tuple([None if a is None else (a.shape, a.dtype, a.device) for a in args])
+
+    return _remembering(check, key)
+
+
+def _remembering(
+    check: Callable[..., None], key: Callable[[tuple[object, ...]], Hashable]
+) -> Callable[..., None]:
     passed: set[Hashable] = set()
 
     @wraps(check)
     def remembering(*args: object) -> None:
         try:
-            key = tuple(  # of a list: a generator takes half as long again
-                [
-                    (a.shape, a.stride(), a.dtype, a.device)
-                    if isinstance(a, torch.Tensor)
-                    else (tuple(a) if isinstance(a, list) else a)
-                    for a in args
-                ]
-            )
-            if key in passed:
+            known = key(args)
+            if known in passed:
                 return
-        except (TypeError, RuntimeError):  # symbolic sizes have no hash
+        except (TypeError, RuntimeError, AttributeError):  # symbolic sizes have no hash
             return check(*args)
         check(*args)
         if len(passed) >= _MOST_REMEMBERED:
             passed.clear()
-        passed.add(key)
+        passed.add(known)
 
     return remembering
 

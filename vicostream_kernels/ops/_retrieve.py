@@ -241,7 +241,7 @@ def _warn_of_nan(scores: torch.Tensor, summary_count: torch.Tensor | None) -> No
         )
 
 
-@checks.remember
+@checks.remember_shapes
 def _check_select_pages(block_index, block_pages, sink_pages, recent_pages) -> None:
     op = "select_pages"
     dims = checks.Dims(op)
@@ -387,4 +387,5 @@ register(
     'Tensor? recent_pages=None, str backend="auto") -> Tensor',
     _run_select_pages,
     _fake_select_pages,
+    integral=True,
 )

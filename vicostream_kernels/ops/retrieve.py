@@ -265,10 +265,14 @@ def select_pages(
             a block index out of range.
         BackendUnavailable: the backend asked for can't serve this; the message says what can.
     """
-    _check_types(
-        "select_pages", block_index=block_index, block_pages=block_pages, sink_pages=sink_pages,
-        recent_pages=recent_pages,
-    )  # fmt: skip
-    return torch.ops.vicostream.select_pages(
-        block_index, block_pages, sink_pages, recent_pages, backend
-    )
+    try:
+        return _SELECT_PAGES(block_index, block_pages, sink_pages, recent_pages, backend)
+    except (TypeError, RuntimeError):  # looked at when something is wrong only: it takes its time
+        _check_types(
+            "select_pages", block_index=block_index, block_pages=block_pages,
+            sink_pages=sink_pages, recent_pages=recent_pages,
+        )  # fmt: skip
+        raise
+
+
+_SELECT_PAGES = torch.ops.vicostream.select_pages.default
