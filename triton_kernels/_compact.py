@@ -12,6 +12,12 @@ TILE = 64
 
 
 @triton.jit
+def wide(n):
+    """A number as int64. Loop variables are plain numbers in the interpreter, without methods."""
+    return tl.full((), 0, tl.int64) + n
+
+
+@triton.jit
 def counts_around(counts_ptr, own, tiles, SIZE: tl.constexpr):
     """How many entries stand before tile `own` of a row, and in all of its tiles."""
     before = 0

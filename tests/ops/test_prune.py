@@ -29,7 +29,7 @@ def assert_mask(mask, wanted, margin=None):
 
 
 @each_backend
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("t", "n", "d"), [(4, 13, 33), (4, 135, 64), (1, 7, 8), (3, 1, 17)])
 @pytest.mark.parametrize("eps", [0.25, 0.15, 0.5, 0.9])
 def test_chunk_intra(backend, dtype, t, n, d, eps):

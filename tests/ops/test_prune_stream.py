@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 from kit import tensors
 from kit.backends import backends_of
 from kit.compare import assert_same_bits
-from vicostream_kernels import PruneRule, PruneState, prune_tokens
+from vicostream_kernels import PruneRule, PruneState, backends, prune_tokens
 
+# The interpreter computes bfloat16 wrongly.
+DTYPES = [torch.float32, torch.float16] + ([] if backends.INTERPRET else [torch.bfloat16])
 each_backend = pytest.mark.parametrize("backend", backends_of("prune_tokens"))
 
 CAUSAL = [
@@ -69,13 +71,13 @@ def assert_same_state(one, other):
 
 @each_backend
 @pytest.mark.parametrize("rule", CAUSAL, ids=lambda rule: rule.text())
-@settings(max_examples=12, deadline=None, derandomize=True)
+@settings(max_examples=2 if backends.INTERPRET else 12, deadline=None, derandomize=True)
 @given(
     data=st.data(),
     t=st.integers(1, 7),
     n=st.sampled_from([1, 5, 13, 64]),
     d=st.sampled_from([1, 7, 33, 128]),
-    dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
+    dtype=st.sampled_from(DTYPES),
 )
 def test_steps_in_any_pieces_give_the_bits_of_one_call(backend, rule, data, t, n, d, dtype):
     assert rule.causal
@@ -98,7 +100,7 @@ def test_steps_in_any_pieces_give_the_bits_of_one_call(backend, rule, data, t, n
 
 @each_backend
 @pytest.mark.parametrize("rule", CAUSAL + BY_CHUNK, ids=lambda rule: rule.text())
-@settings(max_examples=8, deadline=None, derandomize=True)
+@settings(max_examples=2 if backends.INTERPRET else 8, deadline=None, derandomize=True)
 @given(
     shapes=st.lists(
         st.tuples(st.integers(1, 4), st.sampled_from([1, 6, 17])), min_size=1, max_size=4

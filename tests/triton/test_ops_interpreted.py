@@ -19,7 +19,38 @@ WORDS = sorted({op.word for op in backends.OPS.values() if "triton" in op.implem
 _LONG = tuple(
     f"tests/ops/test_{test}"
     for test in (
+        *(f"prune.py::test_chunk_intra[{eps}-" for eps in (0.15, 0.5, 0.9)),
+        "prune.py::test_chunk_intra[0.25-4-135",
+        "prune.py::test_dtd_relative[True",
+        *(f"prune.py::test_dtd_relative[False-{share}" for share in (0.7, 0.85, 1.0)),
+        "prune.py::test_stc_gaussian_with_history[1",
+        *(
+            f"prune.py::test_threshold_of_every_metric_and_reference[{name}"
+            for name in ("previous-l", "last_kept-l1", "chunk_first-l", "frame_mean-l1")
+        ),
+        *(f"prune_edges.py::test_ratio_per_group_counts_each_group[{r}" for r in (0.5, 1.0)),
+        *(
+            f"prune_edges.py::test_capacity_cuts_in_order_and_count_stays_true[{c}"
+            for c in (1, 239, 240, 600)
+        ),
+        "prune_edges.py::test_tokens_with_nan_or_inf_stay[metric",
+        "prune_edges.py::test_tokens_with_nan_or_inf_stay[reference=last",
+        "prune_edges.py::test_tokens_with_nan_or_inf_stay[k",
+        "prune_stream.py::test_steps_in_any_pieces_give_the_bits_of_one_call[reference=f",
+        "prune_stream.py::test_packed_equals_separate[threshold=0.4",
+        "prune_stream.py::test_packed_equals_separate[reference=r",
+        "prune_stream.py::test_packed_equals_separate[reference=l",
+        "prune_stream.py::test_packed_equals_separate[reference=f",
         *(f"reuse.py::test_ratio_alone[{ratio}-4-540" for ratio in ("0.0", "0.3", "0.85", "1.0")),
+        *(f"retrieve.py::test_scores_against_loops[dot-{pool}" for pool in ("max", "softmax")),
+        *(f"retrieve.py::test_scores_against_loops[cosine-{pool}" for pool in ("mean", "softmax")),
+        "retrieve.py::test_scores_against_loops[bound-max",
+        "retrieve.py::test_scores_against_loops[bound-softmax",
+        *(f"retrieve.py::test_a_stream_has_the_bits_it_has_alone[{s}" for s in ("cosine", "bound")),
+        "retrieve.py::test_a_stream_has_the_bits_it_has_alone[dot-softmax",
+        "retrieve.py::test_the_bound_is_an_upper_bound_of_every_key[4",
+        *(f"retrieve.py::test_minmax_of_each_part[{part}" for part in ("5-5", "8-4")),
+        "retrieve_choice.py::test_top_k_of_many[5000",
         *(
             f"attention.py::test_head_dims_and_dtypes[{d}-float16"
             for d in (8, 24, 64, 96, 128, 256)
@@ -61,11 +92,9 @@ def test_the_ops_tests_pass_in_the_interpreter(word):
 
 @pytest.mark.slow
 @pytest.mark.skipif(interpreter.ACTIVE, reason="this is the interpreter's process")
-@pytest.mark.parametrize("test", _LONG)
+@pytest.mark.parametrize("test", sorted({test.partition("[")[0] for test in _LONG}))
 def test_the_long_ones_pass_too(test):
-    path, _, parameters = test.partition("[")
-    chosen = f"triton-cpu and not bfloat16 and {parameters.rstrip('-') or 'triton'}"
-    outcomes = interpreter.run([path], "-k", chosen).outcomes
+    outcomes = interpreter.run([test], "-k", "triton-cpu and not bfloat16").outcomes
     failed = [f"{nodeid}\n{o.text}" for nodeid, o in outcomes.items() if o.outcome == "failed"]
     assert not failed, "\n\n".join(failed)
     assert any(o.outcome == "passed" for o in outcomes.values()), f"{test} did not run"

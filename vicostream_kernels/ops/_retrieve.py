@@ -16,6 +16,7 @@ for _name in ("summarize_blocks", "topk_blocks", "select_pages"):
         "retrieve",
         _name,
         cuda=f"vicostream_kernels.native.retrieve:{_name}_cuda",
+        triton=f"vicostream_kernels.triton_kernels.retrieve:{_name}",
         cpu=f"vicostream_kernels.native.retrieve:{_name}_cpu",
         reference=f"vicostream_kernels.reference.retrieve:{_name}",
     )

@@ -19,6 +19,7 @@ _OP = "prune_tokens"
 backends.declare(
     "prune",
     _OP,
+    triton="vicostream_kernels.triton_kernels.prune:prune_tokens",
     reference="vicostream_kernels.reference.prune:prune_tokens",
     cpu="vicostream_kernels.native.prune:prune_tokens_cpu",
 )

@@ -1,0 +1,111 @@
+"""Every configuration of the prune kernels compiles for sm_80 and sm_90 without a spill."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kit import interpreter
+
+pytest.importorskip("triton")
+if interpreter.ACTIVE:
+    pytest.skip("in the interpreter nothing is compiled", allow_module_level=True)
+
+from kit.cubin import compile_launch, record_launches  # noqa: E402
+from vicostream_kernels import PruneRule  # noqa: E402
+from vicostream_kernels.triton_kernels import prune  # noqa: E402
+
+FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
+CHUNK_INTRA = PruneRule(threshold=0.25, reduce="any", always_keep="first")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def fresh_compiler_cache(tmp_path_factory):
+    """Compile, and not find what an earlier session compiled."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
+        yield
+
+
+def empty(*shape, dtype=torch.int32):
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def call(rule, dtype, width, *, state=False, shapes=None, groups=False, masked=False):
+    """A chunk of four steps of 135 tokens, or packed segments."""
+    steps, places = (4, 135) if shapes is None else (shapes[0], max(shapes[1::2]))
+    total = steps * places if shapes is None else sum(
+        t * n for t, n in zip(shapes[::2], shapes[1::2])
+    )  # fmt: skip
+    segments = 1 if shapes is None else len(shapes) // 2
+    flat = (4, 135) if shapes is None else (total,)
+    carried = [None] * 5
+    if state:
+        needs = rule.needs
+        carried = [empty(segments)] + [
+            empty(segments, places, width, dtype=dtype) if name in needs else None
+            for name in ("previous", "last_kept")
+        ]
+        carried += [empty(segments, width, dtype=FP32), empty(segments)] if "mean" in needs else [
+            None, None,
+        ]  # fmt: skip
+    return lambda: prune.prune_tokens(
+        empty(*flat, width, dtype=dtype), empty(3, *flat), rule, shapes,
+        empty(total, width, dtype=dtype), empty(3, total), empty(total), empty(segments + 1),
+        empty(*flat, dtype=torch.bool), *carried,
+        empty(*flat, dtype=FP32) if rule.external else None,
+        empty(*flat, dtype=torch.bool) if masked else None,
+        empty(*flat) if groups else None,
+    )  # fmt: skip
+
+
+def names_of(launches):
+    return [launch.kernel.__name__.removesuffix("_kernel") for launch in launches]
+
+
+RULES = {
+    "chunk-intra": (CHUNK_INTRA, BF16, 2048, 90, {}, ["score", "decide", "compact"]),
+    "two-tokens": (
+        PruneRule(reference=("previous", "last_kept"), metric=("l1", "l2"), threshold=0.5),
+        FP32, 2048, 80, dict(state=True, shapes=(4, 135, 2, 70)), ["score", "decide", "compact"],
+    ),
+    "gaussian-tokens": (
+        PruneRule(reference=("previous", "chunk_first"), metric="gaussian", threshold=1.0),
+        FP16, 3584, 80, dict(state=True), ["score", "decide", "compact"],
+    ),
+    "groups-of-the-call": (
+        PruneRule(ratio=0.3, scope="call", reduce="any", external=0.5), BF16, 1280, 90,
+        dict(groups=True, masked=True), ["score", "rank", "decide", "compact"],
+    ),
+    "stc": (
+        PruneRule(reference=("running_mean", "frame_mean"), metric="gaussian", ratio=0.25,
+                  channels=0.5, history="chunk"),
+        FP32, 2048, 80, dict(state=True),
+        ["squares", "means", "running", "spread", "channels", "squares", "means", "score", "rank",
+         "decide", "compact"],
+    ),
+    "means-by-step": (
+        PruneRule(reference=("running_mean", "frame_mean"), metric=("cosine", "l2"), k=40,
+                  scope="chunk"),
+        BF16, 2048, 90, dict(state=True, shapes=(4, 135, 4, 135)),
+        ["squares", "means", "running", "score", "rank", "decide", "compact"],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_rules(name):
+    rule, dtype, width, capability, options, wanted = RULES[name]
+    launches = record_launches(call(rule, dtype, width, **options))
+    assert names_of(launches) == wanted
+    for launch in launches:
+        compile_launch(launch, capability).check()
+
+
+def test_one_chunk_has_a_program_for_each_step_and_many_share_what_they_read():
+    score, _, compact = record_launches(call(CHUNK_INTRA, BF16, 2048))
+    assert score.grid == (4 * 135,) and compact.grid == (4 * 135,)
+    score, _, compact = record_launches(call(CHUNK_INTRA, BF16, 2048, shapes=(4, 135) * 64))
+    assert score.grid == (64 * 135,)
+    assert compile_launch(score, 90).ptx.count("ld.global.v4.b32") >= 4, "vectors of 16 bytes"
+    assert "st.global.v4.b32" in compile_launch(compact, 90).ptx

@@ -1,0 +1,127 @@
+"""Every configuration of the retrieve kernels compiles for sm_80 and sm_90 without a spill."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kit import interpreter
+
+pytest.importorskip("triton")
+if interpreter.ACTIVE:
+    pytest.skip("in the interpreter nothing is compiled", allow_module_level=True)
+
+from kit.cubin import compile_launch, record_launches  # noqa: E402
+from vicostream_kernels.triton_kernels import retrieve  # noqa: E402
+
+FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
+
+
+@pytest.fixture(autouse=True, scope="module")
+def fresh_compiler_cache(tmp_path_factory):
+    """Compile, and not find what an earlier session compiled."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
+        yield
+
+
+def empty(*shape, dtype=torch.int32):
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def check(call, capability, names):
+    launches = record_launches(call)
+    assert [launch.kernel.__name__ for launch in launches] == names
+    return [(compile_launch(launch, capability)) for launch in launches]
+
+
+def topk(query, summary, kmax=None, count=None, cu=None, *, score="dot", pool="mean",
+         scope="stream", num_blocks=None, sizes=None, **rule):  # fmt: skip
+    rules = dict(k=None, ratio=None, mass=None, token_budget=None, tokens_per_block=None)
+    rules |= dict(min_k=1, group=1, force_first=1, force_last=1, capacity=64) | rule
+    return lambda: retrieve.topk_blocks(
+        query, summary, kmax, count, cu, num_blocks, None, sizes, score, pool, scope, None, **rules
+    )
+
+
+CHOICE = ["keys_kernel", "pick_kernel"]
+WALK = ["keys_kernel", "reach_kernel", "pick_kernel"]
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
+def test_vectors_of_any_origin(dtype, capability):
+    """ViCoStream's question: 4096 blocks of 2048 channels."""
+    query, summary = empty(1, 2048, dtype=dtype), empty(1, 4096, 2048, dtype=dtype)
+    call = topk(query, summary, score="cosine", k=64)
+    built = check(call, capability, ["queries_kernel", "score_kernel", *CHOICE])
+    for cubin in built:
+        cubin.check()
+    assert "ld.global.v4.b32" in built[1].ptx, "vectors of 16 bytes"
+
+
+@pytest.mark.parametrize(
+    ("dtype", "d", "score", "pool", "scope", "capability"),
+    [
+        (FP32, 128, "bound", "mean", "query_head", 80),
+        (BF16, 128, "bound", "max", "kv_head", 90),
+        (FP16, 256, "bound", "mean", "stream", 80),
+        (FP32, 256, "cosine", "mean", "query_head", 90),
+        (BF16, 64, "dot", "max", "query_head", 80),
+        (FP32, 80, "cosine", "softmax", "stream", 90),
+    ],
+    ids=str,
+)
+def test_keys_of_heads(dtype, d, score, pool, scope, capability):
+    query, cu = empty(20, 28, d, dtype=dtype), empty(2)
+    shape = (1, 8192, 4, 4, d) if score == "bound" else (1, 8192, 4, d)
+    kmax = empty(*shape, dtype=FP32) if score == "bound" else None
+    count = None if score == "bound" else empty(1, 8192)
+    call = topk(
+        query, empty(*shape, dtype=FP32), kmax, count, cu, score=score, pool=pool, scope=scope,
+        num_blocks=empty(1), ratio=0.25, capacity=2048,
+    )  # fmt: skip
+    names = ["queries_kernel", "score_kernel"]
+    names += ["shares_kernel", "average_kernel"] if pool == "softmax" else []
+    for cubin in check(call, capability, [*names, *CHOICE]):
+        cubin.check()
+
+
+@pytest.mark.parametrize(
+    ("rule", "capability"),
+    [
+        (dict(mass=0.9, group=2), 80),
+        (dict(mass=0.9, sizes=empty(1, 4096)), 90),
+        (dict(token_budget=4096, sizes=empty(1, 4096)), 90),
+    ],
+    ids=["mass", "mass-of-tokens", "budget"],
+)
+def test_rules_that_walk_all_blocks(rule, capability):
+    query, summary = empty(1, 256, dtype=FP32), empty(1, 4096, 256, dtype=FP32)
+    call = topk(query, summary, num_blocks=empty(1), **rule)
+    for cubin in check(call, capability, ["queries_kernel", "score_kernel", *WALK]):
+        cubin.check()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "d", "kind", "capability"),
+    [(BF16, 128, "mean", 90), (FP32, 256, "minmax", 80), (FP16, 80, "minmax", 90)],
+    ids=str,
+)
+def test_summaries(dtype, d, kind, capability):
+    keys, table, fill = empty(300, 64, 4, d, dtype=dtype), empty(1, 100, 3), empty(300)
+    sub = 4 if kind == "minmax" else 1
+    call = lambda: retrieve.summarize_blocks(keys, table, fill, kind, sub)  # noqa: E731
+    (cubin,) = check(call, capability, ["summary_kernel"])
+    cubin.check()
+    if kind == "minmax":
+        assert "min.NaN.f32" in cubin.ptx and "max.NaN.f32" in cubin.ptx
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_pages(capability):
+    call = lambda: retrieve.select_pages(  # noqa: E731
+        empty(1, 4, 64), empty(1, 4096, 9), empty(1, 2), empty(1, 40)
+    )
+    for cubin in check(call, capability, ["pages_kernel", "list_kernel"]):
+        cubin.check()
