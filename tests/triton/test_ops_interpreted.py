@@ -37,6 +37,7 @@ _LONG = tuple(
         "prune_edges.py::test_tokens_with_nan_or_inf_stay[reference=last",
         "prune_edges.py::test_tokens_with_nan_or_inf_stay[k",
         "prune_stream.py::test_steps_in_any_pieces_give_the_bits_of_one_call[reference=f",
+        "prune_stream.py::test_bits_at_the_size_of_a_model",
         "prune_stream.py::test_packed_equals_separate[threshold=0.4",
         "prune_stream.py::test_packed_equals_separate[reference=r",
         "prune_stream.py::test_packed_equals_separate[reference=l",
