@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -353,6 +353,36 @@ class CacheStream:
         host, from whatever tier and without moving it. Holds until the next call."""
         self._require(block, "contents", ("committed",))
         return self.cache._read(block)
+
+    def adopt(
+        self,
+        contents: torch.Tensor,
+        *,
+        kind: str,
+        markers: tuple[int, int],
+        start_s: float,
+        end_s: float,
+        pinned: bool,
+        summary: torch.Tensor | None = None,
+        rows: Mapping[str, torch.Tensor] | None = None,
+    ) -> Block:
+        """A committed block with the ``contents`` that another stream's block had; ``summary`` and
+        ``rows`` are what that stream knew of its keys. Raises as `reserve` does."""
+        cache, count = self.cache, contents.shape[2] - sum(markers)
+        if contents.shape != cache._record_shape(count + sum(markers)):
+            raise ValueError(f"adopt: contents of shape {tuple(contents.shape)} do not fit")
+        block = self.reserve(
+            count, kind=kind, markers=markers, start_s=start_s, end_s=end_s, pinned=pinned
+        )
+        slots = self.plan(block, count, count + sum(markers)).long()
+        for p, pool in enumerate(cache._pools.values()):
+            pool.flatten(1, 2).index_copy_(1, slots, contents[:, p].to(cache.device))
+        if summary is not None:
+            self.set_summary(block, summary.to(cache.device))
+        for name, view in ({} if self.keys is None else self.keys.rows_of(block)).items():
+            view.copy_(rows[name])
+        self.commit(block, count)
+        return block
 
     @property
     def live_summary_bytes(self) -> int:

@@ -93,6 +93,14 @@ class KeyRows:
         """Bytes of all rows, used or not."""
         return sum(t.nbytes for t in (self._owner, self.pages, *self._tensors.values()))
 
+    def rows_of(self, block: Block) -> dict[str, torch.Tensor]:
+        """The summaries of one chunk by name, [layers, rows, ...] each; views. Empty where it has
+        no row."""
+        if block not in self._at:
+            return {}
+        first, n = self._at[block]
+        return {name: tensor[:, first : first + n] for name, tensor in self._tensors.items()}
+
     # -- for the stream --------------------------------------------------------------------------
 
     def reserve(self, block: Block) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from vicostream_kernels.models import Qwen2_5_VLRunner, load_model
 from vicostream_kernels.pipeline.errors import InputError
 from vicostream_kernels.pipeline.report import Recorder
 from vicostream_kernels.pipeline.session import Stream
+from vicostream_kernels.pipeline.snapshot import Snapshot, fingerprint
 from vicostream_kernels.pipeline.stages import ChunkMask
 
 _FIRST_PAGES = 256
@@ -41,6 +43,7 @@ class StreamEngine:
     def __init__(self, runner: Qwen2_5_VLRunner, method: methods.Method) -> None:
         check_supported(method)
         self.runner, self.method = runner, method
+        self._fingerprint: str | None = None
         rule = method.engine
         self.bucket = rule.bucket or (_CUDA_BUCKET if runner.device.type == "cuda" else 1)
         tiers = _tiers(rule, runner.device)
@@ -101,13 +104,35 @@ class StreamEngine:
         one); ``on_pruned`` sees each chunk's frames and what pruning kept of them."""
         if not 0 < fps < float("inf"):
             raise InputError(f"open: fps={fps} must be a positive number of frames per second")
-        if recorder is None:
-            recorder = Recorder(
-                model=str(self.runner.name), preset=self.method.name, device=self.runner.device
-            )
-        recorder.model["dtype"] = str(self.runner.dtype).removeprefix("torch.")
-        recorder.config = self.config()
+        recorder = self._described(recorder)
         return Stream(self, recorder, fps=fps, system=system, on_pruned=on_pruned)
+
+    def restore(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        recorder: Recorder | None = None,
+        on_pruned: Callable[[ChunkMask], None] | None = None,
+    ) -> Stream:
+        """The stream that ``Stream.save`` wrote, as it was; its frames go on at the same rate.
+
+        The model and every setting that a result depends on must be the same; budgets and the
+        lengths of answers may differ. Raises ``SnapshotError`` (an :class:`InputError`) with the
+        reason where the file cannot be used, before anything is changed.
+        """
+        with Snapshot(path) as snapshot:
+            snapshot.check(self)
+            fps = 1.0 / snapshot.state["stream"]["period"]
+            recorder = self._described(recorder)
+            return Stream(
+                self, recorder, fps=fps, system=None, on_pruned=on_pruned, snapshot=snapshot
+            )
+
+    def identity(self) -> dict[str, str]:
+        """What tells this model from others: its shape is in its weights."""
+        if self._fingerprint is None:
+            self._fingerprint = fingerprint(self.runner.model)
+        return {"weights": self._fingerprint, "dtype": str(self.runner.dtype)}
 
     def question_ids(self, text: str) -> list[int]:
         """Token ids of a question with its template; raises :class:`InputError` when it is empty or
@@ -131,6 +156,15 @@ class StreamEngine:
             for section in ("prune", "scorer", "reuse", "attention", "retrieve", "engine")
             for value in (getattr(method, section),)
         }
+
+    def _described(self, recorder: Recorder | None) -> Recorder:
+        if recorder is None:
+            recorder = Recorder(
+                model=str(self.runner.name), preset=self.method.name, device=self.runner.device
+            )
+        recorder.model["dtype"] = str(self.runner.dtype).removeprefix("torch.")
+        recorder.config = self.config()
+        return recorder
 
     def close(self) -> None:
         """Closes every stream and the cache; a second close does nothing."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -19,6 +20,7 @@ from vicostream_kernels.pipeline.errors import InputError, PipelineError
 from vicostream_kernels.pipeline.llm import LLMSteps
 from vicostream_kernels.pipeline.report import ChunkFigures, Recorder, rss_bytes
 from vicostream_kernels.pipeline.selection import RuleSelector, Selector
+from vicostream_kernels.pipeline.snapshot import Snapshot, save
 from vicostream_kernels.pipeline.stages import (
     ChunkFrames,
     ChunkMask,
@@ -52,6 +54,7 @@ class Stream:
         fps: float,
         system: str | None,
         on_pruned: Callable[[ChunkMask], None] | None = None,
+        snapshot: Snapshot | None = None,
     ) -> None:
         method, runner = engine.method, engine.runner
         self._engine, self.recorder, self._method = engine, recorder, method
@@ -77,7 +80,10 @@ class Stream:
         self._prefill = Prefill(self._llm, method, self.history, engine.bucket)
         try:
             with torch.no_grad():
-                self._prefill.begin(runner.system_ids(system))
+                if snapshot is None:
+                    self._prefill.begin(runner.system_ids(system))
+                else:
+                    snapshot.into(self)
         except BaseException:
             self._cleanup.close()
             raise
@@ -276,6 +282,22 @@ class Stream:
         if rule is None or rule.query == "prompt":
             return slice(0, len(ids))
         return self._engine.runner.prompt.question_slice(ids)
+
+    # -- a session survives its process ----------------------------------------------------------
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the session into a file, from which ``StreamEngine.restore`` goes on: its next
+        answers have the same bits. Open answers and the figures of single chunks are not in it.
+
+        The file is written aside and renamed when it is safe on the disk: whatever happens, the
+        path holds the session before or this one. One process saves to a path at a time.
+
+        Raises :class:`PipelineError` where the file cannot be written, ``LostBlock`` where history
+        cannot be read from its tier.
+        """
+        self._check_open()
+        with torch.no_grad():
+            save(self, path)
 
     # -- accounts --------------------------------------------------------------------------------
 

@@ -1,0 +1,222 @@
+"""Sessions survive: the same bits after a restore, whole files or none, and what is refused."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import random
+import signal
+import time
+
+import jsonschema
+import pytest
+import torch
+from pipeline_kit import pictures, small_engine
+
+from vicostream_kernels.models import load_model
+from vicostream_kernels.pipeline import snapshot as snapshot_module
+from vicostream_kernels.pipeline.engine import StreamEngine
+from vicostream_kernels.pipeline.errors import PipelineError
+from vicostream_kernels.pipeline.report import SCHEMA_FILE
+from vicostream_kernels.pipeline.snapshot import Snapshot, SnapshotError
+
+#: Each keeps state of another kind: the step before, keys per layer and pages, a scorer's mean and
+#: the ViT's reference, sinks that move, tiers.
+PRESETS = {
+    "vicostream": {"prune__threshold": 0.9, "retrieve__k": 3, "engine__window_chunks": 2},
+    "livevlm": {"attention__window": 60, "retrieve__ratio": 0.2},
+    "rekv": {"attention__window": 60, "retrieve__k": 2},
+    "stc": {"engine__window_chunks": 2},
+    "streaming-llm": {"attention__window": 50},
+    "tiers": {"retrieve__k": 3, "engine__window_chunks": 2, "engine__history_bytes": 3 * 2**19},
+}
+
+
+def engine(preset, **more):
+    changes = PRESETS[preset] | more
+    return small_engine("vicostream" if preset == "tiers" else preset, **changes)
+
+
+def go_on(stream):
+    """Answers and tokens of what follows: a question, more video, questions now and then."""
+    texts = ["".join(stream.ask("What happened?"))]
+    stream.ingest(pictures(31, start=8))
+    answers = [stream.ask("And now?"), stream.ask("What was first?", 6.0)]
+    texts += ["".join(answer) for answer in answers]
+    return texts, [a.figures.blocks for a in answers], stream.recorder.tokens_kept, stream.time_s
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_what_follows_a_restore_has_the_same_bits(preset, tmp_path):
+    path = tmp_path / "session.safetensors"
+    frames = 203 if preset == "tiers" else 43
+    with engine(preset) as made, made.open(fps=2) as stream:
+        for start in range(0, frames, 40):
+            stream.ingest(pictures(40)[: min(40, frames - start)])
+        said = "".join(stream.ask("What is there?"))
+        open_answer = stream.ask("Still open?")
+        stream.save(path)
+        expected = go_on(stream)
+        open_answer.close()
+        held = [stream.history.cache.contents(b).clone() for b in stream.history.cache.chunks]
+    with engine(preset) as made, made.restore(path) as stream:
+        report = stream.report()
+        assert [q["answer"] for q in report["questions"]][:1] == [said]
+        assert report["frames"]["read"] == frames
+        jsonschema.Draft202012Validator(json.loads(SCHEMA_FILE.read_text())).validate(
+            json.loads(json.dumps(report))
+        )
+        assert go_on(stream) == expected
+        blocks = list(stream.history.cache.chunks)
+        assert len(blocks) == len(held)
+        for block, contents in zip(blocks, held):
+            assert torch.equal(stream.history.cache.contents(block), contents)
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+def test_a_session_fits_smaller_budgets_and_what_was_forgotten_stays_so(tmp_path):
+    path = tmp_path / "s"
+    with engine("vicostream") as made, made.open(fps=2) as stream:
+        for _ in range(4):
+            stream.ingest(pictures(40))
+        stream.history.cache.evict(stream.history.cache.chunks[0])
+        stream.save(path)
+        expected = go_on(stream)
+    budgets = {"engine__history_bytes": 2**20, "engine__max_new_tokens": 8}
+    with engine("vicostream", **budgets) as made, made.restore(path) as stream:
+        assert {b.tier for b in stream.history.cache.chunks} == {"memory", "disk"}
+        assert go_on(stream) == expected
+        assert stream.report()["forgotten"]["spans"] == [[0.0, 3.5]]
+
+
+def test_a_session_before_the_first_frame_can_be_saved(tmp_path):
+    with engine("vicostream") as made, made.open(fps=2) as stream:
+        stream.save(tmp_path / "s")
+        expected = go_on(stream)
+    with engine("vicostream") as made, made.restore(tmp_path / "s") as stream:
+        assert go_on(stream) == expected
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    path = tmp_path_factory.mktemp("saved") / "s"
+    with engine("vicostream") as made, made.open(fps=2) as stream:
+        stream.ingest(pictures(20))
+        stream.save(path)
+    return path
+
+
+def refused(path, match, **changes):
+    with engine("vicostream", **changes) as made:
+        with pytest.raises(SnapshotError, match=match):
+            made.restore(path)
+        assert made.cache.streams == [] and made.cache.used_pages == 0
+
+
+def test_every_flipped_byte_and_every_cut_is_found(saved, tmp_path):
+    whole, path = saved.read_bytes(), tmp_path / "s"
+    header = 8 + int.from_bytes(whole[:8], "little")
+    draw = random.Random(5)
+    places = [0, 3, 8, 9, header - 1, header, len(whole) - 32, len(whole) - 1]
+    places += [draw.randrange(header) for _ in range(40)]
+    places += [draw.randrange(len(whole)) for _ in range(20)]
+    for at in places:
+        data = bytearray(whole)
+        data[at] ^= 1 << draw.randrange(8)
+        path.write_bytes(data)
+        with pytest.raises(SnapshotError, match="cannot be restored"):
+            Snapshot(path)
+    for cut in (0, 7, 100, header, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:cut])
+        with pytest.raises(SnapshotError, match="damaged"):
+            Snapshot(path)
+    path.write_bytes(whole + b"x")
+    refused(path, "damaged")
+
+
+def test_foreign_files_are_refused_with_the_reason(saved, tmp_path, monkeypatch):
+    refused(tmp_path / "none", "No such file")
+    refused(tmp_path, "Is a directory")
+    (tmp_path / "text").write_text("not a session, but long enough to look at")
+    refused(tmp_path / "text", "damaged, or not a session")
+    refused(saved, r"other settings: prune.threshold=0.9 \(here 0.5\)", prune__threshold=0.5)
+    refused(saved, "engine.page_size=16 .here 8.", engine__page_size=8)
+    other = StreamEngine(load_model("tiny-random", seed=1), engine("vicostream").method)
+    with other, pytest.raises(SnapshotError, match="computed by another model: weights"):
+        other.restore(saved)
+    safetensors = pytest.importorskip("safetensors.torch")
+    safetensors.save_file({"x": torch.zeros(3)}, tmp_path / "weights")
+    refused(tmp_path / "weights", "not a session of vicostream")
+    monkeypatch.setattr(snapshot_module, "VERSION", 2)
+    with engine("vicostream") as made, made.open(fps=2) as stream:
+        stream.save(tmp_path / "newer")
+    monkeypatch.undo()
+    refused(tmp_path / "newer", "format 2, written by a newer version; this one reads 1")
+
+
+def test_the_file_is_safetensors(saved):
+    safe_open = pytest.importorskip("safetensors").safe_open
+    with safe_open(saved, "pt") as file:
+        state = json.loads(file.metadata()["state"])
+        assert [b["kind"] for b in state["blocks"]].count("chunk") == 2
+        assert file.get_tensor("frames/0").shape == (4, 48, 80, 3)
+
+
+def test_a_save_that_fails_leaves_the_one_before(saved, tmp_path, monkeypatch):
+    path = tmp_path / "s"
+    path.write_bytes(saved.read_bytes())
+
+    def write_all(file, data):
+        file.write(data[:10])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with engine("vicostream") as made, made.restore(path) as stream:
+        stream.ingest(pictures(8))
+        monkeypatch.setattr(snapshot_module, "write_all", write_all)
+        with pytest.raises(PipelineError, match="cannot be saved to .*: No space left on device"):
+            stream.save(path)
+        stream.ingest(pictures(8))
+    assert path.read_bytes() == saved.read_bytes()
+    assert [p.name for p in tmp_path.iterdir()] == ["s"]
+
+
+def killed_while_saving(path, stream, kills):
+    """Forks processes that save over and over, and kills each at a random moment; the numbers of
+    the sessions found afterwards."""
+    draw, found = random.Random(3), []
+    stream.recorder.frames_ingested = 0
+    stream.save(path)
+    for _ in range(kills):
+        child = os.fork()
+        if child == 0:
+            try:
+                while True:
+                    stream.recorder.frames_ingested += 1
+                    stream.save(path)
+            finally:
+                os._exit(1)
+        time.sleep(draw.uniform(0.01, 0.08))
+        os.kill(child, signal.SIGKILL)
+        assert os.WIFSIGNALED(os.waitpid(child, 0)[1])
+        with Snapshot(path) as snapshot:  # verifies every byte
+            found.append(snapshot.state["recorder"]["totals"]["frames_ingested"])
+        stream.recorder.frames_ingested = found[-1]
+    return found
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("kills", [10, pytest.param(300, marks=pytest.mark.slow)])
+def test_a_kill_during_a_save_leaves_a_whole_session(kills, tmp_path):
+    path = tmp_path / "s"
+    with engine("vicostream") as made, made.open(fps=2) as stream:
+        stream.ingest(pictures(20))
+        found = killed_while_saving(path, stream, kills)
+        assert found == sorted(found) and found[-1] > found[0]
+        left = list(tmp_path.glob(".s.*.partial"))
+        stream.save(path)
+        assert [p.name for p in tmp_path.iterdir()] == ["s"]
+        expected = go_on(stream)
+    assert left or kills < 20
+    with engine("vicostream") as made, made.restore(path) as stream:
+        assert go_on(stream) == expected
