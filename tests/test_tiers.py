@@ -19,6 +19,7 @@ def tiered(pages=4, *, group=1, **options):
     """A cache of that many pages; a group is ``group`` full pages."""
     options.setdefault("folder", None)
     memory = pages * PAGE + (0 if options.get("host_bytes") else 2 * group * PAGE)
+    memory += -(-memory // 7)  # an eighth is for rows
     tiers = Tiers(memory_bytes=memory, group_bytes=group * PAGE, **options)
     return make_cache(pages=1000, tiers=tiers)
 
@@ -115,8 +116,8 @@ def test_files_hold_groups_in_safetensors(tmp_path):
 
 
 def test_beyond_the_last_budget_the_oldest_are_forgotten_with_their_rows(tmp_path):
-    # Five pages less the rows: four chunks in memory, three in files.
-    with tiered(5, folder=str(tmp_path), disk_bytes=3 * 500) as cache, cache.open() as stream:
+    # Four chunks in memory, three in files.
+    with tiered(4, folder=str(tmp_path), disk_bytes=3 * 500) as cache, cache.open() as stream:
         for i in range(12):
             block = fill(stream, 1, first=i)[0]
             stream.set_summary(block, torch.tensor([float(i)]))
@@ -149,7 +150,7 @@ def test_rows_of_summaries_count_and_bound_the_history():
         for i in range(300):
             stream.set_summary(fill(stream, 1, first=i)[0], torch.zeros(32))
         used, budget = cache.tier_bytes()["memory"]
-        assert used <= budget and stream.live_summary_bytes <= 64 * PAGE // 8 + 128
+        assert used <= budget and stream.live_summary_bytes <= budget // 8 + 128
         assert 10 < len(stream.chunks) < 40 and stream.forgotten.chunks > 250
         check(stream, stream.chunks[-3:], first=297)
 
@@ -173,7 +174,8 @@ def test_a_full_disk_loses_nothing_and_names_the_span(tmp_path, monkeypatch):
                 stream.reserve(4)
             assert caught.value.spans == ((0.0, 0.5),)
             assert files(tmp_path) == []
-            assert cache.tier_bytes() == {"memory": (6 * PAGE, 6 * PAGE), "disk": (0, None)}
+            budget = cache.tiers.memory_bytes
+            assert cache.tier_bytes() == {"memory": (6 * PAGE, budget), "disk": (0, None)}
             check(stream, blocks)
             with pytest.raises(DiskFull):
                 cache.settle()

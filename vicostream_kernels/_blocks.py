@@ -44,7 +44,7 @@ def check_reservation(
         raise ValueError(f"reserve: start_s={start_s}, end_s={end_s} must be finite and in order")
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Segment:
     """A run of pages inside a block. ``fixed`` is its token count where that is known from the
     start (markers, which have pages of their own); None marks the body, whose count comes later."""
@@ -53,8 +53,14 @@ class Segment:
     fixed: int | None = None
 
 
-@dataclass(eq=False)
-class Block:
+class _Referable:
+    """Slots take weak references away; a long history has no memory for more than that."""
+
+    __slots__ = ("__weakref__",)
+
+
+@dataclass(eq=False, slots=True)
+class Block(_Referable):
     """One chunk, the system prompt ("sink"), or a question's text. Made by `CacheStream.reserve`.
 
     ``segments`` are leading markers, body, trailing markers, with no pages where there are none;

@@ -30,6 +30,7 @@ class Residency:
         self.tiers, self._cache = tiers, cache
         self.transfer = Transfer(cache.device)
         self.below = Below(tiers, self.transfer)
+        self._nowhere = torch.empty(0, dtype=torch.int64, device=cache.device)
         self._resident: dict[Block, None] = {}  # chunks with pages, least recently used first
         memory = "device" if self.transfer.on_gpu else "memory"
         host = "host" if tiers.host_bytes or self.transfer.on_gpu else memory
@@ -61,7 +62,8 @@ class Residency:
     def headroom(self) -> int:
         """Pages that may be taken before something must go down; negative when over the budget."""
         cache = self._cache
-        allowed = (self.tiers.page_bytes - cache.summary_bytes) // cache.bytes_per_page
+        rows = max(self.tiers.reserve_bytes, cache.summary_bytes)
+        allowed = (self.tiers.page_bytes - rows) // cache.bytes_per_page
         return min(cache.free_pages, allowed - cache.used_pages)
 
     # -- what the streams tell -------------------------------------------------------------------
@@ -146,7 +148,8 @@ class Residency:
         cache._give(block.pages, block)
         for segment in block.segments:
             segment.pages.clear()
-        block._ids, block._away = block._ids[:0], True
+        # One for all: a view would keep the memory of the ids that were.
+        block._ids, block._away = self._nowhere, True
         block._stream._moved(block)
         del self._resident[block]
 

@@ -27,7 +27,7 @@ from vicostream_kernels._tensor_file import (
 )
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Record:
     """Keys and values of a block below the pages, [layers, pools, tokens, G, d].
 

@@ -84,6 +84,12 @@ class Tiers:
         return min(max(size, _MIN_GROUP), _MAX_GROUP)
 
     @property
+    def reserve_bytes(self) -> int:
+        """An eighth of the memory budget, where rows of summaries, and what is kept of each block,
+        grow before they take from the pages."""
+        return self.memory_bytes // 8
+
+    @property
     def page_bytes(self) -> int:
         """What of the memory budget is left for pages and summaries."""
         return self.memory_bytes - (0 if self.host_bytes else IN_FLIGHT * self.group)

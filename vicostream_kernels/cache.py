@@ -341,12 +341,13 @@ class PagedKVCache:
             raise TypeError(f"PagedKVCache: tiers must be Tiers, got {type(tiers).__name__}")
         if self.grow:
             raise ValueError("PagedKVCache: tiers have a memory budget: grow must be False")
-        pages = tiers.page_bytes // self.bytes_per_page
+        pages = (tiers.page_bytes - tiers.reserve_bytes) // self.bytes_per_page
         if pages < 1:
             moving = tiers.memory_bytes - tiers.page_bytes
             raise ValueError(
                 f"PagedKVCache: memory_bytes={tiers.memory_bytes} leaves no page of "
-                f"{self.bytes_per_page} bytes beside {moving} for what is on its way to files"
+                f"{self.bytes_per_page} bytes beside {moving} for what is on its way to files and "
+                f"{tiers.reserve_bytes} for rows of summaries"
             )
         return pages
 

@@ -90,6 +90,17 @@ def run(
             "contact sheet, into this folder.",
         ),
     ] = None,
+    restore: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="Go on with the session of this file; VIDEO begins where it ended.",
+        ),
+    ] = None,
+    save: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="Save the session at the end of VIDEO, for --restore."),
+    ] = None,
     explain: Annotated[
         str | None,
         typer.Option(
@@ -130,6 +141,8 @@ def run(
                 report=report,
                 show_pruning=show_pruning,
                 explain=explain,
+                restore=restore,
+                save=save,
                 settings=settings or (),
                 debug=debug,
             )

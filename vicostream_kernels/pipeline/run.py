@@ -39,6 +39,8 @@ class RunOptions:
     report: str | None = None
     show_pruning: str | None = None
     explain: str | None = None
+    restore: str | None = None
+    save: str | None = None
     settings: Sequence[str] = ()
     debug: bool = False
 
@@ -59,6 +61,8 @@ class _Run:
         self._part = "options"
         self._time_s: float | None = None
         self._waiting: list[Question] = []
+        self._shift = 0.0  # time of the stream at which this video begins
+        self._frames_before = 0  # in earlier runs of the session
         self._film: Any = None
         self._explained = 0
         self._recorder = Recorder(
@@ -111,6 +115,8 @@ class _Run:
             _check_folder(options.report)
         if options.explain is not None:
             _check_folder(options.explain, "--explain")
+        if options.save is not None:
+            _check_folder(str(Path(options.save).parent), "--save")
         if options.show_pruning is not None:
             from vicostream_kernels.pipeline.film import PruningFilm
 
@@ -150,13 +156,23 @@ class _Run:
                 self._part = "ingest"
                 recorder.restart()
                 watch = None if self._film is None else self._film.watch
-                with engine.open(
-                    recorder=recorder, fps=options.fps or _rate(source), on_pruned=watch
-                ) as stream:
+                with self._open(engine, source, watch) as stream:
                     self._consume(source, stream, questions)
         for trouble in source.troubles:
             self._part, self._time_s = trouble.where, trouble.time_s
             self._failed(f"{options.video}: {trouble.what}", 1)
+
+    def _open(self, engine: Any, source: VideoSource, watch: Any) -> Any:
+        options, recorder = self._options, self._recorder
+        if options.restore is None:
+            return engine.open(recorder=recorder, fps=options.fps or _rate(source), on_pruned=watch)
+        self._part = "options"
+        stream = engine.restore(options.restore, recorder=recorder, on_pruned=watch)
+        self._part, self._frames_before = "ingest", recorder.frames_ingested
+        if recorder.frames_ingested:
+            # The video goes on where the session ended, one frame later.
+            self._shift = stream.time_s + 1.0 / (options.fps or _rate(source))
+        return stream
 
     def _load(self, method: methods.Method, device: torch.device) -> Any:
         # Imported late: transformers takes seconds, and options should fail before that.
@@ -179,25 +195,28 @@ class _Run:
         waiting = self._waiting = sorted(questions, key=_when)
         size = stream.frames_per_chunk
         frames = FrameGroups(iter(source))
-        screen.start(source.info.duration_s, str(self._options.video))
+        shift, length = self._shift, source.info.duration_s
+        screen.start(None if length is None else length + shift, str(self._options.video))
         try:
             while True:
                 limit = _when(waiting[0]) if waiting else math.inf
                 with recorder.trace.span("decode", host=True) as span:
                     self._part = "video"
-                    batch = frames.take(size, limit)
+                    batch = frames.take(size, limit - shift)
                 recorder.decoded(span)
-                recorder.frames_read = source.frames_read
+                recorder.frames_read = self._frames_before + source.frames_read
                 if batch:
-                    self._part, self._time_s = "ingest", batch[0].time_s
-                    stream.ingest(stack(batch), [frame.time_s for frame in batch])
-                    self._time_s = batch[-1].time_s
+                    times = [frame.time_s + shift for frame in batch]
+                    self._part, self._time_s = "ingest", times[0]
+                    stream.ingest(stack(batch), times)
+                    self._time_s = times[-1]
                     self._draw()
                     screen.update(recorder, stream.time_s)
                 elif frames.ended:
                     break
                 else:
                     self._ask(stream, waiting.pop(0))
+            self._save(stream)
             self._part = "ingest"
             stream.flush()
             self._draw()
@@ -209,9 +228,20 @@ class _Run:
                     screen.say(f"{late:g} s is after the last frame ({last:.3f} s): asked there")
                 self._ask(stream, question)
         finally:
-            recorder.frames_read = source.frames_read
+            recorder.frames_read = self._frames_before + source.frames_read
             screen.stop()
         screen.summary(recorder.report(), source.info.name)
+
+    def _save(self, stream: Any) -> None:
+        """Before the last chunk is cut short: the video may go on in another run."""
+        if self._options.save is None:
+            return
+        self._part = "save"
+        try:
+            stream.save(self._options.save)
+            self._screen.say(f"saved the session to {self._options.save}")
+        except Exception as error:
+            self._raised(error)
 
     def _ask(self, stream: Any, question: Question) -> None:
         """A question that fails does not end the stream: the video does not depend on it."""
