@@ -14,7 +14,7 @@ from vicostream_kernels.cache import DiskFull, LostBlock, OutOfPages
 from vicostream_kernels.pipeline.report import SCHEMA_FILE
 
 #: About nine chunks of three pages, of the 24 that the tests stream.
-BUDGET = 2**20
+BUDGET = 5 * 2**18
 TIERS = {"engine__history_bytes": BUDGET, "engine__window_chunks": 2, "retrieve__k": 4}
 
 
