@@ -30,15 +30,18 @@ def _make(device: torch.device, seed: int, *, axes: Axes, dtype: torch.dtype) ->
     def matrix(rows: int, columns: int) -> torch.Tensor:
         return torch.randn(rows, columns, generator=random) / columns**0.5
 
-    def linear(rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
-        return matrix(rows, columns), 0.02 * torch.randn(rows, generator=random)
+    def linear(rows: int, columns: int, gain: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
+        return gain * matrix(rows, columns), 0.02 * torch.randn(rows, generator=random)
+
+    # As deep networks are made: what the layers add up to does not grow with their number.
+    branch = (2 * axes["layers"]) ** -0.5
 
     layers = [
         {
             "qkv": linear(3 * width, width),
-            "out": linear(width, width),
+            "out": linear(width, width, branch),
             "gate_up": linear(2 * inner, width),
-            "down": linear(width, inner),
+            "down": linear(width, inner, branch),
         }
         for _ in range(axes["layers"])
     ]
@@ -167,8 +170,8 @@ def _reference(inputs: Inputs, *, axes: Axes) -> Outputs:
 
 
 def _outputs(inputs: Inputs, result: list[torch.Tensor], *, axes: Axes) -> Outputs:
-    """The full call, to be right; and whether the last step of the last call is nearer to the plain
-    ViT's than the reference is (random weights carry every change through the whole frame).
+    """The full call, to be right; and whether the last step of the last call comes twice as near to
+    the plain ViT's as the reference is.
 
     That what is between is the published algorithm, tests/models/test_reuse.py checks.
     """
@@ -177,7 +180,7 @@ def _outputs(inputs: Inputs, result: list[torch.Tensor], *, axes: Axes) -> Outpu
     grid = _Grids.of(axes, inputs["patches"].device, 1)
     plain = vision_forward(*vit[:3], inputs["patches"][-1, -n:], grid, "auto").double()
     reached, stale = ((made[-n // 4 :].double() - plain).norm() for made in (result[-1], result[0]))
-    return {"full_call": result[0], "follows": (reached < 0.9 * stale).int().cpu()}
+    return {"full_call": result[0], "follows": (reached < 0.5 * stale).int().cpu()}
 
 
 def _providers(device: torch.device, *, axes: Axes) -> list[Provider]:
