@@ -125,3 +125,21 @@ def test_a_stale_build_says_so():
         pytest.skip(reason)
     with pytest.raises(AttributeError, match="no 'newer_kernel'.*older.*make build"):
         native.newer_kernel  # noqa: B018
+
+
+def test_auto_passes_over_what_is_served_on_request_only(monkeypatch):
+    """Decode in CUDA C++ until a GPU has shown it to be the faster one; and what it declines."""
+    monkeypatch.setattr(backends, "missing", lambda *args: None)
+    choose = backends.choose.__wrapped__
+    op, declined = "sink_window_attention", "the cuda kernels serve decode"
+    monkeypatch.setattr(backends, "AUTO", ("auto",))
+    assert choose(op, "auto", "cuda") == "triton"
+    assert choose(op, "cuda", "cuda") == "cuda"
+    with pytest.raises(backends.BackendUnavailable, match=f"cuda: {declined}.*what can: triton"):
+        choose(op, "cuda", "cuda", None, declined)
+    monkeypatch.setattr(backends, "AUTO", ("cuda", "auto"))
+    assert choose(op, "auto", "cuda") == "cuda"
+    assert choose(op, "auto", "cuda", None, declined) == "triton"
+    monkeypatch.setattr(backends, "AUTO", ("auto",))
+    assert choose("topk_blocks", "auto", "cuda") == "cuda"
+    assert choose("topk_blocks", "auto", "cuda", None, "it is softmax") != "cuda"
