@@ -29,10 +29,20 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from tiny import card, curve, files
-from tiny.batches import PLACE_SHARES, SHARES, Batch, Views, bounded_views, full_views, make_batch
+from tiny.batches import (
+    BOUNDED_SHARES,
+    PLACE_SHARES,
+    SHARES,
+    Batch,
+    Views,
+    bounded_views,
+    full_views,
+    make_batch,
+)
 from tiny.losses import (
     answer_loss,
     change_loss,
+    counting_loss,
     lookup_loss,
     naming_loss,
     retrieval_loss,
@@ -49,12 +59,14 @@ class Phase:
 
     end: share of the stage at which it ends. longest: most steps of a video. short: share of the
     batches that have 1 to 4 steps all the same. shares: of the forms of questions.
+    counting: weight of the loss that shows a head what to count.
     """
 
     end: float
     longest: int
     short: float = 0.2
     shares: dict[str, float] = field(default_factory=lambda: SHARES)
+    counting: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -78,12 +90,20 @@ FULL = Stage(
         Phase(0.12, 4, shares=PLACE_SHARES),
         Phase(0.18, 8),
         Phase(0.30, 16),
-        Phase(0.60, 32),
-        Phase(1.00, 64),
+        Phase(0.40, 32),
+        Phase(0.60, 32, counting=0.2),
+        Phase(1.00, 64, counting=0.2),
     ),
     0.5, 0.3, 0.1,
 )  # fmt: skip
-BOUNDED = Stage("tiny", True, 8e-4, 50, (Phase(0.3, 32), Phase(1.0, 64)), 0.3, 0.1, 0.3)
+BOUNDED = Stage(
+    "tiny", True, 1e-3, 50,
+    (
+        Phase(0.30, 32, 0.2, BOUNDED_SHARES, 0.2),
+        Phase(1.00, 64, 0.2, BOUNDED_SHARES, 0.2),
+    ),
+    0.3, 0.2, 0.3,
+)  # fmt: skip
 #: Video steps and videos of a batch; questions of a video.
 BUDGET, MOST_VIDEOS, QUESTIONS = 512, 32, 16
 
@@ -149,6 +169,10 @@ class Training:
         naming = naming_loss(tokens, self.net.words, batch)
         loss = answer + 0.2 * stop + stage.naming * naming + stage.lookup * lookup
         figures = {"T": steps, "answer": answer, "naming": naming, "lookup": lookup}
+        if phase.counting:
+            counting = counting_loss(looked, batch, views, stage.bounded)
+            loss = loss + phase.counting * counting
+            figures["counting"] = counting
         if steps > 1:
             change = change_loss(tokens, batch)
             loss = loss + 0.3 * change
@@ -278,7 +302,7 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("out/tiny"))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--full-steps", type=int, default=2200)
-    parser.add_argument("--bounded-steps", type=int, default=1100)
+    parser.add_argument("--bounded-steps", type=int, default=600)
     parser.add_argument("--eval-every", type=int, default=220)
     parser.add_argument("--resume", action="store_true", help="go on from OUT/state.pt")
     return parser.parse_args(words)

@@ -54,10 +54,10 @@ def run(
     model: Annotated[
         str,
         typer.Option(
-            help="tiny-random, 3b-random, 7b-random, a folder with a Qwen2.5-VL checkpoint, or a "
-            "Hugging Face name."
+            help="tiny, tiny-full, tiny-random, 3b-random, 7b-random, a folder with a Qwen2.5-VL "
+            "checkpoint, or a Hugging Face name."
         ),
-    ] = "tiny-random",
+    ] = "tiny",
     preset: Annotated[
         str,
         typer.Option(

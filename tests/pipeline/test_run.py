@@ -47,7 +47,7 @@ class Outcome:
                 questions=questions,
                 settings=[*SMALL_SET, *settings],
                 report=str(self.folder),
-                **options,
+                **{"model": "tiny-random", **options},
             ),
             Screen(out, err),
         )

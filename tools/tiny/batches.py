@@ -41,6 +41,16 @@ PLACE_SHARES = {
     "order": 0.11,
     "motion": 0.07,
 }
+#: With more of what pruning makes hard.
+BOUNDED_SHARES = {
+    "shape": 0.17,
+    "color": 0.13,
+    "count": 0.19,
+    "last_color": 0.15,
+    "last_place": 0.13,
+    "order": 0.14,
+    "motion": 0.09,
+}
 
 
 @dataclass
@@ -195,7 +205,7 @@ def _questions(
         if form in ("last_color", "last_place") and steps > CHUNK and rng.random() < 0.7:
             q = truth.pick(rng, form, step, age=CHUNK)
         else:
-            q = truth.pick(rng, form, step, nothing=0.35 if shares is SHARES else 0.2)
+            q = truth.pick(rng, form, step, nothing=0.2 if shares is PLACE_SHARES else 0.35)
         if q is not None:
             asked.append(q)
             if len(asked) == count:

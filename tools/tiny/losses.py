@@ -7,10 +7,12 @@ import torch
 from torch.nn import functional as F
 
 from tiny.batches import CHUNK, IDS, Batch, Views, question_ids
-from vicostream_kernels.evaluation._questions import NEVER, NOTHING, Asked, Truth
+from vicostream_kernels.evaluation._questions import FORMS, NEVER, NOTHING, Asked, Truth
 from vicostream_kernels.evaluation._world import CELLS, COLOURS, PLACES, SHAPES
 
 _NOTHING_WEIGHT = 0.15
+#: The head that counts; the first one looks up. They share no keys.
+_COUNTING = 2
 #: Targets of the cosine between a token and the one a step before.
 _SAME, _OTHER, _RECOLOURED = 0.97, 0.15, 0.5
 
@@ -34,7 +36,7 @@ def lookup_loss(looked: torch.Tensor, batch: Batch, views: Views) -> torch.Tenso
     of a place, the last sightings of a shape.
 
     Without it the model names whatever is visible, for thousands of steps: nothing rewards the
-    first half of a lookup. ``looked`` [B, Q, N, L]. What a question can't see is left out.
+    first half of a lookup. ``looked`` [B, H, Q, N, L]. What a question can't see is left out.
     """
     layout = batch.layout
     # Where in the trunk the token of a step and a cell lies.
@@ -57,8 +59,37 @@ def lookup_loss(looked: torch.Tensor, batch: Batch, views: Views) -> torch.Tenso
     if not rows:
         return looked.new_zeros(())
     b, i, word = torch.tensor(rows).T
-    mass = (looked[b, i, word].float() * torch.from_numpy(np.stack(shown))).sum(-1)
+    mass = (looked[b, 0, i, word].float() * torch.from_numpy(np.stack(shown))).sum(-1)
     return -(mass + 1e-4).log().mean()
+
+
+def counting_loss(looked: torch.Tensor, batch: Batch, views: Views, bounded: bool) -> torch.Tensor:
+    """Another head looks from "shapes" in "How many shapes now?" at all cells of the newest step
+    alike: how much of what it brings back is a shape is the number.
+
+    In a bounded stream the newest step is not whole: there the head looks at the first step of the
+    newest chunk, which is, and at what is left of the last: the number then and what changed.
+    """
+    layout = batch.layout
+    ids = question_ids(FORMS["count"][1])
+    word = ids.index(IDS["shapes"])
+    visible = views.branches.mask.numpy()
+    rows, shown = [], []
+    for b, questions in enumerate(batch.questions):
+        for i, q in enumerate(questions):
+            if q.form == "count":
+                wanted = layout.step == q.step
+                if bounded:
+                    wanted = wanted | (layout.step == q.step // CHUNK * CHUNK)
+                rows.append((b, i))
+                shown.append(wanted & visible[b, i])
+    if not rows:
+        return looked.new_zeros((), dtype=torch.float32)
+    b, i = torch.tensor(rows).T
+    there = torch.from_numpy(np.stack(shown))
+    number = there.sum(-1, keepdim=True)
+    share = looked[b, _COUNTING, i, word].float() * number
+    return -((share + 1e-3).log() * there / number).sum(-1).mean()
 
 
 def _sights(truth: Truth, q: Asked, index: int) -> list[tuple[int, int]]:

@@ -24,7 +24,7 @@ _SIDE, _WINDOW = 3, 2
 _SQUARES = _SIDE * _SIDE
 _HEADS, _KV, _HEAD = 4, 2, 32
 _SECTION = (8, 4, 4)
-#: The layer whose first head is shown where to look (``losses.lookup_loss``).
+#: The layer in which two heads are shown where to look (``losses``).
 LOOKUP = 1
 
 
@@ -104,8 +104,8 @@ class Net:
     def logits(
         self, video: torch.Tensor, trunk: Trunk, branches: Branches
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits [B, Q, N, V] of the branches, and how the first head of layer ``LOOKUP`` spreads
-        their attention over the trunk, [B, Q, N, L]; ``video`` [B, T * 9, D]."""
+        """Logits [B, Q, N, V] of the branches, and how the heads of layer ``LOOKUP`` spread their
+        attention over the trunk, [B, H, Q, N, L]; ``video`` [B, T * 9, D]."""
         p, dtype = self._p, self._dtype
         b, count = video.shape[0], trunk.ids.shape[0]
         quests, length = branches.ids.shape[1:]
@@ -136,7 +136,7 @@ class Net:
             own = bq @ bk.transpose(-1, -2) + inner_bias
             shares = torch.cat((wide, own), -1).softmax(-1)
             if layer == LOOKUP:
-                looked = shares[:, 0, 0, :, :, :count]
+                looked = shares[..., :count].flatten(1, 2)
             seen = shares[..., :count].reshape(b, _KV, -1, quests * length, count) @ v[:, :, None]
             seen = seen.view(own_shape) + shares[..., count:] @ bv
             seen = seen.reshape(b, _HEADS, quests * length, _HEAD).transpose(1, 2)

@@ -61,15 +61,16 @@ def load_checkpoint(
 ) -> Checkpoint:
     """Loads a named model, a local folder or a repository of the Hugging Face hub.
 
-    ``dtype`` None means float32 on the CPU and the checkpoint's own dtype elsewhere (the named
+    ``dtype`` None means float32 on the CPU and the checkpoint's own dtype elsewhere (the random
     models: their configuration's). ``seed`` makes the weights of the ``*-random`` models.
 
     Raises a ``CheckpointError`` of some kind, whose message is one line.
     """
     name = str(name_or_path)
-    if name in named.NAMES:
+    embedded = named.FOLDERS.get(name)
+    if embedded is None and name in named.NAMES:
         return _load_named(name, device, dtype, seed)
-    path = Path(name_or_path).expanduser()
+    path = embedded or Path(name_or_path).expanduser()
     local = path.exists() or not _looks_like_hub_name(name)
     config = _check_folder(path) if local else _check_hub(name)
     _check_config(config, name)

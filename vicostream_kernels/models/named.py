@@ -1,8 +1,13 @@
-"""Models by name that need no download: real architecture, weights from a seed.
+"""Models by name that need no download.
 
-``tiny-random`` is embedded (its small files lie in ``tiny_random/``); ``3b-random`` and
-``7b-random`` have the true Qwen2.5-VL shapes and exist to measure speed with no checkpoint at hand.
-All three use the small embedded tokenizer; embedding rows keep their true number.
+``tiny`` and ``tiny-full`` are checkpoints in the package: trained from nothing by
+``tools/train_tiny.py`` to answer questions about the clips of ``evaluation.streamqa``, the one with
+the masks of a bounded stream, the other with full history.
+
+The others have weights from a seed. ``tiny-random`` is for tests (its small files lie in
+``tiny_random/``); ``3b-random`` and ``7b-random`` have the true Qwen2.5-VL shapes and exist to
+measure speed with no checkpoint at hand. All three use tiny-random's tokenizer; embedding rows keep
+their true number.
 """
 
 from __future__ import annotations
@@ -60,7 +65,9 @@ _SHAPES: dict[str, dict[str, Any]] = {
     },
 }
 
-NAMES = tuple(_SHAPES)
+#: Folders of the checkpoints in the package.
+FOLDERS = {name: Path(__file__).parent / name.replace("-", "_") for name in ("tiny", "tiny-full")}
+NAMES = (*FOLDERS, *_SHAPES)
 
 
 def config(name: str) -> dict[str, Any]:

@@ -35,11 +35,12 @@ def load_model(
     """Loads Qwen2.5-VL by name.
 
     Args:
-        name_or_path: "tiny-random", "3b-random", "7b-random" (made from ``seed``, no download), a
-            folder with an unmodified checkpoint, or a hub name. Safetensors only.
+        name_or_path: "tiny" or "tiny-full" (in the package, trained), "tiny-random", "3b-random",
+            "7b-random" (made from ``seed``), a folder with an unmodified checkpoint, or a hub name.
+            Safetensors only.
         device: where the weights go.
         dtype: of weights and activations; None means float32 on the CPU and the checkpoint's own
-            elsewhere (named models: tiny-random float32, the others bfloat16).
+            elsewhere (random models: tiny-random float32, the others bfloat16).
         backend: of our ops: "auto", "cuda", "triton", "cpu" or "reference".
         seed: of the random weights of the named models.
 

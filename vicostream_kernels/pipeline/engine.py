@@ -30,7 +30,7 @@ class StreamEngine:
 
     ::
 
-        with StreamEngine.from_pretrained("tiny-random", preset="vicostream") as engine:
+        with StreamEngine.from_pretrained("tiny", preset="vicostream") as engine:
             with engine.open() as stream:
                 stream.ingest(frames)
                 for piece in stream.ask("What happened?"):
@@ -68,7 +68,7 @@ class StreamEngine:
     @classmethod
     def from_pretrained(
         cls,
-        model: str | Path = "tiny-random",
+        model: str | Path = "tiny",
         *,
         preset: str = "vicostream",
         overrides: Mapping[str, Any] | None = None,

@@ -31,7 +31,7 @@ class RunOptions:
     """What ``vicostream run`` was asked to do; strings as they were typed."""
 
     video: str
-    model: str = "tiny-random"
+    model: str = "tiny"
     preset: str = "vicostream"
     questions: Sequence[str] = ()
     fps: float | None = None
