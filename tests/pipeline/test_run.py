@@ -213,7 +213,7 @@ def test_what_the_user_got_wrong_is_one_line_and_exit_code_2(tmp_path, video):
 def test_a_report_folder_that_cannot_be_made_is_found_before_the_work(tmp_path, video):
     (tmp_path / "file").write_text("in the way")
     err = io.StringIO()
-    options = RunOptions(video=str(video), report=str(tmp_path / "file"))
+    options = RunOptions(video=str(video), model="tiny-random", report=str(tmp_path / "file"))
     assert run(options, Screen(io.StringIO(), err)) == 2
     first = err.getvalue().splitlines()[0]
     assert first.startswith("vicostream: error: --report") and "loading" not in err.getvalue()
@@ -318,7 +318,7 @@ def test_live_progress_on_a_terminal(tmp_path, video):
             return True
 
     err, out = Terminal(), io.StringIO()
-    options = RunOptions(str(video), questions=["1 What?"], settings=SMALL_SET)
+    options = RunOptions(str(video), model="tiny-random", questions=["1 What?"], settings=SMALL_SET)
     assert run(options, Screen(out, err)) == 0
     assert "frames/s" in err.getvalue() and "KV" in err.getvalue()
     assert "[00:01.0] What?" in out.getvalue()
