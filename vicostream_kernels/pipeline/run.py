@@ -184,11 +184,15 @@ class _Run:
             return StreamEngine(load_model(self._options.model, device=device), method)
 
     def _sample(self, questions: list[Question]) -> tuple[str, list[Question]]:
+        from vicostream_kernels.evaluation.streamqa import FPS
         from vicostream_kernels.pipeline.sample import questions as known
         from vicostream_kernels.pipeline.sample import sample_clip
 
         path = sample_clip(self._options.report)
-        return str(path), questions or [Question(q.time_s, q.text, q.answer) for q in known()]
+        # Half a frame earlier: at the time of the last frame that the question may see.
+        early = 0.5 / FPS
+        asked = [Question(q.time_s - early, q.text, q.answer) for q in known()]
+        return str(path), questions or asked
 
     def _consume(self, source: VideoSource, stream: Any, questions: list[Question]) -> None:
         recorder, screen = self._recorder, self._screen
