@@ -31,7 +31,7 @@ def report_of(folder, video, *questions, settings=(), **more):
             questions=questions,
             report=str(folder),
             settings=["engine.pixels=6272", "engine.max_new_tokens=4", *settings],
-            **more,
+            **{"model": "tiny-random", **more},
         )
     )
     return code, json.loads((folder / "report.json").read_text())
