@@ -56,7 +56,9 @@ VICO_INLINE Floats load_lanes(const T* at, int64_t left) {
 VICO_INLINE float sum_lanes(Floats v) {
 #if defined(__AVX512F__)
   const __m512 all = (__m512)v;
-  const __m256 upper = _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(all), 1));
+  // With the mask of all lanes, as above.
+  const __m256 upper =
+      _mm256_castpd_ps(_mm512_maskz_extractf64x4_pd(0xff, _mm512_castps_pd(all), 1));
   const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(all), upper);
 #elif defined(__AVX2__)
   const __m256 eight = (__m256)v;
