@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstring>
+#include <type_traits>
 
 #include "cpu/rows.h"
 #include "cpu/simd.h"
@@ -55,11 +56,12 @@ VICO_INLINE Floats load_lanes(const T* at, int64_t left) {
 // The upper half is added to the lower one until one lane is left.
 VICO_INLINE float sum_lanes(Floats v) {
 #if defined(__AVX512F__)
-  const __m512 all = (__m512)v;
   // With the mask of all lanes, as above.
-  const __m256 upper =
-      _mm256_castpd_ps(_mm512_maskz_extractf64x4_pd(0xff, _mm512_castps_pd(all), 1));
-  const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(all), upper);
+  const auto half = [&v](auto which) {
+    return _mm256_castpd_ps(_mm512_maskz_extractf64x4_pd(0xff, (__m512d)v, which.value));
+  };
+  const __m256 eight =
+      _mm256_add_ps(half(std::integral_constant<int, 0>()), half(std::integral_constant<int, 1>()));
 #elif defined(__AVX2__)
   const __m256 eight = (__m256)v;
 #endif
