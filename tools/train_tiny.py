@@ -1,12 +1,14 @@
 """Train the two models that the package ships, from nothing, on a CPU.
 
-    python tools/train_tiny.py --out out/tiny                 # both stages, about 45 minutes
+    python tools/train_tiny.py --out out/tiny                 # all stages, about an hour
     python tools/train_tiny.py --out out/tiny --resume        # goes on where it stopped
 
-``tiny-full`` learns with everything visible that came before; ``tiny`` goes on from there with
-what a bounded stream does to it: pruning, windows and retrieval at random, and a loss that makes
-the mean of a question's embeddings find the chunk that answers it. Every batch comes from its step
-number and the seed alone, so a resumed run is the run. What it learns from is made on the fly.
+``tiny-full`` learns with everything visible that came before, short videos first, at last long ones
+with more questions about the past; ``tiny`` goes on from there with what a bounded stream does to
+it: pruning, windows and retrieval at random, and a loss that makes the mean of a question's
+embeddings find the chunk that answers it. Every batch comes from its step number and the seed
+alone, and every stage starts from the weights of the one before as they are shipped, so a resumed
+run is the run. What it learns from is made on the fly.
 
 Writes ``log.jsonl``, ``curve.png``, ``state.pt`` (tensors only) and the folders ``tiny_full`` and
 ``tiny``, which transformers loads.
@@ -31,6 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from tiny import card, curve, files
 from tiny.batches import (
     BOUNDED_SHARES,
+    PAST_SHARES,
     PLACE_SHARES,
     SHARES,
     Batch,
@@ -96,11 +99,16 @@ FULL = Stage(
     ),
     0.5, 0.3, 0.1,
 )  # fmt: skip
+LONG = Stage(
+    "tiny_full", False, 8e-4, 50,
+    (Phase(1.00, 96, 0.1, PAST_SHARES, 0.2),),
+    0.5, 0.3, 0.1,
+)  # fmt: skip
 BOUNDED = Stage(
     "tiny", True, 1e-3, 50,
     (
         Phase(0.30, 32, 0.2, BOUNDED_SHARES, 0.2),
-        Phase(1.00, 64, 0.2, BOUNDED_SHARES, 0.2),
+        Phase(1.00, 96, 0.1, BOUNDED_SHARES, 0.2),
     ),
     0.3, 0.2, 0.3,
 )  # fmt: skip
@@ -119,7 +127,9 @@ class Training:
         self.net = Net(self.model, torch.bfloat16)
         self.optimizer = optimizer(self.model)
         self.step, self.wall_s, self.cpu_s = 0, 0.0, 0.0
-        self.stages = ((FULL, args.full_steps), (BOUNDED, args.bounded_steps))
+        self.stages = (
+            (FULL, args.full_steps), (LONG, args.long_steps), (BOUNDED, args.bounded_steps)
+        )  # fmt: skip
         if args.resume and (self.out / "state.pt").exists():
             self._load()
 
@@ -128,9 +138,16 @@ class Training:
         for stage, steps in self.stages:
             for at in range(max(0, self.step - first), steps):
                 if at == 0 and first:
-                    self.optimizer = optimizer(self.model)
+                    self._begin()
                 self._one(stage, at, steps, first + at)
             first += steps
+
+    def _begin(self) -> None:
+        """From the weights as they are shipped, with nothing left of the stage before."""
+        with torch.no_grad():
+            for p in self.model.parameters():
+                p.copy_(p.bfloat16())
+        self.optimizer = optimizer(self.model)
 
     def _one(self, stage: Stage, at: int, steps: int, number: int) -> None:
         wall, cpu = time.perf_counter(), time.process_time()
@@ -302,7 +319,8 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("out/tiny"))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--full-steps", type=int, default=2200)
-    parser.add_argument("--bounded-steps", type=int, default=600)
+    parser.add_argument("--long-steps", type=int, default=700)
+    parser.add_argument("--bounded-steps", type=int, default=1000)
     parser.add_argument("--eval-every", type=int, default=220)
     parser.add_argument("--resume", action="store_true", help="go on from OUT/state.pt")
     return parser.parse_args(words)

@@ -198,7 +198,7 @@ def test_a_resumed_run_is_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(train_tiny, "QUESTIONS", 2)
     monkeypatch.setattr(train_tiny, "evaluate", lambda *_: {})
     monkeypatch.setattr(train_tiny.curve, "plot", lambda *_: None)
-    flags = ["--full-steps", "3", "--bounded-steps", "2", "--eval-every", "2"]
+    flags = ["--full-steps", "3", "--long-steps", "1", "--bounded-steps", "2", "--eval-every", "2"]
     whole = train(tmp_path / "whole", flags)
     calls = {"left": 3}
     learn = train_tiny.Training._learn
@@ -217,7 +217,7 @@ def test_a_resumed_run_is_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     for name, value in whole.model.state_dict().items():
         assert torch.equal(value, parts.model.state_dict()[name]), name
     steps = [json.loads(x)["step"] for x in (tmp_path / "parts" / "log.jsonl").open()]
-    assert steps == [0, 1, 2, 3, 4]
+    assert steps == [0, 1, 2, 3, 4, 5]
 
 
 def train(out: Path, flags: list[str]) -> train_tiny.Training:

@@ -41,6 +41,16 @@ PLACE_SHARES = {
     "order": 0.11,
     "motion": 0.07,
 }
+#: With more about what is gone.
+PAST_SHARES = {
+    "shape": 0.12,
+    "color": 0.10,
+    "count": 0.11,
+    "last_color": 0.15,
+    "last_place": 0.20,
+    "order": 0.20,
+    "motion": 0.12,
+}
 #: With more of what pruning makes hard.
 BOUNDED_SHARES = {
     "shape": 0.17,
