@@ -17,7 +17,14 @@ from vicostream_kernels import __version__, cli
 from vicostream_kernels.backends import BACKENDS, WORDS
 
 COMMAND = [sys.executable, "-c", "from vicostream_kernels.cli import main; main()"]
-SMALL = ["--set", "engine.pixels=6272", "--set", "engine.max_new_tokens=4"]
+SMALL = [
+    "--model",
+    "tiny-random",
+    "--set",
+    "engine.pixels=6272",
+    "--set",
+    "engine.max_new_tokens=4",
+]
 
 
 def shell(*arguments, **options):

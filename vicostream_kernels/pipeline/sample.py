@@ -19,7 +19,8 @@ from vicostream_kernels.evaluation.streamqa import Clip, Question, make_clip
 SEED, STEPS = 1, 120
 #: "The beginning", in seconds.
 _EARLY_S = 12.0
-_VERSION = 2
+#: Changes with the drawing: clips that were made before stay in the cache folder.
+_VERSION = 3
 
 
 @lru_cache(maxsize=1)
@@ -54,7 +55,7 @@ def sample_clip(folder: str | os.PathLike[str] | None = None) -> Path:
     temporary folder where that cannot be written.
     """
     home = Path(folder) if folder is not None else _cache_folder()
-    path = home / f"vicostream-sample-v{_VERSION}.mp4"
+    path = home / f"vicostream-sample-v{_VERSION}-{SEED}-{STEPS}.mp4"
     if not path.exists():
         home.mkdir(parents=True, exist_ok=True)
         partial = home / f".{path.stem}-{os.getpid()}.mp4"
