@@ -7,12 +7,13 @@ import io
 import json
 
 import pytest
+import torch
 from pipeline_kit import pictures, tiny_runner, write_video
 
-from vicostream_kernels.evaluation import ovobench, streamingbench
+from vicostream_kernels.evaluation import ovobench, qa_run, run, streamingbench
 from vicostream_kernels.evaluation.benchmark import LayoutError
 from vicostream_kernels.evaluation.console import Console
-from vicostream_kernels.evaluation.run import BenchmarkOptions, run_benchmark
+from vicostream_kernels.evaluation.run import BenchmarkOptions, _Benchmark, run_benchmark
 from vicostream_kernels.pipeline.errors import InputError
 from vicostream_kernels.pipeline.session import Stream
 
@@ -308,7 +309,37 @@ def test_a_second_run_goes_on_where_the_first_stopped(tmp_path, ovo, asked, monk
     again = Outcome(tmp_path, "ovobench", ovo)
     assert len(asked) == 6 and again.results["tasks"] == done.results["tasks"]
     other = Outcome(tmp_path, "ovobench", ovo, settings=(*SMALL, "retrieve.k=1"))
-    assert other.code == 2 and "results made with another overrides" in other.err
+    assert other.code == 2 and "results made with another method" in other.err
+    # Nothing was left to measure, and what the parts before measured is still there.
+    assert again.results["frames_per_s"] == done.results["frames_per_s"] > 0
+    assert again.results["peak_kv_bytes"] == done.results["peak_kv_bytes"] > 0
+
+
+def test_answers_of_other_code_questions_or_devices_are_not_taken(tmp_path, ovo, monkeypatch):
+    monkeypatch.setattr(_Benchmark, "_answer", lambda *_: ("B", None))
+    assert Outcome(tmp_path, "ovobench", ovo, only=["OCR"]).code == 0
+    # The same method by other words is the same run.
+    words = (*SMALL, "engine.max_question_tokens=8192")
+    assert Outcome(tmp_path, "ovobench", ovo, only=["OCR"], settings=words).code == 0
+    with monkeypatch.context() as patch:
+        patch.setattr("vicostream_kernels.evaluation.run._code", lambda: "changed")
+        other = Outcome(tmp_path, "ovobench", ovo, only=["OCR"])
+    assert other.code == 2 and "made with another code;" in other.err
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            "vicostream_kernels.evaluation.run.parse_device", lambda _: torch.device("meta")
+        )
+        other = Outcome(tmp_path, "ovobench", ovo, only=["OCR"])
+    assert other.code == 2 and "made with another device, dtype;" in other.err
+    path = ovo / "data" / "ovo_bench_new.json"
+    path.write_text(path.read_text().replace("What is it?", "What was it?"))
+    other = Outcome(tmp_path, "ovobench", ovo, only=["OCR"])
+    assert other.code == 2 and "made with another annotations;" in other.err
+
+
+def test_this_code_counts_where_it_makes_answers():
+    assert "run.py" not in run._SHOWING and "run.py" in qa_run._SHOWING
+    assert run._code() != qa_run._code()
 
 
 def test_an_unreadable_video_is_counted_and_the_others_go_on(tmp_path, ovo):

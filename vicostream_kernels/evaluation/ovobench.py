@@ -44,16 +44,8 @@ def read(data: str | Path, only: Iterable[str] | None = None) -> list[Item]:
     Raises :class:`InputError` for a folder that is not there, :class:`LayoutError` for one of
     another layout; a question whose video is missing has ``path`` None.
     """
-    root = folder(data)
     tasks = choose(only, list(_GROUP_OF), "task")
-    file = next((p / f for p in (root, root / "data") for f in _FILES if (p / f).is_file()), None)
-    if file is None:
-        raise expected(
-            root,
-            NAME,
-            "ovo_bench_new.json (here or in data), with videos in src_videos/ or chunked_videos/ "
-            "beside it",
-        )
+    (file,) = annotations(data)
     try:
         entries = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -71,6 +63,20 @@ def read(data: str | Path, only: Iterable[str] | None = None) -> list[Item]:
         if entry["task"] in tasks:
             items += _items(entry, where, file.parent)
     return items
+
+
+def annotations(data: str | Path) -> list[Path]:
+    """The one file that holds the questions."""
+    root = folder(data)
+    file = next((p / f for p in (root, root / "data") for f in _FILES if (p / f).is_file()), None)
+    if file is None:
+        raise expected(
+            root,
+            NAME,
+            "ovo_bench_new.json (here or in data), with videos in src_videos/ or chunked_videos/ "
+            "beside it",
+        )
+    return [file]
 
 
 def _items(entry: dict[str, Any], where: str, home: Path) -> Iterator[Item]:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +16,7 @@ from vicostream_kernels.evaluation.console import Console, interval, percent
 from vicostream_kernels.evaluation.measure import ClipSet, each_clip, summarize
 from vicostream_kernels.evaluation.store import (
     Journal,
+    code_hash,
     fingerprint,
     key_of,
     make_folder,
@@ -33,9 +32,10 @@ from vicostream_kernels.pipeline.run import (
     quiet_transformers,
 )
 
-_PACKAGE = Path(__file__).parents[1]
 #: What shows results but does not make them: a change there leaves what was measured valid.
-_SHOWING = {"cli.py", "console.py", "figures.py", "study.py", "qa_run.py", "run.py", "store.py"}
+_SHOWING = frozenset(
+    {"cli.py", "console.py", "figures.py", "study.py", "qa_run.py", "run.py", "store.py"}
+)
 
 
 @dataclass(frozen=True)
@@ -249,13 +249,5 @@ def _flat(row: Mapping[str, Any]) -> dict[str, Any]:
     return flat
 
 
-@lru_cache(maxsize=1)
 def _code() -> str:
-    """Changes with the code that makes results: what an older one measured is not found again."""
-    digest = hashlib.sha256()
-    for path in sorted(_PACKAGE.rglob("*.py")):
-        inner = path.relative_to(_PACKAGE)
-        showing = inner.parts[0] == "evaluation" and inner.name in _SHOWING
-        if not showing and inner.parts[0] not in ("bench", "integrations"):
-            digest.update(str(inner).encode() + path.read_bytes())
-    return digest.hexdigest()[:12]
+    return code_hash(_SHOWING)

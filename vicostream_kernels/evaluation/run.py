@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import json
 import sys
 import traceback
 from collections import Counter, defaultdict
@@ -18,6 +19,8 @@ from vicostream_kernels.evaluation.console import Console, interval, percent
 from vicostream_kernels.evaluation.scoring import RULES, option_letter, wilson
 from vicostream_kernels.evaluation.store import (
     Journal,
+    code_hash,
+    contents,
     fingerprint,
     key_of,
     make_folder,
@@ -36,6 +39,10 @@ from vicostream_kernels.pipeline.source import FrameGroups, VideoSource, stack
 BENCHMARKS = {"streamingbench": streamingbench, "ovobench": ovobench}
 #: Prompts hold every earlier question of a video, answers a letter or a few words.
 _BUDGETS = {"engine.max_question_tokens": 8192, "engine.max_new_tokens": 32}
+#: What shows answers but does not make them. This file does, so it is not among them.
+_SHOWING = frozenset({"cli.py", "console.py", "figures.py", "study.py", "qa_run.py", "store.py"})
+#: Kept for the reader: the resolved method says what they came to.
+_ASIDE = ("preset", "overrides")
 _YES = "yes"
 _SHOWN = 5
 
@@ -99,18 +106,29 @@ class _Benchmark:
             "version": __version__,
             "model": options.model,
             "weights": fingerprint(options.model),
+            "code": _code(),
+            "method": self._method,
             "preset": options.preset,
             "overrides": overrides,
+            "device": str(self._device),
+            # As load_model chooses; a checkpoint's own is in its config.json, part of "weights".
+            "dtype": "float32" if self._device.type == "cpu" else "checkpoint",
             "fps": options.fps,
             "context_s": options.context_s,
             "data": str(Path(options.data).resolve()),
+            "annotations": contents(self._reader.annotations(options.data)),
         }
-        default = Path("out") / "eval" / f"{options.benchmark}-{key_of(config)}"
+        key = key_of({k: v for k, v in config.items() if k not in _ASIDE})
+        default = Path("out") / "eval" / f"{options.benchmark}-{key}"
         self._folder = make_folder(options.out or default, "--out")
-        self._journal = Journal(self._folder, config)
+        self._journal = Journal(self._folder, config, ignore=_ASIDE)
         self._config = config
         self._lost: dict[str, str] = {}
+        self._speed_file = self._folder / "speed.json"
         self._speed: Counter[str] = Counter()
+        if self._journal.rows and self._speed_file.exists():
+            # What earlier parts of this run measured counts on.
+            self._speed.update(json.loads(self._speed_file.read_text(encoding="utf-8")))
 
     def run(self) -> int:
         by_video: dict[tuple[Path, int], list[Item]] = defaultdict(list)
@@ -240,6 +258,7 @@ class _Benchmark:
         self._speed["seen"] += recorder.tokens_seen
         self._speed["kept"] += recorder.tokens_kept
         self._speed["kv_bytes"] = max(self._speed["kv_bytes"], recorder.kv["peak_bytes"])
+        write_json(self._speed_file, self._speed)
 
     # -- results ---------------------------------------------------------------------------------
 
@@ -305,6 +324,10 @@ class _Benchmark:
         if len(reasons) > _SHOWN:
             self._console.error(f"and {len(reasons) - _SHOWN} more videos (results.json lists all)")
         self._console.say(f"{self._folder}: results.json, results.csv, answers.jsonl")
+
+
+def _code() -> str:
+    return code_hash(_SHOWING)
 
 
 def _skip(groups: FrameGroups, until_s: float) -> None:

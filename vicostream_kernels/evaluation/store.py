@@ -7,7 +7,8 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from vicostream_kernels.pipeline.trace import write_atomically
 
 #: Weights up to this size are part of a key by their content, larger ones by size and time.
 _HASHED_BYTES = 64 * 2**20
+_PACKAGE = Path(__file__).parents[1]
 
 
 def key_of(config: Mapping[str, Any]) -> str:
@@ -25,13 +27,17 @@ def key_of(config: Mapping[str, Any]) -> str:
 
 
 def fingerprint(model: str) -> str:
-    """Changes when the files of a model folder do; a named model is its name."""
-    folder = Path(model)
+    """Changes when the files of a model folder do, those in the package among them; a hub name is
+    itself."""
+    from vicostream_kernels.models import named
+
+    # Names come before folders, as in load_model. The random ones share a tokenizer and template.
+    folder = named.FOLDERS.get(model, named.HOME) if model in named.NAMES else Path(model)
     if not folder.is_dir():
         return model
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(model.encode() if model in named.NAMES else b"")
     for path in sorted(folder.glob("*.*")):
-        if path.suffix not in (".safetensors", ".json", ".jinja"):
+        if path.suffix not in (".safetensors", ".json", ".jinja", ".txt"):
             continue
         facts = path.stat()
         digest.update(path.name.encode())
@@ -39,6 +45,29 @@ def fingerprint(model: str) -> str:
             digest.update(path.read_bytes())
         else:
             digest.update(f"{facts.st_size} {facts.st_mtime_ns}".encode())
+    return digest.hexdigest()[:12]
+
+
+def contents(files: Iterable[Path]) -> str:
+    """Changes with the names and bytes of files."""
+    digest = hashlib.sha256()
+    for path in sorted(files):
+        digest.update(path.name.encode() + hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()[:12]
+
+
+@lru_cache(maxsize=4)
+def code_hash(showing: Set[str]) -> str:
+    """Changes with the code that makes results: what an older one measured is not found again.
+
+    ``showing``: files of this folder that show results but do not make them (a frozenset).
+    """
+    digest = hashlib.sha256()
+    for path in sorted(_PACKAGE.rglob("*.py")):
+        inner = path.relative_to(_PACKAGE)
+        shows = inner.parts[0] == "evaluation" and inner.name in showing
+        if not shows and inner.parts[0] not in ("bench", "integrations"):
+            digest.update(str(inner).encode() + path.read_bytes())
     return digest.hexdigest()[:12]
 
 
@@ -95,7 +124,8 @@ def _lines(path: Path) -> Iterable[dict[str, Any]]:
         # A run that was killed in the middle of a line: that row is asked again.
         whole = whole[: whole.rfind(b"\n") + 1]
         path.write_bytes(whole)
-    for line in whole.decode("utf-8").splitlines():
+    # Not splitlines(): an answer may hold U+2028 and the like, which JSON leaves as they are.
+    for line in whole.decode("utf-8").split("\n")[:-1]:
         yield json.loads(line)
 
 

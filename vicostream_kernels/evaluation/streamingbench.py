@@ -76,6 +76,11 @@ def read(data: str | Path, only: Iterable[str] | None = None) -> list[Item]:
     return items
 
 
+def annotations(data: str | Path) -> list[Path]:
+    """The files that hold the questions, of all subsets."""
+    return list(_annotations(folder(data)).values())
+
+
 @dataclass(frozen=True)
 class _Row:
     """A question as annotated; ``sample`` and ``kind`` say which video it is about."""
