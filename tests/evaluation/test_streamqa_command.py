@@ -6,16 +6,20 @@ import csv
 import io
 import json
 import re
+import shutil
 
 import pytest
 from pipeline_kit import tiny_runner
+from typer.testing import CliRunner
 
+from vicostream_kernels.cli import app
 from vicostream_kernels.evaluation import study
 from vicostream_kernels.evaluation.arms import Arm, expand, parse_sweep
 from vicostream_kernels.evaluation.console import Console
 from vicostream_kernels.evaluation.measure import ClipSet, ask_clip, summarize
 from vicostream_kernels.evaluation.qa_run import QAOptions, run_streamqa
 from vicostream_kernels.evaluation.streamqa import KINDS
+from vicostream_kernels.models import load_model, named
 from vicostream_kernels.pipeline.engine import StreamEngine
 from vicostream_kernels.pipeline.session import Stream
 
@@ -173,6 +177,18 @@ def test_what_cannot_be_used_is_said_before_anything_runs(tmp_path, asked, optio
     assert done.code == 2 and not asked
     assert len(done.err.splitlines()) == 1
     assert re.search(message, done.err), done.err
+
+
+def test_a_checkpoint_without_a_chat_template_is_refused_in_a_line(tmp_path, monkeypatch):
+    monkeypatch.setattr("vicostream_kernels.models.load_model", load_model)
+    folder = tmp_path / "base"
+    shutil.copytree(named.FOLDERS["tiny"], folder)
+    (folder / "chat_template.jinja").unlink()
+    asked = ["eval", "streamqa", "--model", str(folder), "--out", str(tmp_path / "out")]
+    done = CliRunner().invoke(app, [*asked, "--clips", "1"])
+    assert done.exit_code == 2
+    (line,) = done.stderr.splitlines()
+    assert "has no chat template (chat_template.jinja is missing): take an Instruct" in line
 
 
 def test_clips_shorter_than_the_method_s_chunk_are_asked_about(tmp_path, asked):
