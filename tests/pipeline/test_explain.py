@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -49,10 +50,12 @@ def colours(path):
 
 
 def test_what_was_read_is_marked(tmp_path):
-    chunks = [BlockRead(i, i + 0.9, 0.1 * i if i != 4 else math.nan, 0.0) for i in range(12)]
+    chunks = [
+        BlockRead(i, i + 0.9, 0.1 * i if i != 4 else math.nan, 0.0, "device") for i in range(12)
+    ]
     counts = []
     for read in (0, 1, 6):
-        chosen = [BlockRead(c.start_s, c.end_s, c.score, 0.5) for c in chunks[:read]]
+        chosen = [replace(c, share=0.5) for c in chunks[:read]]
         figures = QuestionFigures(9.0, "What costs $5 {or} \\more$?\nSay it. " * 9)
         figures.relevance = chosen + chunks[read:]
         path = tmp_path / "deep" / picture_name(read)

@@ -8,7 +8,7 @@ import jsonschema
 import numpy as np
 import pytest
 import torch
-from pipeline_kit import pictures, small_engine, tiny_runner
+from pipeline_kit import pictures, small_engine, tiny_runner, write_video
 
 from vicostream_kernels import methods
 from vicostream_kernels.pipeline.report import SCHEMA_FILE
@@ -118,14 +118,12 @@ def test_answers_come_with_reuse(tmp_path):
     from typer.testing import CliRunner
 
     from vicostream_kernels.cli import app
-    from vicostream_kernels.pipeline.sample import write_clip
 
     pytest.importorskip("av")
-    video = tmp_path / "clip.mp4"
-    write_clip(video, seconds=4)
+    video = write_video(tmp_path / "clip.mp4", pictures(16), rate=4)
     got = CliRunner().invoke(
         app,
-        ["run", str(video), "--preset", "stc", "--set", "reuse.interval=3", "--set",
+        ["run", str(video), "--model", "tiny-random", "--preset", "stc", "--set", "reuse.interval=3", "--set",
          "engine.pixels=12544", "--set", "prune.k=4", "--ask", "end What?", "--fps", "4",
          "--report", str(tmp_path / "out")],
     )  # fmt: skip
