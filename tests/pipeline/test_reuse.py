@@ -123,7 +123,8 @@ def test_answers_come_with_reuse(tmp_path):
     video = write_video(tmp_path / "clip.mp4", pictures(16), rate=4)
     got = CliRunner().invoke(
         app,
-        ["run", str(video), "--model", "tiny-random", "--preset", "stc", "--set", "reuse.interval=3", "--set",
+        ["run", str(video), "--model", "tiny-random",
+         "--preset", "stc", "--set", "reuse.interval=3", "--set",
          "engine.pixels=12544", "--set", "prune.k=4", "--ask", "end What?", "--fps", "4",
          "--report", str(tmp_path / "out")],
     )  # fmt: skip
