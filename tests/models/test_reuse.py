@@ -265,6 +265,31 @@ def test_a_full_call_keeps_a_reference_that_still_shows_the_same(runner):
     assert state.counts["skipped_steps"] == 2  # 0, (2), 4, (6), 8
 
 
+def test_a_skipped_step_of_a_full_call_gets_the_reference_it_was_compared_with(runner):
+    """Not the reference that the call's own last step becomes."""
+    state = runner.encoder_state(ReuseRule(interval=1))
+    frames = clip([90, 0])
+    reference = runner.encode(*patches_of(runner, frames), state=state, frames=frames)[-1].clone()
+    frames = clip([0, 90])
+    patches, grid = patches_of(runner, frames)
+    got = runner.encode(patches, grid, state=state, frames=frames)
+    assert state.counts["skipped_steps"] == 1 and not torch.equal(got[1], reference)
+    assert torch.equal(got[0], reference)
+    torch.testing.assert_close(got, runner.encode(patches, grid), rtol=1e-5, atol=1e-5)
+    assert torch.equal(state.tokens, got[1])
+
+
+def test_a_call_whose_steps_are_all_skipped_is_not_full(runner):
+    """It has its place in the schedule: the next full call comes an interval later."""
+    state = runner.encoder_state(ReuseRule(interval=2))
+    full = []
+    for value in (0, 5, 0, 5, 5):
+        frames = clip([value])
+        runner.encode(*patches_of(runner, frames), state=state, frames=frames)
+        full.append(state.counts["full_calls"])
+    assert full == [1, 1, 1, 1, 2] and state.counts["skipped_steps"] == 1
+
+
 def test_without_frames_nothing_is_skipped(runner):
     state = runner.encoder_state(ReuseRule())
     frames = clip([0])

@@ -114,6 +114,29 @@ def test_a_full_disk_stops_before_anything_is_lost(monkeypatch):
         assert told(stream) == expected
 
 
+def test_what_a_failed_call_took_is_counted_and_the_rest_can_follow(monkeypatch):
+    """No room for the second of five chunks: its frames wait, those after it were not taken."""
+    with small_engine(retrieve__k=4) as made, made.open(fps=2) as whole:
+        whole.ingest(pictures(40))
+        expected = told(whole)
+    with small_engine(retrieve__k=4) as made, made.open(fps=2) as stream:
+        calls = []
+
+        def make_room(pages):
+            calls.append(pages)
+            if len(calls) == 2:
+                raise DiskFull("full", [])
+
+        monkeypatch.setattr(made.cache, "make_room", make_room)
+        with pytest.raises(DiskFull):
+            stream.ingest(pictures(40))
+        taken = stream.recorder.frames_ingested
+        assert (taken, stream.recorder.frames_processed, stream.time_s) == (16, 8, 7.5)
+        assert stream.ingest(pictures(40)[taken:]) == 4
+        assert stream.recorder.frames_ingested == stream.recorder.frames_processed == 40
+        assert told(stream) == expected
+
+
 def test_a_full_disk_is_survived_where_that_is_allowed(monkeypatch):
     fail(monkeypatch)
     with small_engine(**TIERS, engine__allow_missing=True) as made, streamed(made) as stream:

@@ -26,7 +26,8 @@ class ReuseRule:
     metric: of the similarity.
     max_ratio: with a threshold, at most this share of a step's patches is computed (the least
         similar); None is all. On a GPU it fixes the shapes, and so the time.
-    interval: calls from one full call to the next; None: only the first call is full.
+    interval: calls from one full call to the next, counting those that skip every step (one that
+        is due then is not made up for); None: only the first call is full.
     selection: "layer": each layer selects by its own keys; "shared": the first layer's selection
         serves all.
     max_age: a patch is reused in at most this many calls in a row (skipped ones aside), then it is

@@ -259,7 +259,9 @@ def reuse_forward(
     if len(changed) < steps:
         parts = patches.view(steps, state.places, -1).unbind(0)
         patches = torch.cat([parts[i] for i in changed]) if changed else patches[:0]
-    full = state.full_call_due()
+    # A due call that skips every step computes nothing; it keeps its place in the schedule.
+    full = state.full_call_due() and bool(changed)
+    encoded: dict[int, torch.Tensor] = {}
     if changed:
         grid = grid_of(len(changed))
         if full:
@@ -270,8 +272,12 @@ def reuse_forward(
         else:
             tokens = selective_forward(vit, state, patches, grid)
         tokens = tokens.view(len(changed), -1, tokens.shape[-1])
-        if full and changed[-1] == steps - 1:
-            state.refer_to(frames, steps, tokens[-1])
+        encoded = dict(zip(changed, tokens.unbind(0)))
+    if len(changed) < steps:
+        # These equal the reference so far: copied before the last step takes its place.
+        tokens = torch.stack([encoded.get(i, state.tokens) for i in range(steps)])
+    if full and changed[-1] == steps - 1:
+        state.refer_to(frames, steps, tokens[-1])
     counts = state.counts
     counts["since_size"] += 1
     counts["calls"] += 1
@@ -279,10 +285,7 @@ def reuse_forward(
     counts["steps"] += steps
     counts["skipped_steps"] += steps - len(changed)
     counts["patches"] += patches.shape[0]
-    if len(changed) == steps:
-        return tokens
-    encoded = dict(zip(changed, tokens.unbind(0))) if changed else {}
-    return torch.stack([encoded.get(i, state.tokens) for i in range(steps)])
+    return tokens
 
 
 def selective_forward(

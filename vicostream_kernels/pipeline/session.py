@@ -102,13 +102,16 @@ class Stream:
             times_s: F times in seconds from the start of the stream, not decreasing; None goes on
                 at the ``fps`` that the stream was opened with.
 
-        Raises ``TypeError``, ``ValueError`` for bad arguments, before anything is taken in.
+        Raises ``TypeError``, ``ValueError`` for bad arguments, before anything is taken in. What
+        else a chunk raises leaves the frames after that chunk untaken: ``recorder.frames_ingested``
+        grew by those that were taken. After ``DiskFull`` for want of room the chunk's own frames
+        wait in the stream, and the caller may go on with the rest; where the chunk itself failed,
+        the stream has failed.
         """
         self._check_open()
         frames = _as_frames(frames)
         self._preprocess.check_size(*frames.shape[1:3])
         times = self._check_times(frames.shape[0], times_s)
-        self.recorder.frames_ingested += frames.shape[0]
         began, done, at = time.perf_counter(), 0, 0
         try:
             while at < frames.shape[0]:
@@ -120,6 +123,7 @@ class Stream:
                 self._times += times[at : at + room]
                 self._now = self._times[-1]
                 at += part.shape[0]
+                self.recorder.frames_ingested += part.shape[0]
                 if len(self._times) == self._method.engine.frames_per_chunk:
                     done += self._finish_chunk()
         finally:
@@ -151,7 +155,7 @@ class Stream:
     def _finish_chunk(self) -> int:
         if not self._buffer:
             return 0
-        # What must move for it moves now: where that fails, the frames wait and nothing is lost.
+        # What must move for it moves now: where that fails, the chunk's frames wait.
         self._engine.cache.make_room(self._most_pages)
         images = self._buffer[0] if len(self._buffer) == 1 else torch.cat(self._buffer)
         chunk = ChunkFrames(images, self._times[0], self._times[-1], self._seconds_per_step())
