@@ -66,7 +66,7 @@ def check(stream):
         expected = summarize_blocks(
             cache.k_pages[layer], keys.table(len(rows)), cache.page_fill, keys.kind, keys.sub
         )
-        got = keys.summary(layer, len(rows))
+        got = keys.summaries(len(rows))[layer]
         if keys.kind == "mean":
             assert torch.equal(got.sum / got.count[:, None, None], expected[0])
         else:
@@ -112,6 +112,26 @@ def test_a_chunk_in_flight_keeps_its_rows_when_the_table_moves():
     check(stream)
 
 
+@pytest.mark.parametrize(("kind", "unit"), [("mean", "chunk"), ("minmax", "page")])
+def test_what_a_question_reads_stays_as_it_was(kind, unit):
+    """The oldest chunk goes, then the table is rebuilt, while the answer still chooses."""
+    rng, stream = random.Random(4), open_stream(kind, unit)
+    blocks = [add(stream, 6, rng) for _ in range(4)]
+    rows, name = stream.keys.rows(blocks), "sum" if kind == "mean" else "kmin"
+    before = [stream.keys.rows_of(block)[name].clone() for block in blocks]
+    summaries = stream.keys.summaries(len(rows))
+    stream.evict(blocks[0])
+    for moved in (False, True):
+        if moved:
+            table = stream.keys.pages
+            assert stream.keys.rows(blocks[1:]) == rows[rows.count(blocks[0]) :]
+            while stream.keys.pages is table:
+                add(stream, 6, rng)
+        for layer, summary in enumerate(summaries):
+            wanted = torch.cat([tensor[layer] for tensor in before])
+            assert torch.equal(getattr(summary, name), wanted), (moved, layer)
+
+
 def test_raw_keys_are_those_before_rotation():
     """At position 0 nothing turns; elsewhere the raw mean is not that of the cached keys."""
     stream = open_stream(source="raw")
@@ -125,7 +145,7 @@ def test_raw_keys_are_those_before_rotation():
         summary=keys.of_layer(0), block_of_page=keys.block_of_page,
     )  # fmt: skip
     stream.commit(block, 5)
-    got = keys.summary(0, 1)
+    got = keys.summaries(1)[0]
     torch.testing.assert_close(got.sum[0] / 5, k.mean(0))
     assert not torch.allclose(got.sum[0], cache.k_pages[0].flatten(0, 1)[slots.long()].sum(0))
 

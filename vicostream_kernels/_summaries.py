@@ -71,7 +71,7 @@ class KeyRows:
 
     def rows(self, chunks: list[Block]) -> list[Block]:
         """The chunk of each row, for the oldest ``chunks`` of the stream; compacts the table, so
-        that these are its first rows in `table` and `summary`."""
+        that these are its first rows in `table` and `summaries`."""
         self._compact()
         return [block for block in chunks if block in self._at for _ in range(self._at[block][1])]
 
@@ -79,9 +79,11 @@ class KeyRows:
         """Pages of the first ``rows`` rows, [1, rows, M] int32; a view."""
         return self.pages[self._start : self._start + rows].unsqueeze(0)
 
-    def summary(self, layer: int, rows: int) -> KeySummary:
-        """One layer's summary of the first ``rows`` rows, for ``topk_blocks``; views."""
-        return self._slice(layer, self._start, self._start + rows)
+    def summaries(self, rows: int) -> list[KeySummary]:
+        """Each layer's summary of the first ``rows`` rows, for ``topk_blocks``; views, which keep
+        these rows when later ones are first or the table is rebuilt."""
+        first = self._start
+        return [self._slice(layer, first, first + rows) for layer in range(self._cache.layers)]
 
     @property
     def live_share(self) -> float:

@@ -78,6 +78,8 @@ class Reading:
             ).unsqueeze(0)
         self._always = (*always, *chunks[-1:])
         self.rows = self._candidates(chunks)
+        # Now: a fetch may lose the first row, and an ingest rebuild the table, while this is open.
+        self._summaries = [] if cache.keys is None else cache.keys.summaries(len(self.rows))
         self._place: dict[Block, list[int]] = {}
         for row, block in enumerate(self.rows.blocks if self._tiered else ()):
             self._place.setdefault(block, []).append(row)
@@ -134,7 +136,7 @@ class Reading:
         asking = rotated if self._cache.keys.source == "rotated" else query
         if not self._step:
             asking = asking[self._asking]
-        return self._choose(who, layer, asking, self._cache.keys.summary(layer, len(self.rows)))
+        return self._choose(who, layer, asking, self._summaries[layer])
 
     @property
     def frozen(self) -> bool:
