@@ -194,6 +194,7 @@ def wrong(tmp_path, video):
         ({"device": "mps"}, "give cpu, cuda"),
         ({"device": "gpu!"}, "give cpu, cuda"),
         ({"fps": -1.0}, "--fps -1.0"),
+        ({"save": str(tmp_path)}, "--save .*it is a folder"),
     ]
 
 

@@ -114,6 +114,47 @@ def refused(path, match, **changes):
         assert made.cache.streams == [] and made.cache.used_pages == 0
 
 
+def test_one_weight_and_what_is_no_weight_tell_models_apart(monkeypatch):
+    with engine("vicostream") as made:
+        runner, identity = made.runner, made.identity()
+    weight = next(w for w in runner.model.parameters() if w.numel() > 100).data.view(-1)
+    before = weight[1].clone()
+    try:
+        weight[1] += 1
+        with engine("vicostream") as made:
+            assert made.identity()["weights"] != identity["weights"]
+    finally:
+        weight[1] = before
+    config = runner.model.config
+    for owner, name, value in (
+        (config.vision_config, "tokens_per_second", 99),
+        (config.vision_config, "window_size", 56),
+        (config.text_config, "num_attention_heads", 99),
+        (runner, "image_mean", (0.1, 0.2, 0.3)),
+        (runner.tokenizer, "chat_template", "other"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, value)
+            with engine("vicostream") as made:
+                assert made.identity()["settings"] != identity["settings"], name
+    with engine("vicostream") as made:
+        assert made.identity() == identity
+
+
+def test_a_lost_block_is_forgotten_by_a_save_where_that_is_allowed(tmp_path):
+    spill = {"engine__spill_dir": str(tmp_path), "engine__allow_missing": True}
+    with engine("tiers", **spill) as made, made.open(fps=2) as stream:
+        for _ in range(5):
+            stream.ingest(pictures(40))
+        made.cache.settle()
+        min(tmp_path.rglob("*.safetensors")).unlink()
+        stream.save(tmp_path / "s")
+        assert "0-3.5 s" in stream.report()["errors"][0]["what"]
+    with Snapshot(tmp_path / "s") as kept:
+        assert kept.state["forgotten"]["chunks"] == 1
+        assert "0-3.5 s" in kept.state["recorder"]["errors"][0]["what"]
+
+
 def test_every_flipped_byte_and_every_cut_is_found(saved, tmp_path):
     whole, path = saved.read_bytes(), tmp_path / "s"
     header = 8 + int.from_bytes(whole[:8], "little")

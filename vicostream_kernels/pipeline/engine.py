@@ -16,7 +16,7 @@ from vicostream_kernels.models import Qwen2_5_VLRunner, load_model
 from vicostream_kernels.pipeline.errors import InputError
 from vicostream_kernels.pipeline.report import Recorder
 from vicostream_kernels.pipeline.session import Stream
-from vicostream_kernels.pipeline.snapshot import Snapshot, fingerprint
+from vicostream_kernels.pipeline.snapshot import Snapshot, fingerprint, settings_of
 from vicostream_kernels.pipeline.stages import ChunkMask
 
 _FIRST_PAGES = 256
@@ -129,10 +129,14 @@ class StreamEngine:
             )
 
     def identity(self) -> dict[str, str]:
-        """What tells this model from others: its shape is in its weights."""
+        """What tells this model from others; the weights are read once per engine."""
         if self._fingerprint is None:
             self._fingerprint = fingerprint(self.runner.model)
-        return {"weights": self._fingerprint, "dtype": str(self.runner.dtype)}
+        return {
+            "weights": self._fingerprint,
+            "settings": settings_of(self.runner),
+            "dtype": str(self.runner.dtype),
+        }
 
     def question_ids(self, text: str) -> list[int]:
         """Token ids of a question with its template; raises :class:`InputError` when it is empty or

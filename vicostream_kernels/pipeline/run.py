@@ -116,6 +116,8 @@ class _Run:
         if options.explain is not None:
             _check_folder(options.explain, "--explain")
         if options.save is not None:
+            if Path(options.save).is_dir():
+                raise InputError(f"--save {options.save}: it is a folder, give a file")
             _check_folder(str(Path(options.save).parent), "--save")
         if options.show_pruning is not None:
             from vicostream_kernels.pipeline.film import PruningFilm

@@ -297,7 +297,7 @@ class Stream:
         path holds the session before or this one. One process saves to a path at a time.
 
         Raises :class:`PipelineError` where the file cannot be written, ``LostBlock`` where history
-        cannot be read from its tier.
+        cannot be read from its tier (with ``engine.allow_missing`` it is forgotten instead).
         """
         self._check_open()
         with torch.no_grad():

@@ -27,12 +27,13 @@ from vicostream_kernels._tensor_file import (
     read_into,
     write_all,
 )
-from vicostream_kernels.cache import Block
+from vicostream_kernels.cache import Block, LostBlock
 from vicostream_kernels.ops.prune import PruneState
 from vicostream_kernels.pipeline.errors import InputError, PipelineError, Trouble
 from vicostream_kernels.pipeline.report import BlockRead, QuestionFigures
 
 if TYPE_CHECKING:
+    from vicostream_kernels.models import Qwen2_5_VLRunner
     from vicostream_kernels.pipeline.engine import StreamEngine
     from vicostream_kernels.pipeline.session import Stream
 
@@ -67,9 +68,8 @@ def save(stream: Stream, path: str | os.PathLike[str]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         _clear_partials(path)
         try:
-            with open(partial, "wb", buffering=0) as file:
-                _write(file, stream)
-                os.fsync(file.fileno())
+            while not _written(partial, stream):
+                pass  # each time without the block that turned out to be lost
             os.replace(partial, path)
             _sync_folder(path.parent)
         finally:
@@ -77,6 +77,26 @@ def save(stream: Stream, path: str | os.PathLike[str]) -> None:
     except OSError as error:
         why = error.strerror or error
         raise PipelineError(f"the session cannot be saved to {path}: {why}") from error
+
+
+class _Missing(Exception):
+    def __init__(self, block: Block, error: LostBlock) -> None:
+        self.block, self.error = block, error
+
+
+def _written(partial: Path, stream: Stream) -> bool:
+    """False where a block was lost on the way, and is now forgotten (``allow_missing``)."""
+    try:
+        with open(partial, "wb", buffering=0) as file:
+            _write(file, stream)
+            os.fsync(file.fileno())
+    except _Missing as missing:
+        if not stream._engine.method.engine.allow_missing:
+            raise missing.error from None
+        stream.history.cache._lose(missing.block, str(missing.error))
+        stream._account()
+        return False
+    return True
 
 
 def _write(file: BinaryIO, stream: Stream) -> None:
@@ -131,6 +151,12 @@ def _state(stream: Stream) -> tuple[dict[str, Any], _Tensors]:
         entry = Entry(name, tensor.dtype, tuple(tensor.shape))
         tensors.append((entry, lambda: tensor.detach().cpu().contiguous()))
 
+    def contents(block: Block) -> torch.Tensor:
+        try:
+            return cache.contents(block)
+        except LostBlock as error:
+            raise _Missing(block, error) from error
+
     history, cache = stream.history, stream.history.cache
     pool, retired = cache.cache, set(history._retired)
     # The texts of open answers are no part of the session.
@@ -142,7 +168,7 @@ def _state(stream: Stream) -> tuple[dict[str, Any], _Tensors]:
     ]
     for i, block in enumerate(blocks):
         entry = Entry(f"block/{i}", pool.dtype, pool._record_shape(block.tokens))
-        tensors.append((entry, lambda block=block: cache.contents(block)))
+        tensors.append((entry, lambda block=block: contents(block)))
         if block._summarised:
             keep(f"summary/{i}", cache._table.vectors[block._row])
         if cache.keys is not None:
@@ -227,13 +253,33 @@ def plain(value: Any) -> Any:
 
 
 def fingerprint(model: torch.nn.Module) -> str:
-    """Tells one model's weights from another's: names, shapes, and a few values of each."""
+    """Tells one model's weights from another's: names, shapes, dtypes and every byte.
+
+    Weights on a GPU are copied to the host a tensor at a time: seconds for billions of weights.
+    """
     digest = hashlib.sha256()
     for name, weight in model.named_parameters():
-        flat = weight.detach().flatten()
-        few = flat[:: max(1, len(flat) // 16)][:17].double().cpu()
-        digest.update(f"{name} {tuple(weight.shape)} {weight.dtype} {few.tolist()};".encode())
+        digest.update(f"{name} {tuple(weight.shape)} {weight.dtype};".encode())
+        digest.update(raw(weight.detach().cpu().contiguous()))
     return digest.hexdigest()
+
+
+def settings_of(runner: Qwen2_5_VLRunner) -> str:
+    """Tells apart what weights do not: the configuration, how pictures are scaled, and how text
+    becomes tokens."""
+    config = runner.model.config.to_dict()
+    for key in ("_name_or_path", "transformers_version"):  # where it lay, what read it
+        config.pop(key, None)
+    tokenizer = runner.tokenizer
+    facts = {
+        "config": config,
+        "images": [runner.image_mean, runner.image_std, runner.min_pixels, runner.max_pixels],
+        "eos": sorted(runner.eos_ids),
+        "tokenizer": tokenizer.backend_tokenizer.to_str(),
+        "template": tokenizer.chat_template,
+    }
+    text = json.dumps(facts, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 # -- restoring -------------------------------------------------------------------------------------
