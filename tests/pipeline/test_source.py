@@ -238,6 +238,16 @@ def test_what_is_no_video_says_so_in_one_line(tmp_path):
         assert str(path) in str(caught.value) and "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["2026-01-05T12:30:00.mp4", b"caf\xe9.mp4", "50%d done.mp4"])
+def test_any_file_name(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    os.rename(write_video("a.mp4", pictures(3)), name)
+    name = os.fsdecode(name)
+    for given in (name, f"file:{name}"):
+        frames, source = read(given)
+        assert len(frames) == 3 and source.info.name == given
+
+
 def test_unreadable(tmp_path, monkeypatch):
     path = write_video(tmp_path / "a.mp4", pictures(1))
     path.chmod(0)

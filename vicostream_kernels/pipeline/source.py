@@ -239,10 +239,13 @@ def _open(video: str) -> Any:
             f"reading a video needs PyAV ({error}): pip install 'vicostream-kernels[pipeline]'"
         ) from error
     remote = _URL.match(video) is not None
+    place = video
     if not remote:
         _check_file(video)
+        # FFmpeg takes what stands before a colon for a protocol: "12:30.mp4" would have 12.
+        place = os.path.abspath(video.removeprefix("file:"))
     try:
-        container = av.open(video, timeout=(_NETWORK_TIMEOUT_S,) * 2 if remote else None)
+        container = av.open(place, timeout=(_NETWORK_TIMEOUT_S,) * 2 if remote else None)
     except (av.error.FileNotFoundError, av.error.HTTPClientError) as error:
         raise InputError(f"{video}: cannot be opened: {_reason(error)}") from error
     except (av.error.InvalidDataError, av.error.ProtocolNotFoundError) as error:
