@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 
 import jsonschema
@@ -189,6 +190,7 @@ def wrong(tmp_path, video):
         ({"questions": ["What?"]}, "'What\\?' is not a time"),
         ({"questions": ["3"]}, "the question after the time is empty"),
         ({"questions": ["3 " + "why " * 2000]}, "tokens, allowed: 1024"),
+        ({"questions": [os.fsdecode(b"3 caf\xe9?")]}, "not UTF-8"),
         ({"model": "nosuchmodel"}, "nosuchmodel"),
         ({"device": "cuda:99"}, "--device cuda:99: this machine has"),
         ({"device": "mps"}, "give cpu, cuda"),
@@ -218,6 +220,13 @@ def test_a_report_folder_that_cannot_be_made_is_found_before_the_work(tmp_path, 
     assert run(options, Screen(io.StringIO(), err)) == 2
     first = err.getvalue().splitlines()[0]
     assert first.startswith("vicostream: error: --report") and "loading" not in err.getvalue()
+
+
+def test_a_file_name_that_is_no_text_has_a_report(tmp_path, video):
+    name = video.rename(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9 $\\x$.mp4"))
+    outcome = Outcome(tmp_path, name, "end What?", show_pruning=str(tmp_path / "shown"))
+    assert (outcome.code, outcome.lines) == (0, [])
+    assert outcome.report["source"]["name"] == str(name)
 
 
 def test_a_failure_midway_keeps_what_was_done(tmp_path, video):

@@ -143,6 +143,8 @@ class StreamEngine:
         longer than the method's budget."""
         if not isinstance(text, str) or not text.strip():
             raise InputError(f"ask: the question is empty, got {text!r}")
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            raise InputError(f"ask: the question {text!r} holds bytes that are not UTF-8 text")
         ids = self.runner.question_ids(text)
         budget = self.method.engine.max_question_tokens
         if len(ids) > budget:

@@ -221,7 +221,12 @@ class _Sheet:
         for middle, text in labels:
             axes.text(_MARGIN - 8, middle, text, ha="right", va="center", fontsize=8)
         said = f"{self._kept / self._seen:.0%} of the visual tokens kept; dimmed patches dropped"
-        axes.text(8, head / 2, f"{title}: {said}" if title else said, va="center", fontsize=10)
+        # A file name may hold bytes that are no text, and dollars that are no mathematics.
+        title = title.encode(errors="replace").decode()
+        axes.text(
+            8, head / 2, f"{title}: {said}" if title else said, va="center", fontsize=10,
+            parse_math=False,
+        )  # fmt: skip
         partial = path.with_name(f".{os.getpid()}.{path.name}")
         try:
             figure.savefig(partial, format="png", dpi=dpi)
