@@ -34,4 +34,5 @@ PYBIND11_MODULE(_C, m) {
   vico::bind_retrieve(m);
   vico::bind_prune(m);
   vico::bind_reuse(m);
+  vico::bind_preprocess(m);
 }

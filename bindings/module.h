@@ -17,5 +17,6 @@ void bind_attention(pybind11::module_& m);
 void bind_retrieve(pybind11::module_& m);
 void bind_prune(pybind11::module_& m);
 void bind_reuse(pybind11::module_& m);
+void bind_preprocess(pybind11::module_& m);
 
 }  // namespace vico

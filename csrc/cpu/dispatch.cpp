@@ -83,6 +83,7 @@ VICO_FORWARD(select_changed, ChangedArgs)
 VICO_FORWARD(gather_rows, GatherArgs)
 VICO_FORWARD(merge_rows, MergeRowsArgs)
 VICO_FORWARD(prune_tokens, PruneArgs)
+VICO_FORWARD(pack_patches, PackArgs)
 
 }  // namespace cpu
 }  // namespace vico

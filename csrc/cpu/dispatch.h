@@ -3,6 +3,7 @@
 
 #include "vico/append.h"
 #include "vico/attention.h"
+#include "vico/preprocess.h"
 #include "vico/prune.h"
 #include "vico/retrieve.h"
 #include "vico/reuse.h"
@@ -23,6 +24,7 @@ namespace vico {
   void gather_rows(const GatherArgs& args, int n_threads);              \
   void merge_rows(const MergeRowsArgs& args, int n_threads);            \
   void prune_tokens(const PruneArgs& args, int n_threads);              \
+  void pack_patches(const PackArgs& args, int n_threads);               \
   }
 VICO_DECLARE(baseline)
 #if defined(VICO_X86)

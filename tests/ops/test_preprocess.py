@@ -273,3 +273,12 @@ def test_the_rule_applied_twice_gives_the_published_token_counts(height, width, 
             resizes=resizes,
         )  # fmt: skip
         assert t * h * w // 4 == tokens
+
+
+def test_the_cpu_backend_gives_the_bits_of_the_definition_on_a_cpu():
+    frames = pictures(5, 90, 122, "smooth").permute(0, 2, 1, 3)
+    kwargs = {"min_pixels": 1, "max_pixels": 90_000, **NORM}
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        got, _ = preprocess_frames(frames, dtype=dtype, backend="cpu", **kwargs)
+        wanted, _ = preprocess_frames(frames, dtype=dtype, backend="reference", **kwargs)
+        assert_same_bits(got, wanted)

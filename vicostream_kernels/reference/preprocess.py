@@ -46,7 +46,7 @@ def resize_to_levels(
     return levels(down @ levels(planes @ across.T)).to(torch.uint8).permute(0, 2, 3, 1)
 
 
-def _resize_on_cpu(frames: torch.Tensor, height: int, width: int) -> torch.Tensor:
+def resize_on_cpu(frames: torch.Tensor, height: int, width: int) -> torch.Tensor:
     """torch's fixed-point uint8 kernel: the same two passes with 16-bit weights, much faster."""
     planes = frames.permute(0, 3, 1, 2)
     resized = F.interpolate(planes, size=(height, width), mode="bicubic", antialias=True)
@@ -74,7 +74,7 @@ def preprocess_frames(
     if frames.shape[1:3] == (height, width):
         pixels = frames
     elif frames.device.type == "cpu" and compute == torch.float32:
-        pixels = _resize_on_cpu(frames, height, width)
+        pixels = resize_on_cpu(frames, height, width)
     else:
         pixels = resize_to_levels(frames, height, width, compute)
     missing = -pixels.shape[0] % temporal
