@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import errno
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -194,6 +197,88 @@ def test_a_full_disk_is_survived_where_the_user_allows_it(tmp_path, monkeypatch)
         assert [(l.start_s, l.end_s) for l in stream.losses] == [(i, i + 0.5) for i in range(6)]
         assert "No space left" in stream.losses[0].why
         check(stream, stream.chunks, first=6)
+
+
+#: Spills into a folder, says so, and waits.
+SPILLS = """
+import sys
+sys.path[:0] = {path!r}
+from test_tiers import fill, tiered
+cache = tiered(4, folder={folder!r})
+fill(cache.open(), 8)
+cache.settle()
+print("spilled", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_what_a_killed_process_left_is_removed_and_nothing_else(tmp_path):
+    """Not what a living process uses, nor files of others, whatever their folders are called."""
+    code = SPILLS.format(path=sys.path, folder=str(tmp_path))
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert process.stdout.readline() == "spilled\n"
+        others = tmp_path / "vicostream-spill-notes" / "notes.txt"
+        elsewhere = tmp_path / "elsewhere" / "00000001.safetensors"
+        for path in (others, elsewhere):
+            path.parent.mkdir()
+            path.write_text("mine")
+        (tmp_path / "vicostream-spill-link").symlink_to(elsewhere.parent)
+        with tiered(4, folder=str(tmp_path)) as living, living.open() as stream:
+            fill(stream, 7)
+            living.settle()
+            assert len(files(tmp_path)) == 4 + 3 + 1  # of two living ones, and the other's
+            process.kill()
+            process.wait(timeout=60)
+            assert len(files(tmp_path)) == 4 + 3 + 1
+            with tiered(4, folder=str(tmp_path)) as cache, cache.open() as other:
+                fill(other, 6)
+                cache.settle()
+                assert len(files(tmp_path)) == 3 + 2 + 1
+            check(stream, stream.chunks)
+        assert files(tmp_path) == [elsewhere] and others.exists()
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_a_folder_that_was_removed_is_made_again(tmp_path):
+    with tiered(4, folder=str(tmp_path)) as cache, cache.open() as stream:
+        blocks = fill(stream, 6)
+        cache.settle()
+        (folder,) = tmp_path.iterdir()
+        for path in files(tmp_path):
+            path.unlink()
+        folder.rmdir()
+        blocks += fill(stream, 2, first=6)
+        cache.settle()
+        assert len(files(tmp_path)) == 2
+        check(stream, blocks[2:], first=2)
+        with pytest.raises(LostBlock, match="No such file"):
+            stream.fetch(blocks[:1])
+
+
+def test_a_fork_leaves_the_files_to_its_parent(tmp_path):
+    with tiered(4, folder=str(tmp_path)) as cache, cache.open() as stream:
+        fill(stream, 6)
+        cache.settle()
+        (folder,) = tmp_path.iterdir()
+        _spill_file._remove_folder(str(folder), None, os.getpid() + 1)
+        assert len(files(tmp_path)) == 2
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_files_are_found_after_a_change_of_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with tiered(4, folder="spilled") as cache, cache.open() as stream:
+        blocks = fill(stream, 6)
+        cache.settle()
+        monkeypatch.chdir("/")
+        assert stream.fetch(blocks[:1]) == ["disk"]
+        assert files(tmp_path)
+    assert not files(tmp_path)
 
 
 def missing(path):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
 import os
+import re
 import shutil
 import tempfile
 import weakref
@@ -25,6 +27,14 @@ from vicostream_kernels._tensor_file import (
     read_into,
     write_all,
 )
+
+try:
+    import fcntl
+except ImportError:  # no locks there: what a killed process leaves behind stays
+    fcntl = None  # type: ignore[assignment]
+
+_PREFIX = "vicostream-spill-"
+_FILE = re.compile(r"\d{8,}\.safetensors")
 
 
 @dataclass(eq=False, slots=True)
@@ -101,11 +111,16 @@ class Group:
 
 
 class SpillFolder:
-    """The files of groups, in a private folder, written by a thread behind the caller's."""
+    """The files of groups, in a private folder, written by a thread behind the caller's.
+
+    The folder is made with its first file, and locked: the lock ends with the process, however that
+    ends, so that folders without one are of processes that were killed. They are removed then.
+    Cleaners of temporary files leave locked folders alone.
+    """
 
     def __init__(self, parent: str | None) -> None:
-        self._parent = parent
-        self.where = parent or tempfile.gettempdir()
+        # Absolute: the process may change its folder.
+        self.where = os.path.abspath(os.path.expanduser(parent or tempfile.gettempdir()))
         self._path: Path | None = None
         self._thread: ThreadPoolExecutor | None = None
         self._count = 0
@@ -142,12 +157,15 @@ class SpillFolder:
         return path, digests
 
     def _folder(self) -> Path:
+        if self._path is not None and not self._path.is_dir():
+            self._remove()  # somebody removed it: what comes next needs another
+            self._path = None
         if self._path is None:
-            if self._parent is not None:
-                os.makedirs(self._parent, exist_ok=True)
-            made = tempfile.mkdtemp(prefix="vicostream-", dir=self._parent)
+            os.makedirs(self.where, exist_ok=True)
+            _clear_abandoned(self.where)
+            made, lock = _locked_folder(self.where)
             # Also where a cache is dropped without a close, and when the process ends.
-            self._remove = weakref.finalize(self, shutil.rmtree, made, True)
+            self._remove = weakref.finalize(self, _remove_folder, made, lock, os.getpid())
             self._path = Path(made)
         return self._path
 
@@ -166,3 +184,62 @@ class SpillFolder:
         if self._path is not None:
             self._remove()
             self._path = None
+
+
+def _locked_folder(parent: str) -> tuple[str, int | None]:
+    """A new private folder and the handle that locks it; None where there are no locks."""
+    while True:
+        made = tempfile.mkdtemp(prefix=_PREFIX, dir=parent)
+        lock = _lock(made, wait=True)
+        if os.path.isdir(made):
+            return made, lock
+        if lock is not None:  # another process took it for abandoned before the lock
+            os.close(lock)
+
+
+def _lock(folder: str, *, wait: bool) -> int | None:
+    """A handle that locks a folder until it is closed; None where another has the lock, or where
+    the file system has no locks for folders (network file systems)."""
+    if fcntl is None:
+        return None
+    try:
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError:
+        os.close(handle)
+        return None
+    return handle
+
+
+def _clear_abandoned(parent: str) -> None:
+    """Removes this user's spill folders that no process locks, unless something else is in them."""
+    if fcntl is None:
+        return
+    entries: list[os.DirEntry[str]] = []
+    with contextlib.suppress(OSError):
+        entries = [entry for entry in os.scandir(parent) if entry.name.startswith(_PREFIX)]
+    for entry in entries:
+        with contextlib.suppress(OSError):
+            if entry.stat(follow_symlinks=False).st_uid != os.geteuid():
+                continue
+            lock = _lock(entry.path, wait=False)
+            if lock is None:
+                continue
+            try:
+                for name in os.listdir(entry.path):
+                    if _FILE.fullmatch(name):
+                        os.unlink(os.path.join(entry.path, name))
+                os.rmdir(entry.path)
+            finally:
+                os.close(lock)
+
+
+def _remove_folder(folder: str, lock: int | None, owner: int) -> None:
+    if os.getpid() != owner:
+        return  # a fork of the process that still uses it
+    shutil.rmtree(folder, ignore_errors=True)
+    if lock is not None:
+        os.close(lock)
