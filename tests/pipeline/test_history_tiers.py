@@ -11,6 +11,8 @@ from pipeline_kit import pictures, small_engine
 
 from vicostream_kernels import _spill_file, methods
 from vicostream_kernels.cache import DiskFull, LostBlock, OutOfPages
+from vicostream_kernels.pipeline.engine import StreamEngine
+from vicostream_kernels.pipeline.errors import InputError
 from vicostream_kernels.pipeline.report import SCHEMA_FILE
 
 #: About nine chunks of three pages, of the 24 that the tests stream.
@@ -187,3 +189,17 @@ def test_bytes_may_be_typed_with_a_unit(typed, value):
 def test_budgets_that_make_no_sense_are_refused(preset, changes, why):
     with pytest.raises(ValueError, match=why):
         methods.get(preset, changes)
+
+
+def test_a_folder_for_files_that_cannot_be_used_is_found_before_the_model_is_loaded(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    wrong = {"engine.history_bytes": BUDGET, "engine.spill_dir": str(tmp_path / "file" / "spilled")}
+    with pytest.raises(InputError, match=r"engine.spill_dir=.*spilled: Not a directory"):
+        StreamEngine.from_pretrained("no-such-model", overrides=wrong)
+
+
+def test_a_home_folder_is_found(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with small_engine(**TIERS, engine__spill_dir="~/spilled") as made, streamed(made):
+        made.cache.settle()
+        assert list((tmp_path / "spilled").rglob("*.safetensors"))

@@ -199,8 +199,22 @@ def _tiers(rule: methods.EngineRule, device: torch.device) -> Tiers | None:
     )
 
 
+def _check_spill_folder(rule: methods.EngineRule) -> None:
+    """The first file may come after hours: what is wrong with its folder is said before."""
+    if rule.spill_dir is None or rule.history_bytes is None or rule.disk_bytes == 0:
+        return
+    folder = os.path.expanduser(rule.spill_dir)
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"engine.spill_dir={folder}: {error.strerror or error}") from error
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise InputError(f"engine.spill_dir={folder}: the folder cannot be written")
+
+
 def check_supported(method: methods.Method) -> None:
     """Refuses what the ops can do and this engine does not: better than ignoring it."""
+    _check_spill_folder(method.engine)
     rule, scorer = method.prune, method.scorer
     gives = frozenset() if scorer is None else scorer.gives
     if rule is not None and rule.external and "score" not in gives:
