@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 
-import jsonschema
 import pytest
 from pipeline_kit import pictures, small_engine
 
@@ -14,6 +13,8 @@ from vicostream_kernels.cache import DiskFull, LostBlock, OutOfPages
 from vicostream_kernels.pipeline.engine import StreamEngine
 from vicostream_kernels.pipeline.errors import InputError
 from vicostream_kernels.pipeline.report import SCHEMA_FILE
+
+jsonschema = pytest.importorskip("jsonschema")
 
 #: About nine chunks of three pages, of the 24 that the tests stream.
 BUDGET = 5 * 2**18
@@ -167,6 +168,32 @@ def test_a_missing_file_names_the_span_and_is_read_around_where_allowed(tmp_path
                 stream.ask("What?")
             assert len(stream.history.cache.chunks) == 24
     assert list(tmp_path.iterdir()) == []
+
+
+def test_history_lost_while_an_answer_is_open_is_read_around():
+    """A write fails between two tokens; what the next token would choose is gone."""
+    changes = PRESETS["rekv"] | {"retrieve__reuse_steps": 1, "engine__allow_missing": True}
+    with small_engine("rekv", **changes) as made, streamed(made) as stream:
+        made.cache.settle()
+        answer = stream.ask("What happened at the beginning?", max_new_tokens=40)
+        next(answer)
+        cache = stream.history.cache
+        for block in [block for block in cache.chunks if block.tier == "disk"]:
+            cache._lose(block, "no space")
+        assert "".join(answer) and answer.figures.finish in ("length", "stop")
+        assert {read.tier for read in answer.figures.reads} <= {"memory", "disk"}
+
+
+def test_where_the_last_chunk_is_lost_the_one_before_ends_what_is_read(tmp_path):
+    options = {"engine__spill_dir": str(tmp_path), "engine__allow_missing": True}
+    with small_engine(**TIERS, **options) as made, streamed(made) as stream:
+        made.cache.settle()
+        before, last = [block for block in stream.history.cache.chunks if block.tier == "disk"][1:3]
+        last._copy.group.path.unlink()
+        asked = stream.ask("What?", last.end_s)
+        assert asked._reading.chunks[-1] is before and before.pages
+        assert asked._reading._suffix.tolist() == [before.segments[-1].pages]
+        assert "".join(asked)
 
 
 @pytest.mark.parametrize(

@@ -65,7 +65,11 @@ class Reading:
             # What may still be chosen must not be forgotten, wherever it lies.
             self._holding.enter_context(cache.hold(chunks, resident=False))
             try:
-                self._fetch(chunks[-1:])  # for its end marker
+                while chunks:  # the last one that can be read, for its end marker
+                    self._fetch(chunks[-1:])
+                    if self._tiers[chunks[-1]] is not None:
+                        break
+                    chunks.pop()
             except BaseException:
                 self.close()
                 raise
@@ -266,6 +270,9 @@ class Reading:
             self._show(block)
 
     def _fetch(self, blocks: Sequence[Block]) -> None:
+        # What was lost since the question began (engine.allow_missing) is read around.
+        self._tiers.update((block, None) for block in blocks if block.state == "evicted")
+        blocks = [block for block in blocks if block.state != "evicted"]
         found = self._cache.fetch(blocks)
         self._tiers.update(zip(blocks, found))
         here = [block for block, tier in zip(blocks, found) if tier is not None]
