@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import signal
@@ -295,3 +296,12 @@ def test_it_needs_neither_typer_nor_rich():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.stdout.strip() == gpu_check.SCHEMA, done.stderr
+
+
+def test_tests_can_be_collected_without_pyav_and_jsonschema():
+    """The GPU machine has neither: an import that fails there is an error of the whole step."""
+    for path in sorted((ROOT / "tests").rglob("*.py")):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            names = {a.name for a in node.names} if isinstance(node, ast.Import) else set()
+            names |= {node.module} if isinstance(node, ast.ImportFrom) else set()
+            assert not names & {"av", "jsonschema"}, f"{path}: use pytest.importorskip"

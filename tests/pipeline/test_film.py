@@ -5,8 +5,6 @@ from __future__ import annotations
 import io
 import json
 
-import av
-import jsonschema
 import numpy as np
 import pytest
 import torch
@@ -19,6 +17,9 @@ from vicostream_kernels.pipeline.report import SCHEMA_FILE
 from vicostream_kernels.pipeline.run import RunOptions, run
 from vicostream_kernels.pipeline.screen import Screen
 from vicostream_kernels.pipeline.stages import ChunkFrames, ChunkMask, HostCopy
+
+av = pytest.importorskip("av")
+jsonschema = pytest.importorskip("jsonschema")
 
 
 def chunk(images, mask, start_s=0.0, end_s=0.7, frames_per_step=2):

@@ -7,7 +7,6 @@ import json
 import os
 import re
 
-import jsonschema
 import numpy as np
 import pytest
 from pipeline_kit import SMALL, pictures, tiny_runner, write_video
@@ -17,6 +16,8 @@ from vicostream_kernels.pipeline import run as run_module
 from vicostream_kernels.pipeline.report import SCHEMA_FILE, QuestionFigures
 from vicostream_kernels.pipeline.run import RunOptions, run
 from vicostream_kernels.pipeline.screen import Screen, clock, mib
+
+jsonschema = pytest.importorskip("jsonschema")
 
 SMALL_SET = [f"{key}={value}" for key, value in SMALL.items()]
 

@@ -9,7 +9,6 @@ import random
 import signal
 import time
 
-import jsonschema
 import pytest
 import torch
 from pipeline_kit import pictures, small_engine
@@ -20,6 +19,8 @@ from vicostream_kernels.pipeline.engine import StreamEngine
 from vicostream_kernels.pipeline.errors import PipelineError
 from vicostream_kernels.pipeline.report import SCHEMA_FILE
 from vicostream_kernels.pipeline.snapshot import Snapshot, SnapshotError
+
+jsonschema = pytest.importorskip("jsonschema")
 
 #: Each keeps state of another kind: the step before, keys per layer and pages, a scorer's mean and
 #: the ViT's reference, sinks that move, tiers.
@@ -88,6 +89,19 @@ def test_a_session_fits_smaller_budgets_and_what_was_forgotten_stays_so(tmp_path
         assert {b.tier for b in stream.history.cache.chunks} == {"memory", "disk"}
         assert go_on(stream) == expected
         assert stream.report()["forgotten"]["spans"] == [[0.0, 3.5]]
+
+
+def test_what_a_restore_has_no_room_for_joins_what_was_forgotten(tmp_path):
+    with engine("tiers") as made, made.open(fps=2) as stream:
+        for _ in range(4):
+            stream.ingest(pictures(40))
+        stream.history.cache.evict(stream.history.cache.chunks[5])
+        stream.save(tmp_path / "s")
+    budgets = {"engine__history_bytes": 2**20, "engine__disk_bytes": 2**17}
+    with engine("tiers", **budgets) as made, made.restore(tmp_path / "s") as stream:
+        forgotten, first = stream.report()["forgotten"], stream.history.cache.chunks[0]
+        assert forgotten["chunks"] == first._number > 6
+        assert forgotten["spans"] == [[0.0, first.start_s - 0.5]]
 
 
 def test_a_session_before_the_first_frame_can_be_saved(tmp_path):
@@ -194,6 +208,14 @@ def test_foreign_files_are_refused_with_the_reason(saved, tmp_path, monkeypatch)
         stream.save(tmp_path / "newer")
     monkeypatch.undo()
     refused(tmp_path / "newer", "format 2, written by a newer version; this one reads 1")
+
+
+def test_what_a_killed_save_left_goes_whatever_the_name(tmp_path):
+    left = tmp_path / ".cam[1].999999999.partial"  # no process has such a number
+    left.touch()
+    with engine("vicostream") as made, made.open(fps=2) as stream:
+        stream.save(tmp_path / "cam[1]")
+    assert [p.name for p in tmp_path.iterdir()] == ["cam[1]"]
 
 
 def test_the_file_is_safetensors(saved):

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 
-import av
 import numpy as np
 import pytest
 from pipeline_kit import pictures, write_video
 
 from vicostream_kernels.pipeline.errors import InputError, PipelineError
 from vicostream_kernels.pipeline.source import VideoSource, upright
+
+av = pytest.importorskip("av")
 
 
 def read(path, **options):
