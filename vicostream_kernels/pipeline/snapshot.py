@@ -13,6 +13,7 @@ import os
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import asdict, fields
+from glob import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -116,7 +117,7 @@ def _write(file: BinaryIO, stream: Stream) -> None:
 
 def _clear_partials(path: Path) -> None:
     """What processes that were killed left behind."""
-    for left in path.parent.glob(f".{path.name}.*.partial"):
+    for left in path.parent.glob(f".{escape(path.name)}.*.partial"):
         pid = left.name.rsplit(".", 2)[1]
         if pid.isdecimal() and not _alive(int(pid)):
             left.unlink(missing_ok=True)
@@ -379,6 +380,12 @@ class Snapshot:
         """Fills a new stream."""
         state, history, cache = self.state, stream.history, stream.history.cache
         device = stream._engine.runner.device
+        # Before the blocks: this engine's smaller budgets may drop some, which joins what is there.
+        gone, forgotten = state["forgotten"], cache.forgotten
+        forgotten.chunks, forgotten.tokens = gone["chunks"], gone["tokens"]
+        forgotten.last.extend(map(tuple, gone["last"]))
+        forgotten._runs += [list(run) for run in gone["runs"]]
+
         for i, kept in enumerate(state["blocks"]):
             block = self._block(stream, i, kept)
             history.ids[block] = tuple(kept["ids"])
@@ -387,13 +394,6 @@ class Snapshot:
         history.next_id = state["history"]["next_id"]
         history.chunks_seen = state["history"]["chunks_seen"]
         cache.chunks_seen = state["history"]["numbered"]
-
-        gone, forgotten = state["forgotten"], cache.forgotten
-        # Beyond what this engine's smaller budgets have dropped already.
-        forgotten.chunks += gone["chunks"]
-        forgotten.tokens += gone["tokens"]
-        forgotten.last.extendleft(map(tuple, reversed(gone["last"])))
-        forgotten._runs[:0] = [list(run) for run in gone["runs"]]
 
         times = state["stream"]
         stream._period, stream._times, stream._now = times["period"], times["times"], times["now"]
