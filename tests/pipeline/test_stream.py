@@ -170,9 +170,13 @@ def test_tensors_arrays_and_views_are_the_same_frames():
     flipped = np.ascontiguousarray(frames[:, ::-1])[:, ::-1]
     frozen = frames.copy()
     frozen.flags.writeable = False
+
+    class Array(np.ndarray):
+        """As readers of pictures have their own."""
+
     keys = []
     with engine("full-history") as made:
-        for given in (frames, torch.from_numpy(frames), flipped, frozen):
+        for given in (frames, torch.from_numpy(frames), flipped, frozen, frames.view(Array)):
             with made.open() as stream:
                 assert stream.ingest(given) == 1
                 keys.append(live_keys(stream))

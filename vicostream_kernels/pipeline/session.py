@@ -10,6 +10,7 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
+import numpy as np
 import torch
 
 from vicostream_kernels.cache import CacheStream
@@ -32,8 +33,6 @@ from vicostream_kernels.pipeline.stages import (
 from vicostream_kernels.pipeline.visibility import History
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from vicostream_kernels.pipeline.engine import StreamEngine
 
 
@@ -371,7 +370,7 @@ def _follow(method: Method, runner: Qwen2_5_VLRunner, cache: CacheStream) -> Sel
 
 def _as_frames(frames: torch.Tensor | np.ndarray) -> torch.Tensor:
     if not isinstance(frames, torch.Tensor):
-        if type(frames).__module__ != "numpy":
+        if not isinstance(frames, np.ndarray):
             raise TypeError(
                 f"ingest: frames must be a tensor or a NumPy array, got {type(frames).__name__}"
             )
