@@ -21,6 +21,7 @@ import tempfile
 import time
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -50,10 +51,10 @@ def plan(root: Path, work: Path, python: str = sys.executable) -> list[Step]:
     steps = [
         Step(
             "pytest",
-            (python, "-c", _PYTEST, "-m", "gpu", "-q", "-p", "no:cacheprovider",
-             "--continue-on-collection-errors",
+            (python, "-c", _PYTEST, "-m", "gpu and not slow", "-q", "-p", "no:cacheprovider",
+             "--continue-on-collection-errors", *workers(),
              f"--junitxml={junit}", "tests"),
-            timeout_s=240,
+            timeout_s=300,
             least_s=60,
             verdict=lambda done: pytest_verdict(done, junit),
         ),
@@ -104,6 +105,17 @@ def plan(root: Path, work: Path, python: str = sys.executable) -> list[Step]:
         )
     )
     return steps
+
+
+def workers() -> tuple[str, ...]:
+    """Options for pytest in several processes, where pytest-xdist is installed.
+
+    A fresh machine has no Triton cache, and the tests need close to a thousand of its kernels: one
+    process would compile for longer than the whole check may take.
+    """
+    if find_spec("xdist") is None:
+        return ()
+    return ("-n", str(min(16, os.cpu_count() or 1)))
 
 
 def find_program(name: str) -> str:

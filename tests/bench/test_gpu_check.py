@@ -178,6 +178,14 @@ def test_the_planned_pytest_command_runs_marked_tests_and_is_judged_by_what_ran(
     assert outcomes([step], tmp_path, budget_s=120)["pytest"].reason == ""
 
 
+def test_the_tests_run_in_several_processes_where_they_can(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_check, "find_spec", lambda name: None)
+    assert "-n" not in plan(ROOT, tmp_path)[0].command
+    monkeypatch.setattr(gpu_check, "find_spec", lambda name: name == "xdist" or None)
+    command = plan(ROOT, tmp_path)[0].command
+    assert int(command[command.index("-n") + 1]) == min(16, os.cpu_count())
+
+
 def junit(tmp_path, **counts) -> Path:
     path = tmp_path / "j.xml"
     text = " ".join(f'{key}="{value}"' for key, value in counts.items())
