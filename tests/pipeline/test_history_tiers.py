@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 
+import numpy as np
 import pytest
 from pipeline_kit import pictures, small_engine
 
@@ -115,6 +116,39 @@ def test_a_full_disk_stops_before_anything_is_lost(monkeypatch):
         while stream.time_s < 79:
             stream.ingest(pictures(40))
         assert told(stream) == expected
+
+
+def test_a_chunk_larger_than_all_before_waits_where_the_disk_is_full(tmp_path, monkeypatch):
+    """Its frames have passed the stages with a state; the rest of the way is gone later."""
+    noise = np.random.default_rng(0).integers(0, 255, (48, 48, 80, 3), dtype=np.uint8)
+    still = np.repeat(pictures(1), 8, axis=0)
+    changes = {**TIERS, "engine__page_size": 2, "engine__history_bytes": BUDGET // 2}
+    found = []
+    for full in (False, True):
+        with small_engine(**changes) as made, made.open(fps=2) as stream:
+            for _ in range(12):
+                stream.ingest(still)
+            if full:
+                room = made.cache.make_room
+                with monkeypatch.context() as patch:
+                    fail(patch)
+                    # Room for chunks as they were, as far as that goes.
+                    patch.setattr(made.cache, "make_room", lambda n: None)
+                    with pytest.raises(DiskFull):
+                        for start in range(0, 48, 8):
+                            taken = start + 8
+                            stream.ingest(noise[start:taken])
+                    for call in (stream.flush, lambda: stream.save(tmp_path / "s")):
+                        with pytest.raises(DiskFull):
+                            call()
+                    assert stream.recorder.frames_processed == 96 + taken - 8
+                    stream.ask("What?").close()
+                assert stream.flush() == 1 and made.cache.make_room == room
+                stream.ingest(noise[taken:])
+            else:
+                stream.ingest(noise)
+            found.append((told(stream), stream.report()["tokens"]))
+    assert found[0] == found[1]
 
 
 def test_what_a_failed_call_took_is_counted_and_the_rest_can_follow(monkeypatch):

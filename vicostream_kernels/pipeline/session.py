@@ -5,15 +5,15 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakSet
 
 import numpy as np
 import torch
 
-from vicostream_kernels.cache import CacheStream
+from vicostream_kernels.cache import CacheStream, DiskFull
 from vicostream_kernels.methods import Method
 from vicostream_kernels.models import Qwen2_5_VLRunner, Sampler
 from vicostream_kernels.pipeline.answer import Answer
@@ -24,16 +24,25 @@ from vicostream_kernels.pipeline.selection import RuleSelector, Selector
 from vicostream_kernels.pipeline.snapshot import Snapshot, save
 from vicostream_kernels.pipeline.stages import (
     ChunkFrames,
+    ChunkKept,
     ChunkMask,
     Encode,
     Prefill,
     Preprocess,
     Prune,
 )
+from vicostream_kernels.pipeline.trace import Span
 from vicostream_kernels.pipeline.visibility import History
 
 if TYPE_CHECKING:
     from vicostream_kernels.pipeline.engine import StreamEngine
+
+
+class _Pruned(NamedTuple):
+    """A chunk before its last stage, and where the time went so far."""
+
+    kept: ChunkKept
+    spans: list[Span]
 
 
 class Stream:
@@ -65,6 +74,7 @@ class Stream:
         self._answers: WeakSet[Answer] = WeakSet()
         self._failed = False
         self._most_pages = 0  # of a chunk so far
+        self._waiting: _Pruned | None = None  # what found no room in the cache yet
         self._cleanup = ExitStack()
         cache = self._cleanup.enter_context(engine.cache.open())
         self.history = History(cache)
@@ -152,49 +162,67 @@ class Stream:
         return self._now or 0.0
 
     def _finish_chunk(self) -> int:
+        done = self._finish_waiting()
         if not self._buffer:
-            return 0
+            return done
         # What must move for it moves now: where that fails, the chunk's frames wait.
         self._engine.cache.make_room(self._most_pages)
         images = self._buffer[0] if len(self._buffer) == 1 else torch.cat(self._buffer)
         chunk = ChunkFrames(images, self._times[0], self._times[-1], self._seconds_per_step())
         self._buffer, self._times = [], []
-        try:
-            with torch.no_grad():
-                self._run(chunk)
-        except BaseException:
-            # A chunk that is missing would leave a hole that nobody sees.
-            self._failed = True
-            raise
+        with self._fails_whole():
+            spans: list[Span] = []
+            value: Any = chunk
+            for name, stage in (
+                ("preprocess", self._preprocess),
+                ("encode", self._encode),
+                ("prune", self._prune),
+            ):
+                with self.recorder.trace.span(name, start_s=chunk.start_s) as span:
+                    value = stage.run(value)
+                spans.append(span)
+            self._waiting = _Pruned(value, spans)
+        return done + self._finish_waiting()
+
+    def _finish_waiting(self) -> int:
+        """Writes what was pruned into the cache. It was larger than any chunk before where that
+        raises DiskFull: nothing is written then, and it waits."""
+        if self._waiting is None:
+            return 0
+        with self._fails_whole():
+            kept, spans = self._waiting
+            chunk = kept.source
+            with self.recorder.trace.span("prefill", start_s=chunk.start_s) as span:
+                done = self._prefill.run(kept)
+            self._waiting = None
+            self._most_pages = max(self._most_pages, len(done.block.pages))
+            kv = self._account()
+            self.recorder.chunk(
+                ChunkFigures(
+                    chunk.start_s,
+                    chunk.end_s,
+                    chunk.frames,
+                    done.seen,
+                    done.kept,
+                    kv["pages"],
+                    kv["bytes"],
+                    rss_bytes(),
+                    [*spans, span],
+                )  # fmt: skip
+            )
         return 1
 
-    def _run(self, chunk: ChunkFrames) -> None:
-        spans, trace = [], self.recorder.trace
-        value: Any = chunk
-        for name, stage in (
-            ("preprocess", self._preprocess),
-            ("encode", self._encode),
-            ("prune", self._prune),
-            ("prefill", self._prefill),
-        ):
-            with trace.span(name, start_s=chunk.start_s) as span:
-                value = stage.run(value)
-            spans.append(span)
-        self._most_pages = max(self._most_pages, len(value.block.pages))
-        kv = self._account()
-        self.recorder.chunk(
-            ChunkFigures(
-                chunk.start_s,
-                chunk.end_s,
-                chunk.frames,
-                value.seen,
-                value.kept,
-                kv["pages"],
-                kv["bytes"],
-                rss_bytes(),
-                spans,
-            )  # fmt: skip
-        )
+    @contextmanager
+    def _fails_whole(self) -> Iterator[None]:
+        """A chunk that is missing would leave a hole that nobody sees: the stream fails with it."""
+        try:
+            with torch.no_grad():
+                yield
+        except DiskFull:
+            raise
+        except BaseException:
+            self._failed = True
+            raise
 
     def _seconds_per_step(self) -> float:
         """What a step counts as: fixed by the method, or measured from this chunk's times."""
@@ -296,9 +324,11 @@ class Stream:
         path holds the session before or this one. One process saves to a path at a time.
 
         Raises :class:`PipelineError` where the file cannot be written, ``LostBlock`` where history
-        cannot be read from its tier (with ``engine.allow_missing`` it is forgotten instead).
+        cannot be read from its tier (with ``engine.allow_missing`` it is forgotten instead),
+        ``DiskFull`` where a chunk still waits for room in the cache.
         """
         self._check_open()
+        self._finish_waiting()
         with torch.no_grad():
             save(self, path)
 
@@ -343,7 +373,7 @@ class Stream:
         The report stays readable."""
         for answer in list(self._answers):
             answer.close()
-        self._buffer, self._times = [], []
+        self._buffer, self._times, self._waiting = [], [], None
         self._cleanup.close()
 
     def __enter__(self) -> Stream:
