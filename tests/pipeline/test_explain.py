@@ -84,6 +84,14 @@ def test_all_candidates_are_noted_when_that_is_wanted():
         assert "relevance" not in stream.report()["questions"][1]
 
 
+def test_a_script_that_the_font_lacks_is_no_warning(tmp_path, video, recwarn):
+    path = video.rename(tmp_path / "\u4f60.mp4")
+    options = {"explain": str(tmp_path / "explained"), "show_pruning": str(tmp_path / "shown")}
+    code, _, _ = outcome_of(tmp_path, path, "end \u4f60\u597d?", **options)
+    assert code == 0 and (tmp_path / "explained" / picture_name(1)).exists()
+    assert not [w for w in recwarn if "Glyph" in str(w.message)]
+
+
 def test_the_command_draws_each_question(tmp_path, video):
     folder = tmp_path / "why"
     code, _, report = outcome_of(

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from vicostream_kernels.pipeline.errors import InputError, PipelineError, one_line
+from vicostream_kernels.pipeline.plots import save_picture
 from vicostream_kernels.pipeline.stages import ChunkMask
 
 VIDEO, SHEET = "pruned.mp4", "pruned.png"
@@ -227,12 +228,7 @@ class _Sheet:
             8, head / 2, f"{title}: {said}" if title else said, va="center", fontsize=10,
             parse_math=False,
         )  # fmt: skip
-        partial = path.with_name(f".{os.getpid()}.{path.name}")
-        try:
-            figure.savefig(partial, format="png", dpi=dpi)
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
+        save_picture(figure, path, dpi=dpi)
 
 
 def canvas_size(height: int, width: int) -> tuple[int, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -61,13 +62,16 @@ def plot_report(report: dict[str, Any], path: str | os.PathLike[str]) -> None:
     save_picture(figure, path)
 
 
-def save_picture(figure: Any, path: str | os.PathLike[str]) -> None:
+def save_picture(figure: Any, path: str | os.PathLike[str], *, dpi: int = 120) -> None:
     """Writes a matplotlib figure as a PNG, whole or not at all; makes the folder."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        figure.savefig(partial, format="png", dpi=120)
+        with warnings.catch_warnings():
+            # The font lacks scripts that questions are asked in; a box in the title says as much.
+            warnings.filterwarnings("ignore", message="Glyph")
+            figure.savefig(partial, format="png", dpi=dpi)
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
