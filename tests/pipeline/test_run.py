@@ -198,6 +198,7 @@ def wrong(tmp_path, video):
         ({"device": "gpu!"}, "give cpu, cuda"),
         ({"fps": -1.0}, "--fps -1.0"),
         ({"save": str(tmp_path)}, "--save .*it is a folder"),
+        ({"restore": str(tmp_path / "none"), "model": "nosuchmodel"}, "none: no such file"),
     ]
 
 
@@ -262,6 +263,21 @@ def test_a_question_that_fails_does_not_end_the_stream(tmp_path, video, monkeypa
     assert report["frames"]["processed"] == 40
     assert [question["text"] for question in report["questions"]] == ["Whole?"]
     assert [error["where"] for error in report["errors"]] == ["answer"]
+
+
+def test_a_closed_pipe_ends_the_run_with_one_line(tmp_path, video, monkeypatch):
+    def closed(self, text):
+        raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr(Screen, "piece", closed)
+    outcome = Outcome(tmp_path, video, "1 Early?", "2 Late?", "end Never?")
+    assert outcome.code == 1
+    assert outcome.lines == ["vicostream: error: stopped: nobody reads the output any more"]
+    report = outcome.report
+    assert 0 < report["frames"]["processed"] < 40
+    assert [error["what"] for error in report["errors"]][1:] == [
+        "not asked: Late?", "not asked: Never?"
+    ]  # fmt: skip
 
 
 def test_debug_shows_the_traceback(tmp_path, capsys):

@@ -119,6 +119,8 @@ class _Run:
             if Path(options.save).is_dir():
                 raise InputError(f"--save {options.save}: it is a folder, give a file")
             _check_folder(str(Path(options.save).parent), "--save")
+        if options.restore is not None and not Path(options.restore).exists():
+            raise InputError(f"--restore {options.restore}: no such file")
         if options.show_pruning is not None:
             from vicostream_kernels.pipeline.film import PruningFilm
 
@@ -254,6 +256,8 @@ class _Run:
         part, self._part = self._part, "answer"
         try:
             self._answer(stream, question)
+        except BrokenPipeError:
+            raise  # nobody would read the answers that follow
         except Exception as error:
             self._raised(error)
         self._part = part
@@ -384,6 +388,8 @@ def _check_folder(folder: str, option: str = "--report") -> None:
 def _said(error: Exception) -> str:
     if isinstance(error, (PipelineError, ValueError)):
         return one_line(error)
+    if isinstance(error, BrokenPipeError):
+        return "stopped: nobody reads the output any more"
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return f"out of memory: {one_line(error)}"
     return f"{type(error).__name__}: {one_line(error)}"
