@@ -37,6 +37,7 @@ def _store_rotated(ptrs, to_high, low, high, cos, sin, mask):
         "slot_count",
         "blocks",
         "parts",
+        "positions_stride_a",  # the number of tokens, usually
     ]
 )
 def rotate_kernel(

@@ -71,6 +71,11 @@ def _entries(table_ptr, stride_l, page_fill_ptr, e, length, pages, PAGE_SIZE: tl
         "window",
         "height_from",
         "width_from",
+        # Products of the table's length, which grows with a stream.
+        "table_stride_s",
+        "table_stride_x",
+        "shift_stride_s",
+        "shift_stride_x",
     ]
 )
 def index_kernel(

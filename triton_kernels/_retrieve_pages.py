@@ -47,8 +47,12 @@ def _page_at(
 
 
 @triton.jit(
-    do_not_specialize=["heads", "length", "tiles", "sinks", "chosen", "recent", "blocks", "width"]
-)
+    do_not_specialize=[
+        "heads", "length", "tiles", "sinks", "chosen", "recent", "blocks", "width",
+        # Lengths of rows, which grow with the history and differ from choice to choice.
+        "index_stride_s", "index_stride_r", "pages_stride_s", "sinks_stride_s", "recent_stride_s",
+    ]
+)  # fmt: skip
 def pages_kernel(
     index_ptr,
     pages_ptr,

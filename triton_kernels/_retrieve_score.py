@@ -151,7 +151,12 @@ def _score(
     return product, block_squares * repeats, query_squares, empty
 
 
-@triton.jit(do_not_specialize=["tokens", "blocks", "tiles", "chunks", "rows", "parts", "total"])
+@triton.jit(
+    do_not_specialize=[
+        "tokens", "blocks", "tiles", "chunks", "rows", "parts", "total",
+        "count_stride_s",  # grows with the history
+    ]
+)  # fmt: skip
 def score_kernel(
     summary_ptr,
     summary_max_ptr,

@@ -79,7 +79,12 @@ def keys_kernel(
     tl.store(keys_ptr + row * units + unit, key, mask=unit < units)
 
 
-@triton.jit(do_not_specialize=["rows", "blocks", "units", "group", "budget", "mass_bits"])
+@triton.jit(
+    do_not_specialize=[
+        "rows", "blocks", "units", "group", "budget", "mass_bits",
+        "sizes_stride_s",  # grows with the history
+    ]
+)  # fmt: skip
 def reach_kernel(
     keys_ptr,  # [S, R, units] int64, descending
     scores_ptr,  # [S, R, NB] float32

@@ -6,7 +6,12 @@ import triton.language as tl
 from vicostream_kernels.triton_kernels._compact import wide
 
 
-@triton.jit(do_not_specialize=["pages", "page_size", "blocks", "listed", "heads", "parts"])
+@triton.jit(
+    do_not_specialize=[
+        "pages", "page_size", "blocks", "listed", "heads", "parts",
+        "table_stride_s",  # grows with the history
+    ]
+)  # fmt: skip
 def summary_kernel(
     k_ptr,
     table_ptr,

@@ -300,7 +300,7 @@ def _index(
         FREQUENCIES=triton.next_power_of_2(half),
         ENTRIES=entries_of_program,
         SLOTS=min(64, triton.next_power_of_2(page_size)),
-        SCAN=min(1024, triton.next_power_of_2(length)),
+        SCAN=1024,  # not by the length: a table that grows would be compiled for anew
         num_warps=4,
     )
 

@@ -123,6 +123,16 @@ def _specialise(value: Any, parameter: Any) -> tuple[str, bool]:
     return kind, value % 16 == 0 and not parameter.do_not_specialize
 
 
+def compiled_for(launch: Recorded) -> tuple[str, dict[str, Any]]:
+    """The kernel and what Triton compiles it for; equal for launches that share one binary."""
+    key: dict[str, Any] = {}
+    for parameter in launch.kernel.params:
+        value = launch.arguments[parameter.name]
+        kind = _specialise(value, parameter)
+        key[parameter.name] = (*kind, value if kind[0] == "constexpr" else None)
+    return launch.kernel.__name__, key | launch.options
+
+
 def compile_launch(launch: Recorded, capability: int) -> Cubin:
     """Builds what ``launch`` would run on a device of this compute capability (80, 90)."""
     signature, constants, attributes = {}, {}, {}

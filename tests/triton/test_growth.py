@@ -1,0 +1,86 @@
+"""A stream that grows compiles nothing anew: a compilation in its midst is a pause of a second."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+
+from kit import interpreter
+
+pytest.importorskip("triton")
+if interpreter.ACTIVE:
+    pytest.skip("in the interpreter nothing is compiled", allow_module_level=True)
+
+from kit.cubin import compiled_for, record_launches  # noqa: E402
+from vicostream_kernels.triton_kernels import append, attention, retrieve  # noqa: E402
+
+BF16, FP32 = torch.bfloat16, torch.float32
+LENGTHS = (1, 7, 16, 40, 300, 2000)
+
+
+def empty(*shape, dtype=torch.int32):
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def same_for_all(call) -> None:
+    """``call(length)`` launches the same compiled kernels, whatever the length."""
+    launches = (record_launches(partial(call, length)) for length in LENGTHS)
+    first, *rest = ([compiled_for(launch) for launch in of_length] for of_length in launches)
+    for length, other in zip(LENGTHS[1:], rest):
+        assert [name for name, _ in other] == [name for name, _ in first]
+        for (name, known), (_, new) in zip(first, other):
+            differ = {k: (known[k], v) for k, v in new.items() if known[k] != v}
+            assert not differ, f"{name} of {length} is compiled anew: {differ}"
+
+
+@pytest.mark.parametrize("rows", (1, 320))
+@pytest.mark.parametrize("turned", (False, True), ids=("plain", "turned"))
+def test_attention_over_a_table_that_grows(rows, turned):
+    h, g, d, pages = 28, 4, 128, 3000
+    pool = empty(pages, 64, g, d, dtype=BF16)
+
+    def call(length):
+        attention.sink_window_attention(
+            empty(rows, h, d, dtype=BF16), pool, pool, empty(1, length), empty(2),
+            empty(rows, h, d, dtype=BF16), None, None, empty(pages), 4, 4096, None, None, None,
+            empty(1, length, 3) if turned else None,
+            empty(d // 2, dtype=FP32) if turned else None, [16, 24, 24] if turned else None,
+        )  # fmt: skip
+
+    same_for_all(call)
+
+
+def test_append_of_any_number_of_tokens():
+    h, g, d, pages = 28, 4, 128, 300
+    pools = [empty(pages, 64, g, d, dtype=BF16) for _ in range(2)]
+
+    def call(n):
+        q, k = empty(n, h, d, dtype=BF16), empty(n, g, d, dtype=BF16)
+        append.rope_append(
+            q, k, k, empty(3, n), empty(d // 2, dtype=FP32), [16, 24, 24], *pools, empty(n), q
+        )
+
+    same_for_all(call)
+
+
+@pytest.mark.parametrize("rule", ({"k": 64}, {"token_budget": 4096}), ids=str)
+def test_retrieval_from_a_history_that_grows(rule):
+    selection = {
+        "k": None, "ratio": None, "mass": None, "token_budget": None, "tokens_per_block": None,
+        "min_k": 1, "group": 1, "force_first": 0, "force_last": 0, "capacity": 64, **rule,
+    }  # fmt: skip
+    keys = empty(3000, 64, 4, 128, dtype=BF16)
+
+    def call(n):
+        table, sizes = empty(1, n, 2), None if rule.get("k") else empty(1, n)
+        sums, counts = retrieve.summarize_blocks(keys, table, empty(3000), "mean", 1)
+        query = empty(1, 28, 128, dtype=BF16)
+        index, _, _ = retrieve.topk_blocks(
+            query, sums, None, counts, None, None, None, sizes, "dot", "mean", "stream", None,
+            **selection,
+        )  # fmt: skip
+        retrieve.select_pages(index, table, empty(1, 3), empty(1, n))
+
+    same_for_all(call)
