@@ -300,6 +300,17 @@ def test_an_interrupt_writes_the_report(tmp_path, video, monkeypatch):
     assert outcome.code == 130 and outcome.lines == ["vicostream: error: interrupted"]
     assert outcome.report["frames"]["processed"] == 16
 
+    frames = run_module.VideoSource.__iter__
+
+    def damaged(self):
+        self._note(0.0, "decode", "damaged data skipped")
+        yield from frames(self)
+
+    monkeypatch.setattr(run_module.VideoSource, "__iter__", damaged)
+    outcome = Outcome(tmp_path, video)
+    assert outcome.code == 130 and "damaged data skipped (at 0.000 s)" in outcome.lines[1]
+    assert [error["where"] for error in outcome.report["errors"]] == ["ingest", "decode"]
+
 
 def test_a_bug_is_a_failure_and_not_the_users_fault(tmp_path, video, monkeypatch):
     def broken(*_):

@@ -63,6 +63,7 @@ class _Run:
         self._waiting: list[Question] = []
         self._shift = 0.0  # time of the stream at which this video begins
         self._frames_before = 0  # in earlier runs of the session
+        self._source: VideoSource | None = None
         self._film: Any = None
         self._explained = 0
         self._recorder = Recorder(
@@ -72,6 +73,8 @@ class _Run:
     def go(self) -> int:
         with self._caught():
             self._stream()
+        with self._caught():
+            self._tell_damage()
         with self._caught():
             self._finish_film()
         for question in self._waiting:
@@ -142,6 +145,7 @@ class _Run:
         if video == "sample":
             video, questions = self._sample(questions)
         with VideoSource(video, fps=options.fps) as source:
+            self._source = source
             recorder.source = {**asdict(source.info), "fps": options.fps}
             self._part = "model"
             self._screen.say(f"loading {options.model} on {device} ...")
@@ -162,9 +166,15 @@ class _Run:
                 watch = None if self._film is None else self._film.watch
                 with self._open(engine, source, watch) as stream:
                     self._consume(source, stream, questions)
+
+    def _tell_damage(self) -> None:
+        """What the video lacks, however the run ended; without a frame the error has said it."""
+        source = self._source
+        if source is None or not source.frames_read:
+            return
         for trouble in source.troubles:
             self._part, self._time_s = trouble.where, trouble.time_s
-            self._failed(f"{options.video}: {trouble.what}", 1)
+            self._failed(f"{self._options.video}: {trouble.what}", 1)
 
     def _open(self, engine: Any, source: VideoSource, watch: Any) -> Any:
         options, recorder = self._options, self._recorder
