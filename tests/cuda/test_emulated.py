@@ -26,8 +26,8 @@ def verdict(run: interpreter.Run, word: str) -> None:
 
 
 @cache
-def run(seed: int) -> interpreter.Run:
-    return emulation.run(["tests/ops"], "-k", "cuda-cpu", seed=seed)
+def run(seed: int, watched: bool = False) -> interpreter.Run:
+    return emulation.run(["tests/ops"], "-k", "cuda-cpu", seed=seed, watched=watched)
 
 
 @pytest.mark.parametrize("word", WORDS)
@@ -40,3 +40,9 @@ def test_the_ops_tests_pass_in_the_emulator(word):
 @pytest.mark.parametrize("word", WORDS)
 def test_in_other_orders_of_threads_and_copies_too(word, seed):
     verdict(run(seed), word)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("word", WORDS)
+def test_no_two_threads_race_in_shared_memory(word):
+    verdict(run(1, watched=True), word)

@@ -13,7 +13,8 @@
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 #define __grid_constant__
-#define __shared__ static  // one block runs at a time
+// One block runs at a time. A section of its own, so that it can be filled with NaN before each.
+#define __shared__ static __attribute__((section("emulated_shared")))
 
 struct alignas(8) float2 {
   float x, y;
@@ -98,21 +99,21 @@ inline unsigned __ballot_sync(unsigned mask, bool vote) {
 inline bool __any_sync(unsigned mask, bool vote) { return __ballot_sync(mask, vote) != 0; }
 inline bool __all_sync(unsigned mask, bool vote) { return __ballot_sync(mask, vote) == ~0u; }
 inline void __syncwarp() {
-  emulator::exchange([](emulator::Lane*(&)[32]) {}, "syncwarp", nullptr, 0, nullptr, 0);
+  emulator::exchange([](emulator::Lane*(&)[32]) {}, "syncwarp", nullptr, 0, nullptr, 0, true);
 }
 template <typename T>
-T atomicAdd(T* at, T more) {
+EMULATOR_UNWATCHED T atomicAdd(T* at, T more) {
   const T before = *at;
   *at += more;
   return before;
 }
 
-inline int atomicCAS(int* at, int expected, int wanted) {
+EMULATOR_UNWATCHED inline int atomicCAS(int* at, int expected, int wanted) {
   const int before = *at;
   if (before == expected) *at = wanted;
   return before;
 }
-inline int atomicMin(int* at, int x) {
+EMULATOR_UNWATCHED inline int atomicMin(int* at, int x) {
   const int before = *at;
   if (x < before) *at = x;
   return before;

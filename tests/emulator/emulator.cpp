@@ -15,6 +15,10 @@
 uint3 threadIdx, blockIdx;
 dim3 blockDim, gridDim;
 
+// The linker's names for the ends of what is declared __shared__; null where nothing is.
+extern unsigned char __start_emulated_shared[] __attribute__((weak, visibility("hidden")));
+extern unsigned char __stop_emulated_shared[] __attribute__((weak, visibility("hidden")));
+
 namespace emulator {
 
 unsigned char* shared_memory;
@@ -30,15 +34,18 @@ struct Copy {
   void* to;
   const void* from;
   int bytes;
+  bool done;
 };
 
 struct Fiber : Lane {
   ucontext_t start;
+  int number;
   jmp_buf point;
   bool started;
   State state;
   uint3 thread;
   Exchange run;
+  bool orders;
   const char* name;
   std::vector<Copy> open;                 // copies of the group that is not committed yet
   std::vector<std::vector<Copy>> groups;  // oldest first
@@ -54,6 +61,72 @@ std::mt19937 order(1);
 std::map<const void*, size_t> allowed;
 
 bool coin() { return order() & 1; }
+
+// When a thread touched a byte: how many barriers of the block and how many orderings of its warp
+// there had been.
+struct Access {
+  int thread = -1, barriers, orderings;
+};
+// The last write, and the last reads by up to two threads.
+struct Byte {
+  Access write, reads[2];
+  int arriving = -1;  // the block in which an asynchronous copy to it is not waited for
+};
+bool watched;  // the kernels call what stands at the end of this file
+std::vector<Byte> bytes_of_dynamic, bytes_of_static;
+int barriers, blocks;        // of all blocks so far
+std::vector<int> orderings;  // of each warp, likewise
+
+Access now() { return {current->number, barriers, orderings[current->number / kWarp]}; }
+
+bool may_race(const Access& before) {
+  if (before.thread < 0 || before.thread == current->number || before.barriers != barriers)
+    return false;
+  const int warp = current->number / kWarp;
+  return before.thread / kWarp != warp || before.orderings == orderings[warp];
+}
+
+Byte* byte_at(const void* p) {
+  const unsigned char* const at = static_cast<const unsigned char*>(p);
+  if (at >= shared_memory && at < shared_memory + shared_bytes)
+    return &bytes_of_dynamic[at - shared_memory];
+  if (at >= __start_emulated_shared && at < __stop_emulated_shared)
+    return &bytes_of_static[at - __start_emulated_shared];
+  return nullptr;
+}
+
+void race(const char* what, const Access& other) {
+  if (!error.empty()) return;
+  error = std::string("a race in shared memory: thread ") + std::to_string(current->number) + what +
+          std::to_string(other.thread);
+}
+
+void touch(const void* p, size_t bytes, bool write) {
+  if (!watched || current == nullptr) return;
+  for (size_t i = 0; i < bytes; ++i) {
+    Byte* const byte = byte_at(static_cast<const char*>(p) + i);
+    if (byte == nullptr) continue;
+    if (byte->arriving == blocks) race(" touches what is still copied by thread ", byte->write);
+    if (may_race(byte->write))
+      race(write ? " overwrites thread " : " reads of thread ", byte->write);
+    if (write) {
+      for (const Access& read : byte->reads)
+        if (may_race(read)) race(" overwrites what is read by thread ", read);
+      byte->write = now();
+      byte->reads[0] = byte->reads[1] = Access{};
+    } else if (byte->reads[0].thread < 0 || byte->reads[0].thread == current->number ||
+               !may_race(byte->reads[0])) {
+      byte->reads[0] = now();
+    } else {
+      byte->reads[1] = now();
+    }
+  }
+}
+
+void mark_arriving(const void* to, int block) {
+  for (int i = 0; watched && i < 16; ++i)
+    if (Byte* const byte = byte_at(static_cast<const char*>(to) + i)) byte->arriving = block;
+}
 
 void enter() {
   try {
@@ -104,7 +177,9 @@ bool release(Fiber* lanes) {
     if (lanes[i].run != lanes[0].run)
       throw std::runtime_error(std::string("lanes of a warp at ") + lanes[0].name + " and at " +
                                lanes[i].name);
+  current = nullptr;
   lanes[0].run(all);
+  orderings[lanes[0].number / kWarp] += lanes[0].orders;
   for (int i = 0; i < kWarp; ++i) lanes[i].state = State::kReady;
   return true;
 }
@@ -139,6 +214,7 @@ void run_block() {
     if (done + at_barrier < threads || done > 0)
       throw std::runtime_error("a barrier that some threads never reach");
     for (Fiber& fiber : fibers) fiber.state = State::kReady;
+    ++barriers;
   }
 }
 
@@ -169,9 +245,10 @@ void fail(const char* what) { throw std::runtime_error(what); }
 void barrier() { wait_as(State::kBarrier); }
 
 void exchange(Exchange run, const char* name, const void* in, size_t in_bytes, void* out,
-              size_t out_bytes) {
+              size_t out_bytes, bool orders) {
   Fiber* const self = current;
   self->run = run;
+  self->orders = orders;
   self->name = name;
   if (in_bytes > 0) std::memcpy(self->in, in, in_bytes);
   wait_as(State::kExchange);
@@ -182,11 +259,14 @@ void copy_later(void* to, const void* from, int bytes) {
   check_shared(to, 16);
   if (reinterpret_cast<uintptr_t>(from) % 16 != 0) fail("cp.async from an unaligned address");
   if (bytes != 0 && bytes != 16) fail("cp.async of neither 0 nor 16 bytes");
-  if (coin())
-    do_copy({to, from, bytes});
-  else
-    current->open.push_back({to, from, bytes});
+  touch(to, 16, true);
+  mark_arriving(to, blocks);
+  Copy copy{to, from, bytes, coin()};
+  if (copy.done) do_copy(copy);
+  current->open.push_back(copy);
 }
+
+void note_access(const void* p, size_t bytes, bool write) { touch(p, bytes, write); }
 
 void commit_copies() {
   current->groups.push_back(std::move(current->open));
@@ -196,7 +276,11 @@ void commit_copies() {
 void wait_for_copies(int pending) {
   auto& groups = current->groups;
   while (groups.size() > static_cast<size_t>(pending)) {
-    for (const Copy& copy : groups.front()) do_copy(copy);
+    for (const Copy& copy : groups.front()) {
+      if (!copy.done) do_copy(copy);
+      mark_arriving(copy.to, -1);
+      touch(copy.to, 16, true);
+    }
     groups.erase(groups.begin());
   }
 }
@@ -217,6 +301,11 @@ const char* run_grid(dim3 grid, dim3 block, size_t shared, const std::function<v
   Guarded memory(bytes);
   shared_memory = memory.data();
   shared_bytes = shared;
+  if (watched) {
+    bytes_of_dynamic.resize(std::max(bytes_of_dynamic.size(), bytes));
+    bytes_of_static.resize(static_cast<size_t>(__stop_emulated_shared - __start_emulated_shared));
+  }
+  orderings.resize(1024 / kWarp);
   blockDim = block;
   gridDim = grid;
   body = &kernel;
@@ -227,8 +316,14 @@ const char* run_grid(dim3 grid, dim3 block, size_t shared, const std::function<v
       for (unsigned x = 0; x < grid.x && error.empty(); ++x) {
         blockIdx = {x, y, z};
         std::memset(shared_memory, 0xff, bytes);  // NaN
+        if (__start_emulated_shared != __stop_emulated_shared)
+          std::memset(__start_emulated_shared, 0xff,
+                      static_cast<size_t>(__stop_emulated_shared - __start_emulated_shared));
+        ++blocks;
+        ++barriers;
         for (size_t i = 0; i < threads; ++i) {
           Fiber& fiber = fibers[i];
+          fiber.number = static_cast<int>(i);
           fiber.started = false;
           fiber.state = State::kReady;
           fiber.open.clear();
@@ -257,3 +352,25 @@ void allow(const void* kernel, size_t shared) { allowed[kernel] = shared; }
 void set_seed(unsigned seed) { order.seed(seed); }
 
 }  // namespace emulator
+
+// What -fsanitize=thread calls, in place of the library that it belongs to.
+extern "C" {
+void __tsan_init() { emulator::watched = true; }
+void __tsan_func_entry(void*) {}
+void __tsan_func_exit() {}
+void __tsan_vptr_update(void**, void*) {}
+void __tsan_vptr_read(void**) {}
+void __tsan_read_range(void* p, size_t bytes) { emulator::touch(p, bytes, false); }
+void __tsan_write_range(void* p, size_t bytes) { emulator::touch(p, bytes, true); }
+unsigned char __tsan_atomic8_load(const volatile unsigned char* p, int) { return *p; }
+#define EMULATOR_ACCESS(bytes)                                                     \
+  void __tsan_read##bytes(void* p) { emulator::touch(p, bytes, false); }           \
+  void __tsan_write##bytes(void* p) { emulator::touch(p, bytes, true); }           \
+  void __tsan_unaligned_read##bytes(void* p) { emulator::touch(p, bytes, false); } \
+  void __tsan_unaligned_write##bytes(void* p) { emulator::touch(p, bytes, true); }
+EMULATOR_ACCESS(1)
+EMULATOR_ACCESS(2)
+EMULATOR_ACCESS(4)
+EMULATOR_ACCESS(8)
+EMULATOR_ACCESS(16)
+}

@@ -4,7 +4,13 @@
 // It is made to find mistakes, not to be fast: fibers and warps are picked in an order that a seed
 // settles, asynchronous copies happen at once or not before they are waited for, shared memory is
 // full of NaN at first and ends at a page that may not be touched, and the lanes of a warp must
-// meet at the same exchange. What it cannot show: speed, the memory of a real device, and
+// meet at the same exchange.
+//
+// Kernels that are compiled with -fsanitize=thread call the functions at the end of emulator.cpp at
+// each access: there two threads that touch the same shared memory, one of them writing, without a
+// barrier (or a __syncwarp of their warp) in between are a fault in every order of threads.
+//
+// What it cannot show: speed, the memory of a real device, races in global memory, and
 // instructions that cuda/ptx.h here misreads.
 #pragma once
 
@@ -42,10 +48,18 @@ extern size_t shared_bytes;
 // Waits for all threads of the block.
 void barrier();
 
-// Waits for the lanes of the warp; then `run` makes every lane's `out` of all lanes' `in`.
+// Waits for the lanes of the warp; then `run` makes every lane's `out` of all lanes' `in`. Only
+// with `orders` does that order their accesses to memory, as of all exchanges __syncwarp alone
+// does.
 using Exchange = void (*)(Lane* (&lanes)[kWarp]);
 void exchange(Exchange run, const char* name, const void* in, size_t in_bytes, void* out,
-              size_t out_bytes);
+              size_t out_bytes, bool orders = false);
+
+// What is no access of the kernel, or one that may race.
+#define EMULATOR_UNWATCHED __attribute__((no_sanitize("thread"), noinline))
+
+// The thread that runs reads or writes shared memory behind the compiler's back.
+void note_access(const void* p, size_t bytes, bool write);
 
 // `bytes` (16 or 0) of 16 to shared memory, at a time of the emulator's choice up to the wait.
 void copy_later(void* to, const void* from, int bytes);

@@ -20,11 +20,14 @@ enum Plant {
   kLanesLeave,
   kOutside,
   kUnaligned,
-  kNotAskedFor
+  kNotAskedFor,
+  kShuffleForSyncwarp,
+  kStatic
 };
 
 __global__ void reverse(const float* in, float* out, int plant) {
   VICO_DYNAMIC_SHARED(memory);
+  __shared__ float left_over;
   float* const numbers = reinterpret_cast<float*>(memory);
   const int i = threadIdx.x, lane = i % 32;
   const float* const from = in + blockIdx.x * kThreads;
@@ -42,13 +45,21 @@ __global__ void reverse(const float* in, float* out, int plant) {
   // Within a warp: once more there and back.
   float* const mine = numbers + kThreads + i / 32 * 32;
   mine[lane] = x;
-  if (plant != kNoSyncwarp) __syncwarp();
+  if (plant == kShuffleForSyncwarp)
+    __ballot_sync(~0u, true);  // waits for the lanes, and does not order what they wrote
+  else if (plant != kNoSyncwarp)
+    __syncwarp();
   x = mine[31 - lane];
   if (plant == kLanesLeave && lane == 3) return;
   if (plant == kTwoExchanges && lane == 3)
     x += __ballot_sync(~0u, false);
   else
     x = __shfl_xor_sync(~0u, x, 31);
+  if (plant == kStatic) {  // as if another block had written it
+    if (blockIdx.x == 0) left_over = 0.0f;
+    __syncthreads();
+    x += left_over;
+  }
   out[blockIdx.x * kThreads + i] = x;
 }
 

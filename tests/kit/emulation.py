@@ -31,6 +31,10 @@ ROOT = Path(__file__).resolve().parents[2]
 ACTIVE = os.environ.get("VICO_EMULATE", "0") == "1"
 #: Settles the order in which threads run and copies arrive.
 SEED = int(os.environ.get("VICO_EMULATE_SEED", "1"))
+#: Whether the kernels' accesses to shared memory are watched for races.
+WATCHED = os.environ.get("VICO_EMULATE_RACES", "0") == "1"
+#: For the kernels alone: the emulator holds the functions that this makes them call.
+WATCH = ("-fsanitize=thread",)
 _WORDS = ("append", "attention", "retrieve")
 _FLAGS = ("-std=c++17", "-fPIC", "-fvisibility=hidden", "-w", "-DVICO_WITH_CUDA")
 
@@ -44,10 +48,13 @@ def missing() -> str | None:
     return None
 
 
-def run(targets: Sequence[str], *options: str, seed: int = 1) -> interpreter.Run:
+def run(
+    targets: Sequence[str], *options: str, seed: int = 1, watched: bool = False
+) -> interpreter.Run:
     """Runs the tests at ``targets`` with the emulated cuda backend."""
-    build()
+    build(watched)
     mode = {"VICO_EMULATE": "1", "VICO_EMULATE_SEED": str(seed)}
+    mode["VICO_EMULATE_RACES"] = str(int(watched))
     return interpreter.run(targets, "-p", "kit.emulation", *options, mode=mode)
 
 
@@ -62,7 +69,7 @@ def _sources() -> list[Path]:
 
 
 @cache
-def build() -> Path:
+def build(watched: bool = False) -> Path:
     """The emulated module; what has not changed since the last time is not compiled again."""
     import pybind11
 
@@ -71,7 +78,7 @@ def build() -> Path:
     digest = hashlib.sha256(sys.version.encode())
     for path in headers:
         digest.update(path.relative_to(ROOT).as_posix().encode() + path.read_bytes())
-    folder = ROOT / "build" / "emulator"
+    folder = ROOT / "build" / ("emulator-watched" if watched else "emulator")
     folder.mkdir(parents=True, exist_ok=True)
     include = [ROOT / "tests/emulator", ROOT / "csrc", ROOT / "csrc/include", ROOT / "bindings"]
     include += [Path(pybind11.get_include()), Path(sysconfig.get_paths()["include"])]
@@ -85,8 +92,9 @@ def build() -> Path:
         out = folder / f"{name}-{own.hexdigest()[:16]}.o"
         if not out.exists():
             level = "-O0" if source.parent.name == "bindings" else "-O1"
+            watch = WATCH if watched and source.suffix == ".cu" else ()
             new = f"{out}.{os.getpid()}"
-            _must([*common, level, "-c", "-x", "c++", str(source), "-o", new])
+            _must([*common, level, *watch, "-c", "-x", "c++", str(source), "-o", new])
             for old in folder.glob(f"{name}-*.o"):
                 old.unlink(missing_ok=True)
             os.replace(new, out)
@@ -115,7 +123,7 @@ def module() -> ModuleType:
     flags = sys.getdlopenflags()
     sys.setdlopenflags(os.RTLD_LAZY)
     try:
-        spec = importlib.util.spec_from_file_location("_emulated", build())
+        spec = importlib.util.spec_from_file_location("_emulated", build(WATCHED))
         made = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(made)
     finally:

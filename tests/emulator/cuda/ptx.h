@@ -24,8 +24,9 @@ void copy_async_wait() {
 template <bool kTransposed>
 void exchange_matrices(uint32_t (&to)[4], const void* row) {
   emulator::check_shared(row, 16);
+  emulator::note_access(row, 16, false);
   emulator::exchange(
-      [](emulator::Lane*(&lanes)[32]) {
+      [](emulator::Lane*(&lanes)[32]) EMULATOR_UNWATCHED {
         for (int lane = 0; lane < 32; ++lane) {
           uint32_t found[4];
           for (int m = 0; m < 4; ++m)
