@@ -312,6 +312,25 @@ def test_closed_streams_and_engines_say_so():
             other.ingest(pictures(1))
 
 
+def test_what_fails_at_either_end_leaves_nothing_in_the_cache(monkeypatch):
+    def broken(*_):
+        raise RuntimeError("out of memory")
+
+    with small_engine() as made:
+        with monkeypatch.context() as patch:
+            patch.setattr("vicostream_kernels.pipeline.session.Prefill", broken)
+            with pytest.raises(RuntimeError, match="out of memory"):
+                made.open()
+        assert made.cache.streams == []
+        stream = made.open()
+        stream.ingest(pictures(8))
+        answer = stream.ask("What?")
+        monkeypatch.setattr(answer, "close", broken)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            stream.close()
+        assert made.cache.streams == [] and made.cache.used_pages == 0
+
+
 def test_a_full_cache_forgets_the_oldest_chunk_but_never_the_window():
     with small_engine(engine__max_pages=36, prune="none") as made, made.open() as stream:
         stream.ingest(pictures(96))

@@ -79,15 +79,15 @@ class Stream:
         cache = self._cleanup.enter_context(engine.cache.open())
         self.history = History(cache)
         recorder.forgotten = cache.forgotten
-        self._selector = _follow(method, runner, cache)
-        self._llm = LLMSteps(runner, cache, method)
-        self._preprocess = Preprocess(runner, method)
-        self._encode = Encode(runner, method)
-        if self._encode.state is not None:
-            recorder.reuse = self._encode.state.figures
-        self._prune = Prune(runner, method, on_pruned)
-        self._prefill = Prefill(self._llm, method, self.history, engine.bucket)
         try:
+            self._selector = _follow(method, runner, cache)
+            self._llm = LLMSteps(runner, cache, method)
+            self._preprocess = Preprocess(runner, method)
+            self._encode = Encode(runner, method)
+            if self._encode.state is not None:
+                recorder.reuse = self._encode.state.figures
+            self._prune = Prune(runner, method, on_pruned)
+            self._prefill = Prefill(self._llm, method, self.history, engine.bucket)
             with torch.no_grad():
                 if snapshot is None:
                     self._prefill.begin(runner.system_ids(system))
@@ -371,10 +371,10 @@ class Stream:
     def close(self) -> None:
         """Ends open answers and gives all pages back; frames of an unfinished chunk are dropped.
         The report stays readable."""
-        for answer in list(self._answers):
-            answer.close()
-        self._buffer, self._times, self._waiting = [], [], None
-        self._cleanup.close()
+        with self._cleanup:  # the pages go back whatever an answer raises
+            for answer in list(self._answers):
+                answer.close()
+            self._buffer, self._times, self._waiting = [], [], None
 
     def __enter__(self) -> Stream:
         return self
