@@ -210,6 +210,15 @@ def test_foreign_files_are_refused_with_the_reason(saved, tmp_path, monkeypatch)
     refused(tmp_path / "newer", "format 2, written by a newer version; this one reads 1")
 
 
+def test_a_history_too_long_for_a_file_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr("vicostream_kernels._tensor_file._MAX_HEADER", 1000)
+    with engine("vicostream") as made, made.open(fps=2) as stream:
+        with pytest.raises(PipelineError, match="too long for one session file: a header of"):
+            stream.save(tmp_path / "s")
+        stream.ingest(pictures(8))
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_what_a_killed_save_left_goes_whatever_the_name(tmp_path):
     left = tmp_path / ".cam[1].999999999.partial"  # no process has such a number
     left.touch()

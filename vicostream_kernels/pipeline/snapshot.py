@@ -105,7 +105,10 @@ def _write(file: BinaryIO, stream: Stream) -> None:
     tensors.append((Entry(_DIGEST, torch.uint8, (32,)), lambda: torch.empty(0)))
     text = json.dumps(state, separators=(",", ":"))
     metadata = {"format": FORMAT, "version": str(VERSION), "state": text}
-    header, _ = header_of([entry for entry, _ in tensors], metadata)
+    try:
+        header, _ = header_of([entry for entry, _ in tensors], metadata)
+    except ValueError as error:  # some hundred thousand chunks
+        raise PipelineError(f"the history is too long for one session file: {error}") from error
     digest = hashlib.sha256(header)
     write_all(file, memoryview(header))
     for _, read in tensors[:-1]:
