@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kit import tensors
+from kit import interpreter, tensors
 from kit.compare import assert_matches, assert_same_bits
 from kit.topk import assert_valid_topk
 
@@ -95,3 +95,31 @@ def test_topk_check():
     for wrong in ([0, 1], [2, 1], [1], [1, 1], [-1, 1]):
         with pytest.raises(AssertionError):
             assert_valid_topk(torch.tensor(wrong), scores, 2)
+
+
+@pytest.mark.parametrize("limit,end", [(540, "ended with 7"), (0.01, "was stopped after 0.01 s")])
+def test_a_process_that_is_cut_off_says_where(limit, end, tmp_path, monkeypatch):
+    monkeypatch.setattr(interpreter, "_TIMEOUT_S", limit)
+    (tmp_path / "test_it.py").write_text(
+        "import os\ndef test_one(): pass\ndef test_two(): os._exit(7)\ndef test_three(): pass\n"
+    )
+    ran = interpreter.run([str(tmp_path / "test_it.py")], mode={})
+    assert f"its process {end}, " in ran.output
+    if limit < 1:
+        assert "before the first test; 0 tests were done" in ran.output and not ran.outcomes
+        return
+    found = {nodeid.rpartition("::")[2]: o for nodeid, o in ran.outcomes.items()}
+    assert {name: o.outcome for name, o in found.items()} == {
+        "test_one": "passed",
+        "test_two": "failed",
+    }
+    assert "test_two, which began " in found["test_two"].text
+    assert len(ran.collected) == 3
+
+
+def test_a_process_that_is_cut_off_between_tests_fails_the_last_one():
+    lines = [["a", "started", 3.0], ["a", "passed", ""], ["a", "ended", 5.0]]
+    assert interpreter._read(lines, "", None).outcomes["a"].outcome == "passed"
+    cut = interpreter._read(lines, "all", "it was stopped")
+    assert cut.outcomes["a"].outcome == "failed"
+    assert cut.output == "it was stopped, after a, which took 2 s; 1 tests were done:\nall"

@@ -12,8 +12,10 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +37,12 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Run:
-    """One run of the interpreter process."""
+    """One run of the interpreter process; a test that it did not come out of has failed."""
 
     outcomes: dict[str, Outcome]
     output: str
+    #: The tests that were found, before any was deselected.
+    collected: frozenset[str] = field(default_factory=frozenset)
 
     def replay(self, nodeid: str) -> None:
         """Passes, fails or skips the running test as the one named ``nodeid`` did."""
@@ -71,17 +75,55 @@ def run(targets: Sequence[str], *options: str, mode: dict[str, str] | None = Non
         command += [*options, *(str(ROOT / target) for target in targets)]
         # From the tests' folder: "-m" puts the working one first on the path, and the repository's
         # root would hide the installed package there.
-        done = subprocess.run(
-            command,
-            cwd=ROOT / "tests",
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=_TIMEOUT_S,
-        )
+        try:
+            done = subprocess.run(
+                command,
+                cwd=ROOT / "tests",
+                env=environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                timeout=_TIMEOUT_S,
+            )
+            # All passed, some failed, nothing selected: else pytest did not come to its end.
+            cut = done.returncode not in (0, 1, 5)
+            end = f"its process ended with {done.returncode}" if cut else None
+            output = done.stdout
+        except subprocess.TimeoutExpired as late:
+            end = f"its process was stopped after {_TIMEOUT_S} s"
+            output = late.output or ""
+            output = output.decode(errors="replace") if isinstance(output, bytes) else output
         lines = [json.loads(line) for line in report.read_text().splitlines()]
-    return Run({n: Outcome(outcome, text) for n, outcome, text in lines}, done.stdout)
+    return _read(lines, output, end)
+
+
+def _read(lines: Sequence[Sequence[Any]], output: str, end: str | None) -> Run:
+    """A run from the lines of its report; ``end`` says how it was cut off, if it was.
+
+    Then the test that was running counts as failed, or the last one, if none was.
+    """
+    outcomes: dict[str, Outcome] = {}
+    collected: list[str] = []
+    last, began, took = None, 0.0, None
+    for nodeid, outcome, more in lines:
+        if outcome == "collected":
+            collected.append(nodeid)
+        elif outcome == "started":
+            last, began, took = nodeid, more, None
+        elif outcome == "ended":
+            took = more - began
+        else:
+            outcomes[nodeid] = Outcome(outcome, more)
+    if end is not None:
+        place = f"in {last}, which began {time.time() - began:.0f} s before"
+        if last is None:
+            place = "before the first test"
+        elif took is not None:
+            place = f"after {last}, which took {took:.0f} s"
+        output = f"{end}, {place}; {len(outcomes)} tests were done:\n{output}"
+        if last is not None:
+            outcomes[last] = Outcome("failed", output)
+    return Run(outcomes, output, frozenset(collected))
 
 
 def pytest_configure() -> None:
@@ -101,15 +143,64 @@ def pytest_configure() -> None:
     # Until Triton 3.7 it converts arrays of one element, which numpy 2.4 refuses
     # (https://github.com/triton-lang/triton/issues/9171).
     interpreter._patch_lang_tensor = patch_with_index
+    _patch_once_a_launch(interpreter)
+
+
+def _patch_once_a_launch(interpreter: Any) -> None:
+    """Has a launch replace the functions of Triton's language once.
+
+    Triton looks through the language again at each call of a device function, of which `tl.sum` and
+    `tl.zeros` are some, although the launch itself has replaced everything: a third of the time.
+    """
+    patch_lang = interpreter._patch_lang
+    patched: set[Any] = set()
+
+    @cache
+    def languages(fn: Any) -> frozenset[Any]:
+        known = (interpreter.tl, interpreter.tl.core)
+        return frozenset(lang for lang in known if any(lang is x for x in fn.__globals__.values()))
+
+    def patch_lang_once(fn: Any) -> Any:
+        launched = bool(patched)
+        if launched and languages(fn) <= patched:
+            return interpreter._LangPatchScope()
+        scope = patch_lang(fn)
+        patched.update(languages(fn))
+        if not launched:
+            restore = scope.restore
+            scope.restore = lambda: (patched.clear(), restore())
+        return scope
+
+    interpreter._patch_lang = patch_lang_once
+
+
+def _report(nodeid: str, outcome: str, more: Any = None) -> None:
+    """In the interpreter process: a line of the report."""
+    path = os.environ.get(_REPORT)
+    if path is not None:
+        with open(path, "a") as file:
+            file.write(json.dumps([nodeid, outcome, more]) + "\n")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        _report(item.nodeid, "collected")
+
+
+def pytest_runtest_logstart(nodeid: str) -> None:
+    _report(nodeid, "started", time.time())
+
+
+def pytest_runtest_logfinish(nodeid: str) -> None:
+    _report(nodeid, "ended", time.time())
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     """In the interpreter process: one line for each test, and one more where its teardown fails."""
-    path = os.environ.get(_REPORT)
-    if path is None or (report.when != "call" and report.outcome == "passed"):
+    if report.when != "call" and report.outcome == "passed":
         return
     text = report.longreprtext
     if report.outcome == "skipped" and isinstance(report.longrepr, tuple):
         text = report.longrepr[2]
-    with open(path, "a") as file:
-        file.write(json.dumps([report.nodeid, report.outcome, text]) + "\n")
+    _report(report.nodeid, report.outcome, text)

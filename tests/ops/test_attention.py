@@ -12,6 +12,7 @@ import vicostream_kernels as vk
 from kit.backends import backends_of
 from kit.compare import assert_same_bits
 from kit.ops import check_fullgraph, check_op, check_refuses_grad
+from vicostream_kernels import backends
 
 each_backend = pytest.mark.parametrize("backend", backends_of("sink_window_attention"))
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -320,7 +321,8 @@ def test_a_streams_bits_do_not_depend_on_the_others(backend, dtype):
     case = make_case(queries, tables, page_size=16, kv_len=[45, 20, 48, 9], dtype=dtype, window=30)
     out, lse = check(case, backend)
     alone, _ = case.run(backend, return_lse=False)
-    for order in ([0], [1], [2], [3], [3, 1], [2, 0, 1]):
+    orders = ([0], [1], [2], [3], [3, 1], [2, 0, 1])
+    for order in orders[-2:] if backends.INTERPRET else orders:  # each stream is in these two
         rows = [row for s in order for row in range(starts[s], starts[s + 1])]
         counts = [0, *(queries[s] for s in order)]
         fewer = case.changed(

@@ -9,6 +9,7 @@ import vicostream_kernels as vico
 from kit import tensors
 from kit.backends import backends_of
 from kit.compare import assert_same_bits
+from vicostream_kernels import backends
 from vicostream_kernels.ops.append import KeySummary
 
 BACKENDS = backends_of("topk_blocks")
@@ -21,7 +22,8 @@ BACKENDS = backends_of("topk_blocks")
 )  # noqa: E501
 def test_one_and_two_threads_give_the_same_bits(score, scope, pool, backend):
     name, device = backend
-    low = tensors.randn((1, 403, 2, 2, 72), seed=1).to(device)
+    blocks = 40 if backends.INTERPRET else 403  # threads make no difference there
+    low = tensors.randn((1, blocks, 2, 2, 72), seed=1).to(device)
     query = tensors.randn((9, 6, 72), torch.float16, seed=2).to(device)
     cu = torch.tensor([0, 9], dtype=torch.int32, device=device)
     summary = (low, low + 1) if score == "bound" else low[:, :, 0]
@@ -101,6 +103,8 @@ def test_infinite_keys_bound_as_defined(scope, backend):
 def test_long_rows_in_any_order(order, k, backend):
     name, device = backend
     n = 3000
+    if backends.INTERPRET:  # work grows with k * n; this is several tiles of everything as well
+        n, k = 600, max(1, k // 5)
     scores = {
         "rising": torch.arange(n) - n / 2,
         "falling": -torch.arange(n) + n / 2,
