@@ -55,5 +55,5 @@ def test_in_other_orders_of_threads_and_copies_too(word, seed):
 def test_no_two_threads_race_in_shared_memory(word):
     # A word at a time: each run has its time limit, and watching takes several times as long.
     files = sorted(file.name for file in (emulation.ROOT / "tests" / "ops").glob("test_*.py"))
-    targets = [f"tests/ops/{file}" for file in files if f"tests/ops/{file}".startswith(starts(word))]
+    targets = [path for path in (f"tests/ops/{f}" for f in files) if path.startswith(starts(word))]
     verdict(emulation.run(targets, "-k", "cuda-cpu", watched=True), word)
