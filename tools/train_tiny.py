@@ -1,6 +1,6 @@
 """Train the two models that the package ships, from nothing, on a CPU.
 
-    python tools/train_tiny.py --out out/tiny                 # all stages, about an hour
+    python tools/train_tiny.py --out out/tiny                 # all stages, 70 to 100 minutes
     python tools/train_tiny.py --out out/tiny --resume        # goes on where it stopped
 
 ``tiny-full`` learns with everything visible that came before, short videos first, at last long ones
@@ -33,8 +33,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from tiny import card, curve, files
 from tiny.batches import (
     BOUNDED_SHARES,
+    ORDER_SHARES,
     PAST_SHARES,
     PLACE_SHARES,
+    RECALL_SHARES,
     SHARES,
     Batch,
     Views,
@@ -44,16 +46,23 @@ from tiny.batches import (
 )
 from tiny.losses import (
     answer_loss,
+    answering_loss,
     change_loss,
     counting_loss,
+    follow_loss,
+    hue_loss,
     lookup_loss,
     naming_loss,
     retrieval_loss,
     similarity,
+    trail_loss,
 )
+from tiny.muon import Muon
 from tiny.net import Net
 
 _EVAL_SEED = 1
+#: Muon's rate, in those of Adam.
+_MUON = 4.0
 
 
 @dataclass(frozen=True)
@@ -62,7 +71,11 @@ class Phase:
 
     end: share of the stage at which it ends. longest: most steps of a video. short: share of the
     batches that have 1 to 4 steps all the same. shares: of the forms of questions.
-    counting: weight of the loss that shows a head what to count.
+    counting, following: weights of the losses that show a head what to count, and a token where
+    its shape was before. sparse: share of the batches whose chunks are what was read of long
+    streams. again: the lookup is taught in the next layer too, whose keys know what has moved.
+    answering: weight of the loss that shows the token before the answer what that is about. hues:
+    of the one that has tokens say that their shape had another colour.
     """
 
     end: float
@@ -70,12 +83,17 @@ class Phase:
     short: float = 0.2
     shares: dict[str, float] = field(default_factory=lambda: SHARES)
     counting: float = 0.0
+    following: float = 0.0
+    sparse: float = 0.0
+    again: bool = False
+    answering: float = 0.0
+    hues: float = 0.0
 
 
 @dataclass(frozen=True)
 class Stage:
-    """``rate``: the highest learning rate; ``naming``, ``lookup``, ``retrieval``: weights of the
-    losses beside that of the answer."""
+    """``rate``: the highest learning rate; ``naming``, ``lookup``, ``trail``, ``retrieval``:
+    weights of the losses beside that of the answer."""
 
     name: str
     bounded: bool
@@ -84,6 +102,7 @@ class Stage:
     phases: tuple[Phase, ...]
     naming: float
     lookup: float
+    trail: float
     retrieval: float
 
 
@@ -94,23 +113,39 @@ FULL = Stage(
         Phase(0.18, 8),
         Phase(0.30, 16),
         Phase(0.40, 32),
-        Phase(0.60, 32, counting=0.2),
-        Phase(1.00, 64, counting=0.2),
+        Phase(0.50, 32, counting=0.2),
+        Phase(0.60, 32, counting=0.2, following=0.2),
+        Phase(1.00, 64, counting=0.2, following=0.2),
     ),
-    0.5, 0.3, 0.1,
+    0.5, 0.3, 0.3, 0.1,
 )  # fmt: skip
 LONG = Stage(
     "tiny_full", False, 8e-4, 50,
-    (Phase(1.00, 96, 0.1, PAST_SHARES, 0.2),),
-    0.5, 0.3, 0.1,
+    (Phase(1.00, 96, 0.1, PAST_SHARES, 0.2, 0.2, 0.5, True),),
+    0.5, 0.6, 0.3, 0.1,
+)  # fmt: skip
+ORDER = Stage(
+    "tiny_full", False, 8e-4, 30,
+    (Phase(1.00, 96, 0.05, ORDER_SHARES, 0.2, 0.2, 0.3, True, 0.3),),
+    0.5, 0.6, 0.3, 0.1,
+)  # fmt: skip
+HUES = Stage(
+    "tiny_full", False, 8e-4, 30,
+    (Phase(1.00, 96, 0.05, ORDER_SHARES, 0.2, 0.2, 0.3, True, 0.3, 0.3),),
+    0.5, 0.6, 0.3, 0.1,
 )  # fmt: skip
 BOUNDED = Stage(
     "tiny", True, 1e-3, 50,
     (
-        Phase(0.30, 32, 0.2, BOUNDED_SHARES, 0.2),
-        Phase(1.00, 96, 0.1, BOUNDED_SHARES, 0.2),
+        Phase(0.25, 32, 0.2, BOUNDED_SHARES, 0.2, 0.1, 0.0, True, 0.2, 0.2),
+        Phase(1.00, 96, 0.1, BOUNDED_SHARES, 0.2, 0.1, 0.5, True, 0.2, 0.2),
     ),
-    0.3, 0.2, 0.3,
+    0.3, 0.4, 0.2, 0.3,
+)  # fmt: skip
+RECALL = Stage(
+    "tiny", True, 8e-4, 30,
+    (Phase(1.00, 96, 0.05, RECALL_SHARES, 0.2, 0.1, 0.5, True, 0.3, 0.2),),
+    0.3, 0.4, 0.2, 0.2,
 )  # fmt: skip
 #: Video steps and videos of a batch; questions of a video.
 BUDGET, MOST_VIDEOS, QUESTIONS = 512, 32, 16
@@ -124,11 +159,13 @@ class Training:
         self.out.mkdir(parents=True, exist_ok=True)
         torch.manual_seed(args.seed)
         self.model = new_model()
-        self.net = Net(self.model, torch.bfloat16)
-        self.optimizer = optimizer(self.model)
+        self.net = Net(self.model, args.dtype)
+        self.optimizers = optimizers(self.model)
         self.step, self.wall_s, self.cpu_s = 0, 0.0, 0.0
         self.stages = (
-            (FULL, args.full_steps), (LONG, args.long_steps), (BOUNDED, args.bounded_steps)
+            (FULL, args.full_steps), (LONG, args.long_steps), (ORDER, args.order_steps),
+            (HUES, args.hue_steps), (BOUNDED, args.bounded_steps),
+            (RECALL, args.recall_steps),
         )  # fmt: skip
         if args.resume and (self.out / "state.pt").exists():
             self._load()
@@ -147,12 +184,13 @@ class Training:
         with torch.no_grad():
             for p in self.model.parameters():
                 p.copy_(p.bfloat16())
-        self.optimizer = optimizer(self.model)
+        self.optimizers = optimizers(self.model)
 
     def _one(self, stage: Stage, at: int, steps: int, number: int) -> None:
         wall, cpu = time.perf_counter(), time.process_time()
-        for group in self.optimizer.param_groups:
-            group["lr"] = stage.rate * schedule(at, steps, stage.warmup)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["share"] * stage.rate * schedule(at, steps, stage.warmup)
         figures = self._learn(stage, at / steps, number)
         self.step = number + 1
         done = self.step == sum(n for _, n in self.stages) or at + 1 == steps
@@ -176,13 +214,19 @@ class Training:
             steps = int(rng.integers(1, 5))
         if steps > 4:
             steps = -(-steps // 4) * 4
-        batch = make_batch(rng, min(MOST_VIDEOS, BUDGET // steps), steps, QUESTIONS, phase.shares)
+        sparse = steps >= 48 and phase.sparse > 0 and rng.random() < phase.sparse
+        batch = make_batch(
+            rng, min(MOST_VIDEOS, BUDGET // steps), steps, QUESTIONS, phase.shares, sparse=sparse
+        )
         self.net.refresh()
         tokens = self.net.encode(batch.frames).view(*batch.shapes.shape, -1)
         views = see(rng, stage.bounded, batch, tokens)
-        logits, looked = self.net.logits(tokens.flatten(1, 2), views.trunk, views.branches)
-        answer, stop, said = answer_loss(logits, views)
+        inside = self.net.logits(tokens.flatten(1, 2), views.trunk, views.branches)
+        looked = inside.looked
+        answer, stop, said = answer_loss(inside.logits, views)
         lookup = lookup_loss(looked, batch, views)
+        if phase.again:
+            lookup = (lookup + lookup_loss(inside.again, batch, views)) / 2
         naming = naming_loss(tokens, self.net.words, batch)
         loss = answer + 0.2 * stop + stage.naming * naming + stage.lookup * lookup
         figures = {"T": steps, "answer": answer, "naming": naming, "lookup": lookup}
@@ -190,20 +234,34 @@ class Training:
             counting = counting_loss(looked, batch, views, stage.bounded)
             loss = loss + phase.counting * counting
             figures["counting"] = counting
+        if phase.answering:
+            answering = answering_loss(inside.again, batch, views)
+            loss = loss + phase.answering * answering
+            figures["answering"] = answering
+        if phase.following:
+            following = follow_loss(inside.followed, batch, views, phase.hues > 0)
+            loss = loss + phase.following * following
+            figures["following"] = following
         if steps > 1:
             change = change_loss(tokens, batch)
-            loss = loss + 0.3 * change
-            figures["change"] = change
+            trail = trail_loss(inside.trails, self.net.words, batch, views)
+            loss = loss + 0.3 * change + stage.trail * trail
+            if phase.hues:
+                hues = hue_loss(inside.trails, self.net.words, batch, views)
+                loss = loss + phase.hues * hues
+                figures["hues"] = hues
+            figures |= {"change": change, "trail": trail}
         if steps > 8:
             retrieval, hit = retrieval_loss(tokens, self.net.words, batch, views)
             loss = loss + stage.retrieval * retrieval
             figures |= {"retrieval": retrieval, "hit": torch.tensor(hit)}
-        self.optimizer.zero_grad()
+        self.model.zero_grad()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         if not math.isfinite(float(norm)):
             raise RuntimeError(f"step {number}: the gradient is not finite")
-        self.optimizer.step()
+        for optimizer in self.optimizers:
+            optimizer.step()
         for form, right in by_form(batch, views, said).items():
             figures[form] = torch.tensor(sum(right) / len(right))
         return {
@@ -215,7 +273,7 @@ class Training:
     def _save(self) -> None:
         state = {
             "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "step": self.step,
             "wall_s": self.wall_s,
             "cpu_s": self.cpu_s,
@@ -226,7 +284,8 @@ class Training:
     def _load(self) -> None:
         state = torch.load(self.out / "state.pt", weights_only=True)
         self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        for optimizer, kept in zip(self.optimizers, state["optimizers"]):
+            optimizer.load_state_dict(kept)
         self.step, self.wall_s, self.cpu_s = state["step"], state["wall_s"], state["cpu_s"]
         lines = (self.out / "log.jsonl").read_text(encoding="utf-8").splitlines()
         kept = [line for line in lines if json.loads(line)["step"] < self.step]
@@ -263,11 +322,16 @@ def new_model() -> Any:
     return model.train()
 
 
-def optimizer(model: Any) -> torch.optim.Optimizer:
-    matrices = [p for p in model.parameters() if p.dim() > 1]
-    others = [p for p in model.parameters() if p.dim() <= 1]
-    groups = [{"params": matrices, "weight_decay": 0.02}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=True)
+def optimizers(model: Any) -> tuple[torch.optim.Optimizer, ...]:
+    """Muon for the matrices of the layers, Adam for the rest; ``share`` of a stage's rate."""
+    layers, rest = [], []
+    for name, p in model.named_parameters():
+        (layers if p.dim() == 2 and "embed" not in name else rest).append(p)
+    muon = Muon([{"params": layers, "share": _MUON, "weight_decay": 0.02}])
+    adam = torch.optim.AdamW(
+        [{"params": rest, "share": 1.0, "weight_decay": 0.0}], betas=(0.9, 0.98), fused=True
+    )
+    return muon, adam
 
 
 def schedule(at: int, steps: int, warmup: int) -> float:
@@ -295,8 +359,8 @@ def evaluate(net: Net, bounded: bool, seed: int) -> dict[str, Any]:
         tokens = net.encode(batch.frames).view(*batch.shapes.shape, -1)
         for name, masked in (("full", False), ("bounded", True))[: 1 + bounded]:
             views = see(rng, masked, batch, tokens)
-            logits, _ = net.logits(tokens.flatten(1, 2), views.trunk, views.branches)
-            _, _, said = answer_loss(logits, views)
+            inside = net.logits(tokens.flatten(1, 2), views.trunk, views.branches)
+            _, _, said = answer_loss(inside.logits, views)
             result[f"{name}{steps}"] = {
                 form: round(100 * sum(right) / len(right), 1)
                 for form, right in by_form(batch, views, said).items()
@@ -314,14 +378,30 @@ def by_form(batch: Batch, views: Views, said: torch.Tensor) -> dict[str, list[in
     return dict(sorted(found.items()))
 
 
+def _fast_bfloat16() -> bool:
+    """Without instructions of its own bfloat16 is 30 times slower than float32 here, with them
+    several times faster."""
+    tests = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(bool(getattr(torch.cpu, test, bool)()) for test in tests)
+
+
 def arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("out/tiny"))
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--full-steps", type=int, default=2200)
-    parser.add_argument("--long-steps", type=int, default=700)
-    parser.add_argument("--bounded-steps", type=int, default=1000)
-    parser.add_argument("--eval-every", type=int, default=220)
+    parser.add_argument("--full-steps", type=int, default=1800)
+    parser.add_argument("--long-steps", type=int, default=550)
+    parser.add_argument("--order-steps", type=int, default=350)
+    parser.add_argument("--hue-steps", type=int, default=350)
+    parser.add_argument("--bounded-steps", type=int, default=500)
+    parser.add_argument("--recall-steps", type=int, default=600)
+    parser.add_argument("--eval-every", type=int, default=300)
+    parser.add_argument(
+        "--dtype",
+        type=lambda name: getattr(torch, name),
+        default=torch.bfloat16 if _fast_bfloat16() else torch.float32,
+        help="of the arithmetic; bfloat16 where this CPU multiplies it in hardware",
+    )
     parser.add_argument("--resume", action="store_true", help="go on from OUT/state.pt")
     return parser.parse_args(words)
 

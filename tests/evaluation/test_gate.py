@@ -24,8 +24,8 @@ from vicostream_kernels.pipeline.engine import StreamEngine
 
 #: Accuracy, in %, below which something is wrong; what the model scores lies well above.
 FLOORS = {
-    "full-history": {"now": 90, "past": 90, "count": 88, "order": 70},
-    "live": {"now": 90, "past": 90, "count": 78, "order": 72},
+    "full-history": {"now": 95, "past": 92, "count": 93, "order": 80, "motion": 88},
+    "live": {"now": 94, "past": 92, "count": 92, "order": 78, "motion": 88},
 }
 #: Shares of questions that may be right where the evidence was kept from the model.
 NOT_READ, ERASED = 0.05, 0.25
@@ -176,6 +176,11 @@ def wrong_axis(patch) -> None:
     patch.setattr(runner(), "video_positions", lambda *a: right(*a)[[0, 2, 1]])
 
 
+def time_on_another_axis(patch) -> None:
+    right = runner().video_positions
+    patch.setattr(runner(), "video_positions", lambda *a: right(*a)[[1, 0, 2]])
+
+
 def text_not_after_the_video(patch) -> None:
     from vicostream_kernels.pipeline.visibility import History
 
@@ -223,7 +228,9 @@ def reference_never_renewed(patch) -> None:
 #: Each fault, and the part of the gate that it turns red.
 MUTATIONS = {
     window_off_by_one: lambda: deviation("live") > 10 * ROUNDING,
-    wrong_axis: lambda: deviation("live") > 10 * ROUNDING,
+    # Most frequencies go to time: rows for columns turn the shipped model's keys by little.
+    wrong_axis: lambda: deviation("live", clips=2) > 5 * ROUNDING,
+    time_on_another_axis: lambda: deviation("live") > 10 * ROUNDING,
     text_not_after_the_video: lambda: deviation("live") > 10 * ROUNDING,
     one_chunk_too_few: lambda: deviation("live") > 10 * ROUNDING,
     page_listed_twice: lambda: deviation("live") > 10 * ROUNDING,

@@ -139,7 +139,7 @@ def test_the_figures(tmp_path):
     folder = tmp_path / "figures"
     done = Outcome(tmp_path, sweeps=("keep=0.5,1",), plot=str(folder))
     assert done.code == 0 and (folder / "sweep.png").read_bytes()[:4] == b"\x89PNG"
-    studies = ("window", "models", "plane")
+    studies = ("window", "models", "live", "plane")
     one = ClipSet(clips=1, steps=8, questions=5)
     done = Outcome(tmp_path, studies=studies, clips=one, plot=str(folder), untuned="tiny-random")
     assert done.code == 0, done.err

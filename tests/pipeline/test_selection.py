@@ -8,9 +8,10 @@ import pytest
 import torch
 from pipeline_kit import pictures, small_engine
 
+from vicostream_kernels.methods import RetrieveRule
 from vicostream_kernels.models import Qwen2_5_VLRunner
 from vicostream_kernels.pipeline.errors import InputError
-from vicostream_kernels.pipeline.selection import Asked, chosen_rows
+from vicostream_kernels.pipeline.selection import Asked, Rows, RuleSelector, chosen_rows
 
 
 @dataclass
@@ -94,3 +95,43 @@ def test_a_selector_needs_a_method_that_retrieves():
     with small_engine("full-history") as made, made.open() as stream:
         with pytest.raises(InputError, match="a method that retrieves"):
             stream.ask("What?", selector=Fixed([0]))
+
+
+@dataclass
+class Span:
+    start_s: float
+    end_s: float
+
+
+@pytest.mark.parametrize("k, force_last", [(3, 0), (4, 1)])
+def test_of_blocks_that_are_alike_the_newer_are_read(k, force_last):
+    random = torch.Generator().manual_seed(3)
+    blocks = tuple(Span(2.0 * n, 2.0 * n + 1.75) for n in range(40))
+    rows = Rows(blocks, (36,) * 40, torch.arange(40, dtype=torch.int32).view(1, 40, 1))
+    query, means = (torch.randn(n, 8, generator=random) for n in (1, 40))
+    for best in (2, 17, 31):  # alike to the last bit, and nearest to the question
+        means[best] = 3 * query[0]
+    cosines = torch.cosine_similarity(means.double(), query.double())
+
+    def read(**settings):
+        rule = RetrieveRule(**{"k": k, "force_last": force_last, **settings})
+        asked = Asked(rows, 70.0, None, 0, query, means[None])
+        return [n for n in RuleSelector(rule, 16).select(asked).block_index[0].tolist() if n >= 0]
+
+    for recency, recency_s in ((0.1, 60.0), (0.7, 5.0), (2.0, 400.0)):
+        age = torch.tensor([max(0.0, 70.0 - b.end_s) for b in blocks], dtype=torch.float64)
+        score = cosines - recency * age / (age + recency_s)
+        score[40 - force_last :] = torch.inf
+        expected = score.topk(k).indices.sort().values.tolist()
+        assert read(recency=recency, recency_s=recency_s) == expected
+        assert read(recency=recency, recency_s=recency_s, k=None, token_budget=36 * k) == expected
+    assert 2 in read() and 2 not in read(recency=2.0), "old ones give way"
+    assert 2 in read(recency=0.05, recency_s=0.1), "but never lose more than recency"
+
+
+def test_recency_needs_a_score_whose_size_is_known():
+    for wrong in ({"recency": -0.1}, {"recency": 0.1, "recency_s": 0.0}, {"recency": torch.nan}):
+        with pytest.raises(ValueError, match="recency"):
+            RetrieveRule(**wrong)
+    with pytest.raises(ValueError, match="recency=0.1 needs score='cosine', got 'dot'"):
+        RetrieveRule(recency=0.1, score="dot")

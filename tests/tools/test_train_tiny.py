@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from vicostream_kernels.evaluation._world import COLOURS
 from vicostream_kernels.models import load_model, named
 from vicostream_kernels.ops.preprocess import preprocess_frames
 
@@ -19,8 +20,9 @@ if not TOOLS.exists():
 sys.path.insert(0, str(TOOLS))
 
 import train_tiny  # noqa: E402
-from tiny import batches, files  # noqa: E402
+from tiny import batches, files, losses  # noqa: E402
 from tiny.losses import similarity  # noqa: E402
+from tiny.muon import Muon  # noqa: E402
 from tiny.net import Net  # noqa: E402
 
 
@@ -73,7 +75,7 @@ def test_a_branch_is_a_run_of_its_own(model, bounded: bool) -> None:
     tokens = net.encode(batch.frames).view(*batch.shapes.shape, -1)
     rng = np.random.Generator(np.random.PCG64(1))
     views = train_tiny.see(rng, bounded, batch, tokens)
-    logits, _ = net.logits(tokens.flatten(1, 2), views.trunk, views.branches)
+    logits = net.logits(tokens.flatten(1, 2), views.trunk, views.branches).logits
     embed = model.get_input_embeddings()
     for video in range(2):
         for quest in range(4):
@@ -129,6 +131,33 @@ def test_positions_and_prompts_are_the_runners(runner, interval: int) -> None:
             assert word == q.answer
 
 
+def test_chunks_of_a_long_stream_have_the_ids_that_they_have_there() -> None:
+    rng = np.random.Generator(np.random.PCG64(7))
+    batch = batches.make_batch(rng, 4, 48, 8, sparse=True)
+    assert batch.numbers.shape == (4, 12) and (np.diff(batch.numbers) > 0).all()
+    assert batch.numbers.max() > 40, "much longer streams"
+    for b, number in enumerate(batch.numbers):
+        whole = batches.layout(4 * (int(number[-1]) + 1))
+        found = [batches.positions(whole, interval) for interval in (1, 2)]
+        read = np.isin(whole.chunk, (-1, *number))
+        assert any(
+            (at[:, read] == batch.positions[:, b].numpy()).all()
+            and (after[number] == batch.next_ids[b]).all()
+            for at, after in found
+        )
+        # What the pictures show is what the answers are about.
+        log, truth = batch.logs[b], batch.truths[b]
+        assert (batch.shapes[b].numpy() % 24 == log.shape % 24)[log.shape >= 0].all()
+        for q in batch.questions[b]:
+            if q.form == "last_color" and q.evidence:
+                step = np.flatnonzero(log.place[: q.step + 1, q.about[0]] >= 0)[-1]
+                cell = log.place[step, q.about[0]]
+                assert COLOURS[log.colour[step, cell]] == q.answer
+        for step, shape in zip(*np.nonzero(log.moved >= 0)):
+            assert step % 4 or number[step // 4] == number[step // 4 - 1] + 1
+            assert truth.log.life[step - 1, shape] == log.life[step, shape]
+
+
 def test_masks_of_a_bounded_stream() -> None:
     rng = np.random.Generator(np.random.PCG64(5))
     batch = batches.make_batch(rng, 12, 24, 8)
@@ -177,6 +206,113 @@ def test_a_question_that_cannot_see_answers_never() -> None:
     assert asked > 20
 
 
+def test_a_trail_is_how_a_shape_came_as_far_as_its_token_sees() -> None:
+    rng = np.random.Generator(np.random.PCG64(11))
+    truth = batches.make_batch(rng, 1, 240, 4).truths[0]
+    log, seen = truth.log, set()
+    for window in (-1, 0, 1):
+        ways = losses._ways(truth, window, np.arange(60))
+        assert (ways[log.shape < 0] == -100).all()
+        for step, cell in zip(*np.nonzero(log.shape >= 0)):
+            shape, first, expected = log.shape[step, cell], step, len(losses.WAYS)
+            at = cell
+            # Back through its life, to the last move or to where it came.
+            while first and log.life[first - 1, shape] == log.life[step, shape]:
+                if log.place[first - 1, shape] != at:
+                    delta = int(at) - int(log.place[first - 1, shape])
+                    expected = {-1: 0, 1: 1, -3: 2, 3: 3}[delta]
+                    first -= 1
+                    break
+                first -= 1
+            if window >= 0 and step // 4 - first // 4 > window:
+                expected = -100
+            assert ways[step, cell] == expected
+            seen.add(expected)
+    assert seen == {-100, 0, 1, 2, 3, 4}
+
+
+def test_a_token_that_moved_is_shown_the_place_that_its_shape_left() -> None:
+    batch = batches.make_batch(np.random.Generator(np.random.PCG64(11)), 1, 48, 4)
+    views, log = batches.full_views(batch), batch.logs[0]
+    row = {(s, c): i for i, (s, c) in enumerate(zip(batch.layout.step, batch.layout.cell))}
+    followed = torch.zeros(1, len(row) + 100, len(batch.layout.ids))
+    moved = 0
+    for step, cell in zip(*np.nonzero(log.shape >= 0)):
+        shape, was = log.shape[step, cell], step
+        alive = [s for s in range(step) if (log.life[s:step, shape] == log.life[step, shape]).all()]
+        elsewhere = [s for s in alive if log.place[s, shape] != cell]
+        if not elsewhere:
+            continue
+        was = max(elsewhere)
+        left = log.place[was, shape]
+        stay = [s for s in elsewhere if (log.place[s : was + 1, shape] == left).all()]
+        for s in stay:
+            followed[0, row[step, cell], row[s, left]] = 1 / len(stay)
+        moved += 1
+    assert moved > 10
+    assert losses.follow_loss(followed, batch, views) < 1e-3
+    assert losses.follow_loss(followed.roll(1, dims=2), batch, views) > 1
+
+
+def test_a_token_knows_another_colour_of_its_shape_as_far_as_it_sees() -> None:
+    rng = np.random.Generator(np.random.PCG64(13))
+    truth = batches.make_batch(rng, 1, 240, 4).truths[0]
+    log, seen = truth.log, set()
+    for window in (-1, 0):
+        hues = losses._hues(truth, window, np.arange(60))
+        assert (hues[log.shape < 0] == -100).all()
+        for step, cell in zip(*np.nonzero(log.shape >= 0)):
+            shape, expected = log.shape[step, cell], 0
+            for first in range(step, -1, -1):
+                if log.life[first, shape] != log.life[step, shape]:
+                    break
+                if truth.colour[first, shape] != log.colour[step, cell]:
+                    expected = 1
+                    break
+                start = first
+            if window == 0 and (first if expected else start) // 4 != step // 4:
+                expected = -100
+            assert hues[step, cell] == expected
+            seen.add(expected)
+    assert seen == {-100, 0, 1}
+
+
+def test_the_token_before_the_answer_is_shown_the_shape_that_came_last() -> None:
+    batch = batches.make_batch(np.random.Generator(np.random.PCG64(17)), 2, 48, 12)
+    views = batches.full_views(batch)
+    row = {(s, c): i for i, (s, c) in enumerate(zip(batch.layout.step, batch.layout.cell))}
+    shape = (2, 4, 12, batches.LONGEST, len(batch.layout.ids))
+    again, orders = torch.zeros(shape), 0
+    for b, questions in enumerate(batch.questions):
+        for i, q in enumerate(questions):
+            where = int(views.branches.length[b, i]) - 2
+            assert views.branches.ids[b, i, where] == batches.IDS["assistant"]
+            for about in q.about:
+                if q.form == "order" and losses.SHAPES[about] != q.answer:
+                    continue
+                orders += q.form == "order"
+                sights = losses._sights(batch.truths[b], q, about)
+                for at in sights:
+                    again[b, losses._ANSWERING, i, where, row[at]] = 1 / len(sights)
+    assert orders
+    assert losses.answering_loss(again, batch, views) < 1e-3
+    assert losses.answering_loss(again.roll(1, dims=1), batch, views) > 5
+
+
+def test_muon_steps_are_orthogonal_and_as_large_as_adams() -> None:
+    torch.manual_seed(0)
+    tall, wide = (torch.nn.Parameter(torch.zeros(shape)) for shape in ((96, 32), (32, 64)))
+    optimizer = Muon([tall, wide], lr=0.5)
+    for p in (tall, wide):
+        p.grad = torch.randn_like(p)
+    optimizer.step()
+    for p in (tall, wide):
+        scale = 0.2 * max(p.shape) ** 0.5
+        values = torch.linalg.svdvals(-p.detach() / (0.5 * scale))
+        assert 0.6 < values.min() and values.max() < 1.3
+        assert float((p.detach() * p.grad).sum()) < 0, "downhill"
+
+
 def test_similarity_is_the_cosine_with_the_step_before() -> None:
     tokens = torch.randn(2, 5, 9, 16)
     cosine = torch.nn.functional.cosine_similarity(tokens[:, 1:], tokens[:, :-1], dim=-1)
@@ -193,12 +329,14 @@ def test_embedded_files_are_what_the_tool_writes(name: str) -> None:
 
 
 def test_a_resumed_run_is_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train_tiny, "BUDGET", 64)
+    monkeypatch.setattr(train_tiny, "BUDGET", 128)
     monkeypatch.setattr(train_tiny, "MOST_VIDEOS", 2)
     monkeypatch.setattr(train_tiny, "QUESTIONS", 2)
     monkeypatch.setattr(train_tiny, "evaluate", lambda *_: {})
     monkeypatch.setattr(train_tiny.curve, "plot", lambda *_: None)
-    flags = ["--full-steps", "3", "--long-steps", "1", "--bounded-steps", "2", "--eval-every", "2"]
+    counts = {"full": 3, "long": 1, "order": 0, "hue": 0, "bounded": 2, "recall": 0}
+    flags = [f"--{stage}-steps={n}" for stage, n in counts.items()]
+    flags.append("--eval-every=2")
     whole = train(tmp_path / "whole", flags)
     calls = {"left": 3}
     learn = train_tiny.Training._learn

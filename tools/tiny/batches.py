@@ -21,6 +21,10 @@ IDS = files.ids()
 #: What a question is followed by, and the tokens of the longest question with its answer.
 AFTER = (IDS["<|im_end|>"], IDS["assistant"])
 LONGEST = 7 + len(AFTER) + 1
+#: Ids of a stream of 300 chunks, which is as far as ids left out reach on average.
+_LONGEST_STREAM = 1800
+#: Steps of the longest streams that chunks are taken from.
+_LONGEST_PARENT = 1600
 #: Shares of the forms in training.
 SHARES = {
     "shape": 0.18,
@@ -51,6 +55,16 @@ PAST_SHARES = {
     "order": 0.20,
     "motion": 0.12,
 }
+#: With more about when.
+ORDER_SHARES = {
+    "shape": 0.08,
+    "color": 0.06,
+    "count": 0.08,
+    "last_color": 0.15,
+    "last_place": 0.20,
+    "order": 0.33,
+    "motion": 0.10,
+}
 #: With more of what pruning makes hard.
 BOUNDED_SHARES = {
     "shape": 0.17,
@@ -63,12 +77,25 @@ BOUNDED_SHARES = {
 }
 
 
+#: With more of what long bounded streams make hard.
+RECALL_SHARES = {
+    "shape": 0.09,
+    "color": 0.08,
+    "count": 0.12,
+    "last_color": 0.17,
+    "last_place": 0.14,
+    "order": 0.32,
+    "motion": 0.08,
+}
+
+
 @dataclass
 class Batch:
     """``frames`` uint8 [B * T, 84, 84, 3], one a step; ``layout`` of the trunk; questions.
 
     ``answers`` [B, Q] ids (-100: no target), ``shapes``, ``colours`` [B, T, 9] int64 with the
-    index of "nothing" behind the last name; ``views`` for the masks, one a question.
+    index of "nothing" behind the last name; ``numbers`` [B, chunks]: which chunk of its stream each
+    is.
     """
 
     frames: torch.Tensor
@@ -80,7 +107,7 @@ class Batch:
     truths: list[Truth]
     shapes: torch.Tensor
     colours: torch.Tensor
-    gaps: np.ndarray
+    numbers: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -144,25 +171,38 @@ def make_batch(
     *,
     split: str = "train",
     at_end: bool = False,
+    sparse: bool = False,
 ) -> Batch:
-    """A batch of ``videos`` of ``steps`` steps with ``questions`` each, at chunk ends."""
+    """A batch of ``videos`` of ``steps`` steps with ``questions`` each, at chunk ends. ``sparse``:
+    their chunks are what questions read of streams that are much longer."""
     place = layout(steps)
     train = split == "train"
-    logs, frames, ids, nexts, asked, truths, gaps = [], [], [], [], [], [], []
+    logs, frames, ids, nexts, asked, truths, numbers = [], [], [], [], [], [], []
     for _ in range(videos):
         pace = 1.0
         if train:
             pace = rng.uniform(0.2, 0.5) if steps <= CHUNK else rng.choice((0.4, 0.7, 1.0, 1.0))
         pool = int(rng.integers(5, 22)) if train else 20
-        log = simulate(rng, steps, variants=SPLIT_VARIANTS[split], pool=pool, pace=float(pace))
+        length = steps
+        if sparse:
+            length = int(np.exp(rng.uniform(np.log(2 * steps), np.log(_LONGEST_PARENT))))
+            length = max(length // CHUNK, place.chunks) * CHUNK
+        log = simulate(rng, length, variants=SPLIT_VARIANTS[split], pool=pool, pace=float(pace))
+        number = np.arange(place.chunks)
+        if sparse:
+            number = _read(rng, log, place.chunks)
+            log = _excerpt(log, number)
+        numbers.append(number)
         logs.append(log)
         pictures = draw(rng, log, 1)
         frames.append(_soften(pictures) if train and rng.random() < 0.3 else pictures)
-        jumps = _jumps(rng, place.chunks) if train else None
-        at, after = positions(place, int(rng.integers(1, 3)), jumps)
+        jumps = _jumps(rng, place.chunks) if train and not sparse else None
+        interval = int(rng.integers(1, 3))
+        if sparse:
+            jumps = (np.diff(number, prepend=-1) - 1) * (3 * interval + 3)
+        at, after = positions(place, interval, jumps)
         ids.append(at)
         nexts.append(after)
-        gaps.append(np.zeros(place.chunks) if jumps is None else jumps)
         truth = Truth(log)
         truths.append(truth)
         asked.append(_questions(rng, truth, questions, shares, at_end))
@@ -181,8 +221,36 @@ def make_batch(
         truths=truths,
         shapes=torch.from_numpy(shapes),
         colours=torch.from_numpy(colours),
-        gaps=np.stack(gaps),
+        numbers=np.stack(numbers),
     )
+
+
+def _read(rng: np.random.Generator, log: Log, count: int) -> np.ndarray:
+    """Chunks of a stream, ascending: the newest, those of two to four shapes as far as they go (the
+    latest of each in any case), and any others."""
+    seen = (log.place >= 0).reshape(-1, CHUNK, len(SHAPES)).any(1)
+    chosen = np.zeros(len(seen), bool)
+    chosen[-1] = True
+    known = np.flatnonzero(seen.any(0))
+    for shape in rng.permutation(known)[: rng.integers(2, 5)]:
+        where = np.flatnonzero(seen[:, shape])
+        late, early = where[-4:], where[:-4]
+        share = rng.choice((0.3, 0.6, 1.0))
+        for chunk in (*late[::-1], *rng.permutation(early)[: int(share * len(early))]):
+            if chosen.sum() < count:
+                chosen[chunk] = True
+    others = rng.permutation(np.flatnonzero(~chosen))
+    chosen[others[: count - int(chosen.sum())]] = True
+    return np.flatnonzero(chosen)
+
+
+def _excerpt(log: Log, number: np.ndarray) -> Log:
+    """The log as if nothing but these chunks had been; what moved between two is not known."""
+    steps = (number[:, None] * CHUNK + np.arange(CHUNK)).flatten()
+    parts = {name: getattr(log, name)[steps] for name in log.__dataclass_fields__}
+    alone = np.flatnonzero(np.diff(number, prepend=-2) > 1) * CHUNK
+    parts["moved"][alone] = -1
+    return Log(**parts)
 
 
 def _soften(frames: np.ndarray) -> np.ndarray:
@@ -194,13 +262,19 @@ def _soften(frames: np.ndarray) -> np.ndarray:
 
 
 def _jumps(rng: np.random.Generator, chunks: int) -> np.ndarray:
-    """Ids left out: a short training video looks like pieces of a long stream."""
+    """Ids left out: a short training video looks like pieces of a long stream. Two places are
+    left out, or something before every chunk, as when a question reads few of many."""
     jumps = np.zeros(chunks)
-    if chunks > 1 and rng.random() < 0.6:
+    style = rng.random()
+    if chunks < 2 or style < 0.35:
+        return jumps
+    if style < 0.65:
         mean = 60 if rng.random() < 0.7 else 500
         for _ in range(2):
             jumps[rng.integers(0, chunks)] += int(rng.exponential(mean))
-    return jumps
+        return jumps
+    mean = np.exp(rng.uniform(np.log(3), np.log(_LONGEST_STREAM / chunks)))
+    return np.floor(rng.exponential(mean, chunks))
 
 
 def _questions(
@@ -212,8 +286,14 @@ def _questions(
     asked: list[Asked] = []
     for form in forms:
         step = ends[int(rng.integers(len(ends)))]
-        if form in ("last_color", "last_place") and steps > CHUNK and rng.random() < 0.7:
-            q = truth.pick(rng, form, step, age=CHUNK)
+        if form in ("last_color", "last_place"):
+            age = CHUNK if steps > CHUNK and rng.random() < 0.7 else 0
+            q = truth.pick(rng, form, step, age=age)
+            # Half are about shapes that looked or stood otherwise before: the rare, hard ones.
+            for _ in range(4 if rng.random() < 0.5 else 0):
+                if q is None or _changed(truth, q):
+                    break
+                q = truth.pick(rng, form, step, age=age)
         else:
             q = truth.pick(rng, form, step, nothing=0.2 if shares is PLACE_SHARES else 0.35)
         if q is not None:
@@ -223,6 +303,12 @@ def _questions(
     while len(asked) < count:
         asked.append(truth.ask("count", (), steps - 1))
     return asked
+
+
+def _changed(truth: Truth, q: Asked) -> bool:
+    """Whether the evidence is only part of what was seen of the shape."""
+    first = np.flatnonzero(truth.log.place[: q.step + 1, q.about[0]] >= 0)
+    return bool(q.evidence) and q.evidence[0][0] > first[0]
 
 
 # -- what sees what ------------------------------------------------------------------------------
@@ -236,6 +322,8 @@ class Views:
     branches: Branches
     answers: torch.Tensor
     kept: torch.Tensor
+    #: [B] chunks before its own that a chunk sees; -1: all.
+    windows: np.ndarray
 
 
 def full_views(batch: Batch) -> Views:
@@ -248,7 +336,7 @@ def full_views(batch: Batch) -> Views:
     mask = chunk <= asked[..., None]
     answers = torch.tensor([[IDS[q.answer] for q in qs] for qs in batch.questions])
     kept = torch.ones(len(batch.logs), place.steps, CELLS, dtype=torch.bool)
-    return _views(batch, causal, mask, answers, kept)
+    return _views(batch, causal, mask, answers, kept, np.full(len(batch.logs), -1))
 
 
 def bounded_views(rng: np.random.Generator, batch: Batch, similar: np.ndarray) -> Views:
@@ -265,16 +353,17 @@ def bounded_views(rng: np.random.Generator, batch: Batch, similar: np.ndarray) -
     alive[:, body] = kept[:, step[body], cell[body]]
     trunk = np.empty((videos, len(chunk), len(chunk)), bool)
     causal = np.tril(np.ones((len(chunk), len(chunk)), bool))
-    reach = chunk[:, None] - chunk[None]
     windows = []
     for b in range(videos):
+        number = np.where(chunk < 0, -1, batch.numbers[b][chunk])
+        reach = number[:, None] - number[None]
         window = int(rng.choice((-1, 0, 1, 2, 4, 4, 4)))
         windows.append(window)
         see = causal
         if window >= 0:
             near = (reach <= window) & (chunk >= 0)
             # The system prompt: for good, or as long as the window covers the first chunk.
-            prefix = True if rng.random() < 0.5 else chunk[:, None] <= window
+            prefix = True if rng.random() < 0.5 else number[:, None] <= window
             see = causal & (near | ((chunk < 0)[None] & prefix))
         trunk[b] = see & alive[b]
         np.fill_diagonal(trunk[b], True)
@@ -301,6 +390,7 @@ def bounded_views(rng: np.random.Generator, batch: Batch, similar: np.ndarray) -
         torch.from_numpy(mask),
         torch.from_numpy(answers),
         torch.from_numpy(kept),
+        np.array(windows),
     )
 
 
@@ -344,7 +434,9 @@ def _still_true(truth: Truth, q: Asked, chosen: np.ndarray, window: int) -> str 
     if q.form == "motion":
         ((before, when),) = q.evidence
         if not steps[when]:
-            return None if steps[before] or _moves(truth, q.about[0], steps) else NEVER
+            place = truth.log.place[: q.step + 1, q.about[0]]
+            # Later chunks may have seen it through the window, earlier moves may be the last read.
+            return None if (steps & (place >= 0)).any() else NEVER
         # Across chunks the earlier one must be read, or have been seen by the later.
         joined = before // CHUNK == when // CHUNK or steps[before] or window != 0
         return q.answer if joined else None
@@ -360,17 +452,13 @@ def _still_true(truth: Truth, q: Asked, chosen: np.ndarray, window: int) -> str 
     return truth.ask(q.form, q.about, int(seen[0][-1])).answer
 
 
-def _moves(truth: Truth, shape: int, steps: np.ndarray) -> bool:
-    """Whether a move of the shape ends in one of ``steps``."""
-    return bool((truth.log.moved[: len(steps), shape][steps] >= 0).any())
-
-
 def _views(
     batch: Batch,
     trunk: torch.Tensor,
     mask: torch.Tensor,
     answers: torch.Tensor,
     kept: torch.Tensor,
+    windows: np.ndarray,
 ) -> Views:
     ids, length, at = _tokens(batch)
     return Views(
@@ -378,6 +466,7 @@ def _views(
         Branches(ids, at, length, mask),
         answers,
         kept,
+        windows,
     )
 
 

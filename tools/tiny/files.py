@@ -120,7 +120,7 @@ def config() -> dict[str, Any]:
         "use_sliding_window": False,
         "rms_norm_eps": 1e-06,
         "rope_theta": 10000.0,
-        "rope_scaling": {"type": "mrope", "mrope_section": [8, 4, 4]},
+        "rope_scaling": {"type": "mrope", "mrope_section": [12, 2, 2]},
         "tie_word_embeddings": True,
         "torch_dtype": "bfloat16",
         "use_cache": True,

@@ -6,13 +6,23 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from tiny.batches import CHUNK, IDS, Batch, Views, question_ids
-from vicostream_kernels.evaluation._questions import FORMS, NEVER, NOTHING, Asked, Truth
-from vicostream_kernels.evaluation._world import CELLS, COLOURS, PLACES, SHAPES
+from tiny.batches import CHUNK, IDS, Batch, Layout, Views, question_ids
+from vicostream_kernels.evaluation._questions import (
+    FORMS,
+    NEVER,
+    NOTHING,
+    Asked,
+    Truth,
+    _latest,
+)
+from vicostream_kernels.evaluation._world import CELLS, COLOURS, MOVES, PLACES, SHAPES
 
-_NOTHING_WEIGHT = 0.15
+_NOTHING_WEIGHT, _UNMOVED_WEIGHT = 0.15, 0.3
+WAYS = tuple(name for name, _, _ in MOVES)
 #: The head that counts; the first one looks up. They share no keys.
 _COUNTING = 2
+#: The head of the next layer by which the token before the answer looks.
+_ANSWERING = 3
 #: Targets of the cosine between a token and the one a step before.
 _SAME, _OTHER, _RECOLOURED = 0.97, 0.15, 0.5
 
@@ -39,10 +49,7 @@ def lookup_loss(looked: torch.Tensor, batch: Batch, views: Views) -> torch.Tenso
     first half of a lookup. ``looked`` [B, H, Q, N, L]. What a question can't see is left out.
     """
     layout = batch.layout
-    # Where in the trunk the token of a step and a cell lies.
-    at = np.zeros((layout.steps, CELLS), np.int64)
-    body = np.flatnonzero(layout.step >= 0)
-    at[layout.step[body], layout.cell[body]] = body
+    at = _rows(layout)
     visible = views.branches.mask.numpy()
     rows, shown = [], []
     for b, questions in enumerate(batch.questions):
@@ -60,6 +67,31 @@ def lookup_loss(looked: torch.Tensor, batch: Batch, views: Views) -> torch.Tenso
         return looked.new_zeros(())
     b, i, word = torch.tensor(rows).T
     mass = (looked[b, 0, i, word].float() * torch.from_numpy(np.stack(shown))).sum(-1)
+    return -(mass + 1e-4).log().mean()
+
+
+def answering_loss(again: torch.Tensor, batch: Batch, views: Views) -> torch.Tensor:
+    """From the token before the answer one head looks straight at what the answer is about: of two
+    shapes at the one that came last. Which of two times is later has to be read off the rotary
+    angles there; taught by the answers alone it comes slowly. ``again`` [B, H, Q, N, L]."""
+    at = _rows(batch.layout)
+    visible, length = views.branches.mask.numpy(), views.branches.length
+    rows, shown = [], []
+    for b, questions in enumerate(batch.questions):
+        for i, q in enumerate(questions):
+            if not q.about or views.answers[b, i] != IDS[q.answer]:
+                continue
+            about = q.about[0] if q.form != "order" else SHAPES.index(q.answer)
+            mask = np.zeros(len(batch.layout.ids), bool)
+            mask[[at[step, cell] for step, cell in _sights(batch.truths[b], q, about)]] = True
+            mask &= visible[b, i]
+            if mask.any():
+                rows.append((b, i, int(length[b, i]) - 2))
+                shown.append(mask)
+    if not rows:
+        return again.new_zeros(())
+    b, i, last = torch.tensor(rows).T
+    mass = (again[b, _ANSWERING, i, last].float() * torch.from_numpy(np.stack(shown))).sum(-1)
     return -(mass + 1e-4).log().mean()
 
 
@@ -107,9 +139,139 @@ def _sights(truth: Truth, q: Asked, index: int) -> list[tuple[int, int]]:
         return []
     if q.form == "order":
         span = (int(truth.start[q.step, index]), int(truth.last[q.step, index]))
+    elif q.form == "motion":
+        # Where it went to: those tokens know where it came from.
+        ((_, when),) = q.evidence
+        life = log.life[: q.step + 1, index] == log.life[when, index]
+        span = (when, int(np.flatnonzero(life)[-1]))
     else:
         (span,) = q.evidence
     return [(step, int(log.place[step, index])) for step in range(span[0], span[1] + 1)]
+
+
+def follow_loss(
+    followed: torch.Tensor, batch: Batch, views: Views, hues: bool = False
+) -> torch.Tensor:
+    """One head looks from a token of a shape that moved at those of the place that it left: nothing
+    else makes a token find its former self. ``followed`` [B, L, L]. ``hues``: and from one that
+    only changed its colour at those of the colour before."""
+    at = _rows(batch.layout)
+    visible = views.trunk.mask.numpy()
+    where, shown = [], []
+    for b, (truth, window) in enumerate(zip(batch.truths, views.windows)):
+        ways = _ways(truth, window, batch.numbers[b])
+        place = truth.log.place
+        for step, cell in zip(*np.nonzero((ways >= 0) & (ways < len(WAYS)))):
+            shape = truth.log.shape[step, cell]
+            last = int(truth.moved[step, shape]) - 1
+            first, start = last, truth.start[step, shape]
+            while first > start and place[first - 1, shape] == place[last, shape]:
+                first -= 1
+            mask = np.zeros(len(batch.layout.ids), bool)
+            mask[at[first : last + 1, place[last, shape]]] = True
+            mask &= visible[b % len(visible), at[step, cell]]
+            if mask.any() and views.kept[b, step, cell]:
+                where.append((b, at[step, cell]))
+                shown.append(mask)
+        if not hues:
+            continue
+        only = (_hues(truth, window, batch.numbers[b]) == 1) & (ways == len(WAYS))
+        for step, cell in zip(*np.nonzero(only)):
+            shape = truth.log.shape[step, cell]
+            life = np.arange(truth.start[step, shape], step)
+            others = life[truth.colour[life, shape] != truth.colour[step, shape]]
+            mask = np.zeros(len(batch.layout.ids), bool)
+            mask[at[others, cell]] = True
+            mask &= visible[b % len(visible), at[step, cell]]
+            if mask.any() and views.kept[b, step, cell]:
+                where.append((b, at[step, cell]))
+                shown.append(mask)
+    if not where:
+        return followed.new_zeros((), dtype=torch.float32)
+    b, row = torch.tensor(where).T
+    mass = (followed[b, row].float() * torch.from_numpy(np.stack(shown))).sum(-1)
+    return -(mass + 1e-4).log().mean()
+
+
+def _rows(layout: Layout) -> np.ndarray:
+    """[T, 9]: where in the trunk the token of a step and a cell lies."""
+    at = np.zeros((layout.steps, CELLS), np.int64)
+    body = np.flatnonzero(layout.step >= 0)
+    at[layout.step[body], layout.cell[body]] = body
+    return at
+
+
+def trail_loss(
+    trails: torch.Tensor, words: torch.Tensor, batch: Batch, views: Views
+) -> torch.Tensor:
+    """A token that shows a shape says which way the shape came: its last move since it appeared, as
+    far as the token can see back. That is what questions about motion are answered from, and how a
+    place that was left can be told from the one that was taken. ``trails`` [2, B, T * 9, D]."""
+    target = torch.from_numpy(
+        np.stack([_ways(*of) for of in zip(batch.truths, views.windows, batch.numbers)])
+    )
+    target = target.masked_fill(~views.kept, -100).flatten()
+    table = F.normalize(words[[IDS[name] for name in (*WAYS, NEVER)]].float(), dim=-1)
+    weight = torch.ones(len(table))
+    weight[-1] = _UNMOVED_WEIGHT
+    loss = trails.new_zeros((), dtype=torch.float32)
+    if bool((target < 0).all()):
+        return loss
+    for x in trails:
+        cosine = F.normalize(x.float().flatten(0, 1), dim=-1) @ table.T
+        loss = loss + F.cross_entropy(16 * cosine, target, weight) / len(trails)
+    return loss
+
+
+def _ways(truth: Truth, window: int, numbers: np.ndarray) -> np.ndarray:
+    """[T, 9]: the index in ``WAYS`` of how the shape in a cell moved last since it came, their
+    number where it did not, -100 where nothing is or where a window of so many chunks (-1: no
+    limit) hides it. ``numbers``: of the chunks in the stream."""
+    log = truth.log
+    out = np.full(log.shape.shape, -100)
+    step, cell = np.nonzero(log.shape >= 0)
+    shape = log.shape[step, cell]
+    start, when = truth.start[step, shape], truth.moved[step, shape]
+    moved = when >= start
+    # The step before the move must be seen as well.
+    first = np.where(moved, when - 1, start)
+    reach = numbers[step // CHUNK] - numbers[first // CHUNK]
+    hidden = (window >= 0) & (reach > window)
+    way = np.where(moved, log.moved[when.clip(0), shape], len(WAYS))
+    out[step, cell] = np.where(hidden, -100, way)
+    return out
+
+
+def hue_loss(trails: torch.Tensor, words: torch.Tensor, batch: Batch, views: Views) -> torch.Tensor:
+    """A token that shows a shape says whether that had another colour before, as far as the token
+    can see back: what its last colour is told by. ``trails`` [2, B, T * 9, D]."""
+    target = torch.from_numpy(
+        np.stack([_hues(*of) for of in zip(batch.truths, views.windows, batch.numbers)])
+    )
+    target = target.masked_fill(~views.kept, -100).flatten()
+    if bool((target < 0).all()):
+        return trails.new_zeros((), dtype=torch.float32)
+    table = F.normalize(words[[IDS[NEVER], IDS["color"]]].float(), dim=-1)
+    cosine = F.normalize(trails[-1].float().flatten(0, 1), dim=-1) @ table.T
+    return F.cross_entropy(16 * cosine, target, torch.tensor([_UNMOVED_WEIGHT, 1.0]))
+
+
+def _hues(truth: Truth, window: int, numbers: np.ndarray) -> np.ndarray:
+    """[T, 9]: whether the shape in a cell had another colour since it came; -100 as in `_ways`."""
+    log = truth.log
+    here = (log.life[1:] >= 0) & (log.life[1:] == log.life[:-1])
+    changes = np.zeros(log.life.shape, bool)
+    changes[1:] = here & (truth.colour[1:] != truth.colour[:-1])
+    latest = _latest(changes, np.arange(log.steps, dtype=np.int32)[:, None])
+    out = np.full(log.shape.shape, -100)
+    step, cell = np.nonzero(log.shape >= 0)
+    shape = log.shape[step, cell]
+    start, when = truth.start[step, shape], latest[step, shape]
+    changed = when > start
+    first = np.where(changed, when - 1, start)
+    reach = numbers[step // CHUNK] - numbers[first // CHUNK]
+    out[step, cell] = np.where((window >= 0) & (reach > window), -100, changed)
+    return out
 
 
 def naming_loss(tokens: torch.Tensor, words: torch.Tensor, batch: Batch) -> torch.Tensor:

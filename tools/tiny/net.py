@@ -23,9 +23,13 @@ _PATCH, _MERGE = 14, 2
 _SIDE, _WINDOW = 3, 2
 _SQUARES = _SIDE * _SIDE
 _HEADS, _KV, _HEAD = 4, 2, 32
-_SECTION = (8, 4, 4)
+_SECTION = (12, 2, 2)
+#: Rows of the trunk whose scores are made at once: keys behind them are never multiplied.
+_ROWS = 128
 #: The layer in which two heads are shown where to look (``losses``).
 LOOKUP = 1
+#: The head of layer 0 by which a token is shown where its shape was before.
+FOLLOW = 3
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,20 @@ class Branches:
     positions: torch.Tensor
     length: torch.Tensor
     mask: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Inside:
+    """What the losses read: ``logits`` [B, Q, N, V] of the branches; ``looked`` [B, H, Q, N, L],
+    how the heads of layer ``LOOKUP`` spread their attention over the trunk, ``again`` those of the
+    next one; ``trails`` [2, B, T * 9, D], the video tokens behind the layers up to that one;
+    ``followed`` [B, L, L], the attention of head ``FOLLOW`` within the trunk."""
+
+    logits: torch.Tensor
+    looked: torch.Tensor
+    again: torch.Tensor
+    trails: torch.Tensor
+    followed: torch.Tensor
 
 
 class Net:
@@ -101,11 +119,8 @@ class Net:
         """Embeddings of the vocabulary: [V, D]."""
         return self._p["model.language_model.embed_tokens.weight"]
 
-    def logits(
-        self, video: torch.Tensor, trunk: Trunk, branches: Branches
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits [B, Q, N, V] of the branches, and how the heads of layer ``LOOKUP`` spread their
-        attention over the trunk, [B, H, Q, N, L]; ``video`` [B, T * 9, D]."""
+    def logits(self, video: torch.Tensor, trunk: Trunk, branches: Branches) -> Inside:
+        """``video`` [B, T * 9, D]."""
         p, dtype = self._p, self._dtype
         b, count = video.shape[0], trunk.ids.shape[0]
         quests, length = branches.ids.shape[1:]
@@ -118,6 +133,7 @@ class Net:
         at = branches.positions.reshape(1, b, -1).expand(3, -1, -1)
         branch_rotary = _rotary(at, dtype)
         trunk_bias = _bias(trunk.mask, dtype)[:, None, None]
+        trails = []
         branch_bias = _bias(branches.mask, dtype)[:, None, None, :, None]
         inner = torch.ones(length, length, dtype=torch.bool).tril()
         inner = inner & (torch.arange(length) < branches.length[..., None, None])
@@ -130,23 +146,36 @@ class Net:
             bq, bk, bv = self._qkv(name, y, branch_rotary)
             # Branches: scores over the trunk and over themselves, one softmax.
             wide = bq @ k[:, :, None].transpose(-1, -2)
-            wide = wide.view(b, _KV, _HEADS // _KV, quests, length, count) + branch_bias
+            wide = wide.view(b, _KV, _HEADS // _KV, quests, length, count).add_(branch_bias)
             own_shape = (b, _KV, -1, quests, length, _HEAD)
             bq, bk, bv = (z.view(own_shape) for z in (bq, bk[:, :, None], bv[:, :, None]))
             own = bq @ bk.transpose(-1, -2) + inner_bias
             shares = torch.cat((wide, own), -1).softmax(-1)
             if layer == LOOKUP:
                 looked = shares[..., :count].flatten(1, 2)
+            if layer == LOOKUP + 1:
+                again = shares[..., :count].flatten(1, 2)
             seen = shares[..., :count].reshape(b, _KV, -1, quests * length, count) @ v[:, :, None]
             seen = seen.view(own_shape) + shares[..., count:] @ bv
             seen = seen.reshape(b, _HEADS, quests * length, _HEAD).transpose(1, 2)
             y = self._after(name, y, seen.reshape(b, quests * length, -1))
             if layer < 3:  # nobody reads the trunk after its last keys and values
-                shares = (q @ k[:, :, None].transpose(-1, -2) + trunk_bias).softmax(-1)
-                seen = (shares @ v[:, :, None]).reshape(b, _HEADS, count, _HEAD)
+                parts, followed_rows = [], []
+                for first in range(0, count, _ROWS):
+                    last = min(first + _ROWS, count)
+                    shares = q[..., first:last, :] @ k[:, :, None, :last].transpose(-1, -2)
+                    shares = shares.add_(trunk_bias[..., first:last, :last]).softmax(-1)
+                    parts.append(shares @ v[:, :, None, :last])
+                    followed_rows.append(F.pad(shares.flatten(1, 2)[:, FOLLOW], (0, count - last)))
+                seen = torch.cat(parts, -2).reshape(b, _HEADS, count, _HEAD)
                 x = self._after(name, x, seen.transpose(1, 2).reshape(b, count, -1))
+                if layer <= LOOKUP:
+                    trails.append(x[:, is_video])
+                if layer == 0:
+                    followed = torch.cat(followed_rows, 1)
         y = _norm(y, p["model.language_model.norm.weight"])
-        return F.linear(y, self.words).view(b, quests, length, -1), looked
+        logits = F.linear(y, self.words).view(b, quests, length, -1)
+        return Inside(logits, looked, again, torch.stack(trails), followed)
 
     def _qkv(self, name: str, x: torch.Tensor, rotary: tuple) -> tuple[torch.Tensor, ...]:
         """q [B, KV, H / KV, n, d] scaled, k and v [B, KV, n, d]."""

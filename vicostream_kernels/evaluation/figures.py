@@ -39,6 +39,15 @@ def draw(figures: Mapping[str, Lines], folder: Path, keys: str = "") -> list[str
                 "chunks before it that a chunk sees",
                 "Windowed attention",
             )
+        elif name == "live":
+            _panels(
+                lines,
+                path,
+                lambda row: row["overrides"]["retrieve.k"],
+                "chunks that a question reads",
+                "Choosing live",
+                log=True,
+            )
         elif name == "retrieval":
             _panels(
                 lines,

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from vicostream_kernels.evaluation.arms import Arm
 
-_STUDIES = ("dropping", "window", "retrieval", "models", "plane")
+_STUDIES = ("dropping", "window", "retrieval", "models", "live", "plane")
 
 
 def names() -> tuple[str, ...]:
@@ -29,6 +29,7 @@ def study(name: str, model: str, untuned: str) -> dict[str, list[Arm]]:
         "window": _window,
         "retrieval": _retrieval,
         "models": _models,
+        "live": _live,
         "plane": _plane,
     }
     if name not in made:
@@ -124,6 +125,28 @@ def _models(model: str, untuned: str) -> dict[str, list[Arm]]:
     return {
         name: [Arm(name, preset, label=f"{name} {preset}") for preset in presets]
         for name in (untuned, model)
+    }
+
+
+def _live(model: str, _: str) -> dict[str, list[Arm]]:
+    """What the preset was chosen from: chunks read, for windows, thresholds, and what is always
+    read. Its own values are one of the arms. Long clips (``--steps 1200``) part them."""
+    settings = {
+        "window 1": {"engine.window_chunks": 1},
+        "window 2": {"engine.window_chunks": 2},
+        "window 4": {"engine.window_chunks": 4},
+        "window 4, eps 0.5": {"prune.threshold": 0.5},
+        "window 4, newest not forced": {"retrieve.force_last": 0},
+        "window 4, recency 0.4": {"retrieve.recency": 0.4},
+        "window 4, steps of measured time": {"engine.seconds_per_step": None},
+        "window 4, consecutive positions": {"retrieve.positions": "consecutive"},
+    }
+    return {
+        line: [
+            Arm(model, "live", {**fixed, "retrieve.k": k}, label=f"{line}, k={k}")
+            for k in (5, 9, 17, 65)
+        ]
+        for line, fixed in settings.items()
     }
 
 

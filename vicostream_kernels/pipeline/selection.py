@@ -77,12 +77,16 @@ class Selector(Protocol):
         ...
 
 
+_AMOUNTS = ("k", "ratio", "mass", "token_budget", "block_tokens")
+
+
 class RuleSelector:
     """A method's rule, by ``topk_blocks``."""
 
     def __init__(self, rule: RetrieveRule, page_size: int, backend: str = "auto") -> None:
         self._kwargs, self._backend = rule.kwargs(), backend
         self._budget = rule.token_budget is not None
+        self._recency, self._recency_s = rule.recency, rule.recency_s
         # A page counts whole, so that a budget is a number of pages, whatever they hold.
         self._row_tokens = page_size if rule.unit == "page" else None
         self.per_layer = rule.summary != "embedding"
@@ -95,7 +99,22 @@ class RuleSelector:
             ).unsqueeze(0)
         if query.dim() == 3:
             kwargs["cu_seqlens"] = to_device((0, len(query)), torch.int32, query.device)
+        if self._recency:
+            # The scores alone: how many are chosen is of no interest here.
+            scored = {n: v for n, v in kwargs.items() if n not in _AMOUNTS}
+            scored["k"] = kwargs["group"]
+            scores = topk_blocks(query, asked.summary, backend=self._backend, **scored).scores
+            return topk_blocks(
+                None, None, external_score=scores - self._lost(asked, query.device),
+                backend=self._backend, **{n: v for n, v in kwargs.items() if n != "cu_seqlens"},
+            )  # fmt: skip
         return topk_blocks(query, asked.summary, backend=self._backend, **kwargs)
+
+    def _lost(self, asked: Asked, device: torch.device) -> torch.Tensor:
+        """[NB]: what the scores lose by age."""
+        ages = (max(0.0, asked.time_s - block.end_s) for block in asked.rows.blocks)
+        lost = [self._recency * age / (age + self._recency_s) for age in ages]
+        return to_device(lost, torch.float32, device)
 
 
 def chosen_rows(
