@@ -14,6 +14,9 @@ import torch
 from vicostream_kernels.methods import Method
 from vicostream_kernels.ops.preprocess import preprocess_frames
 
+#: Frames a second of the clips that it is asked about: ages are in seconds.
+FPS = 4.0
+
 
 @dataclass
 class _Stream:
@@ -111,6 +114,9 @@ def _read(method: Method, means: list[torch.Tensor], query: torch.Tensor) -> set
         return set(range(len(means)))
     newest = list(range(len(means)))[len(means) - rule.force_last :] if rule.force_last else []
     scores = torch.cosine_similarity(torch.stack(means), query[None], dim=-1).tolist()
+    for n in range(len(means)):
+        age = (len(means) - 1 - n) * method.engine.frames_per_chunk / FPS
+        scores[n] -= rule.recency * age / (age + rule.recency_s)
     others = sorted((n for n in range(len(means)) if n not in newest), key=lambda n: -scores[n])
     return {*newest, *others[: rule.k - len(newest)]}
 

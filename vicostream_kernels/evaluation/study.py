@@ -137,7 +137,7 @@ def _live(model: str, _: str) -> dict[str, list[Arm]]:
         "window 4": {"engine.window_chunks": 4},
         "window 4, eps 0.5": {"prune.threshold": 0.5},
         "window 4, newest not forced": {"retrieve.force_last": 0},
-        "window 4, recency 0.4": {"retrieve.recency": 0.4},
+        "window 4, recency 0": {"retrieve.recency": 0.0},
         "window 4, steps of measured time": {"engine.seconds_per_step": None},
         "window 4, consecutive positions": {"retrieve.positions": "consecutive"},
     }

@@ -56,12 +56,14 @@ STREAMING_LLM = Method(
 )
 
 #: ViCoStream's pipeline with what it lacks for questions about now: the newest chunk is always
-#: read, and the system prompt stays visible to video. Its numbers were chosen by docs/accuracy.md.
+#: read, of chunks that are alike the newer are, fewer are enough then, and the system prompt stays
+#: visible to video. The sweep that its numbers come from is in docs/accuracy.md.
 LIVE = Method(
     name="live",
-    source="ViCoStream's pipeline, arXiv 2606.19849; the newest chunk is always read",
+    source="ViCoStream's pipeline, arXiv 2606.19849; the newest chunk is always read, "
+    "and of chunks that are alike the newer",
     prune=VICOSTREAM.prune,
-    retrieve=RetrieveRule(k=64, score="cosine", force_last=1),
+    retrieve=RetrieveRule(k=17, score="cosine", force_last=1, recency=0.4),
     engine=EngineRule(
         pixels=90_000,
         resizes=2,
