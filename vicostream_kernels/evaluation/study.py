@@ -105,8 +105,13 @@ def _retrieval(model: str, _: str) -> dict[str, list[Arm]]:
             Arm(
                 model,
                 "live",
-                # One more than k: the newest chunk is always among them.
-                {**_SCORES[score], "retrieve.k": k + 1, "retrieve.force_last": 1},
+                # One more than k: the newest chunk is always among them. Age counts for none.
+                {
+                    **_SCORES[score],
+                    "retrieve.k": k + 1,
+                    "retrieve.force_last": 1,
+                    "retrieve.recency": 0.0,
+                },
                 selector,
                 label=f"{label} k={k}",
             )
