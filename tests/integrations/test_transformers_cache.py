@@ -204,7 +204,8 @@ def test_crop_and_assisted_generation_are_refused() -> None:
     cache = SinkWindowCache()
     with pytest.raises(ValueError, match="can't be cropped"):
         cache.crop(-1)
-    with pytest.raises(ValueError, match="can't be cropped"):
+    # Since 5.24 transformers asks before it tries, in words of its own.
+    with pytest.raises(ValueError, match="be cropped"):
         generate(model, ids, mask, cache=cache, assistant_model=tiny("llama", "sdpa"))
 
 

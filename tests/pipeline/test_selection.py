@@ -67,6 +67,14 @@ def test_a_selector_decides_what_is_read(monkeypatch):
         assert asked.summary.shape == (1, 7, made.runner.hidden_size)
 
 
+def test_a_selector_may_read_nothing():
+    with small_engine(prune__threshold=0.9, retrieve__k=2) as made, made.open() as stream:
+        stream.ingest(pictures(24))
+        text, figures = answer_of(stream, Fixed([]))
+        assert figures.blocks == [] and figures.tokens == 3
+        assert "answer" in stream.report()["questions"][0]
+
+
 def test_the_rule_is_a_selector_like_any_other():
     """Handing over the rows that the rule chooses gives the same answer; other rows need not."""
     with small_engine(prune__threshold=0.9, retrieve__k=2) as made, made.open() as stream:

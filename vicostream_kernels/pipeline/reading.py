@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -291,7 +292,8 @@ class Reading:
 
     def _chosen_chunks(self, index: torch.Tensor) -> torch.Tensor:
         """[R, C] bool: the chunks that have a row in each list of ``index`` [(R,) K]."""
-        index, chunks = index.view(-1, index.shape[-1]).long(), len(self._chunks)
+        index = index.reshape(math.prod(index.shape[:-1]), index.shape[-1]).long()
+        chunks = len(self._chunks)
         inside = (index >= 0) & (index < len(self.rows))
         chunk = self._chunk_of_row[index.clamp(0, len(self.rows) - 1)]
         marks = torch.zeros(index.shape[0], chunks + 1, dtype=torch.bool, device=index.device)
