@@ -8,16 +8,15 @@ from functools import lru_cache
 import torch
 
 from vicostream_kernels.backends import native
-from vicostream_kernels.reference.preprocess import resize_on_cpu
+from vicostream_kernels.reference.preprocess import resize_on_cpu, scale_and_shift
 
 
 @lru_cache(maxsize=16)
 def _table(mean: tuple[float, ...], std: tuple[float, ...], dtype: torch.dtype) -> torch.Tensor:
     """[3, 256]: what each level of each channel becomes, by the definition's own arithmetic."""
     levels = torch.arange(256, dtype=torch.float32)
-    scale = torch.tensor([1 / (255 * s) for s in std])
-    shift = torch.tensor([-m / s for m, s in zip(mean, std)])
-    return levels.mul(scale[:, None]).add_(shift[:, None]).to(dtype).contiguous()
+    scale, shift = (torch.tensor(v)[:, None] for v in scale_and_shift(mean, std))
+    return levels.mul(scale).add_(shift).to(dtype)
 
 
 def preprocess_frames_cpu(

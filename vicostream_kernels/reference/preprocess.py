@@ -58,6 +58,11 @@ def _constant(values: Sequence[float], dtype: torch.dtype, device: torch.device)
     return torch.stack([torch.full((), v, dtype=dtype, device=device) for v in values])
 
 
+def scale_and_shift(mean: Sequence[float], std: Sequence[float]) -> tuple[list[float], list[float]]:
+    """What a level of each channel is multiplied by, and what is added then."""
+    return [1 / (255 * s) for s in std], [-m / s for m, s in zip(mean, std)]
+
+
 def preprocess_frames(
     frames: torch.Tensor,
     height: int,
@@ -87,8 +92,7 @@ def preprocess_frames(
     # [T, merged_h, merged_w, merge, merge, 3, temporal, patch, patch]
     ordered = raster.permute(0, 2, 5, 3, 6, 8, 1, 4, 7)
 
-    scale = _constant([1 / (255 * s) for s in std], compute, frames.device)
-    shift = _constant([-m / s for m, s in zip(mean, std)], compute, frames.device)
+    scale, shift = (_constant(v, compute, frames.device) for v in scale_and_shift(mean, std))
     out = torch.empty(ordered.shape, dtype=compute, device=frames.device)
     # One strided pass reads uint8 and writes patches; the shift then runs over dense memory.
     torch.mul(ordered, scale[:, None, None, None], out=out).add_(shift[:, None, None, None])
