@@ -1,14 +1,15 @@
 """Train the two models that the package ships, from nothing, on a CPU.
 
-    python tools/train_tiny.py --out out/tiny                 # all stages, 70 to 100 minutes
+    python tools/train_tiny.py --out out/tiny                 # both, within an hour on two cores
     python tools/train_tiny.py --out out/tiny --resume        # goes on where it stopped
 
 ``tiny-full`` learns with everything visible that came before, short videos first, at last long ones
 with more questions about the past; ``tiny`` goes on from there with what a bounded stream does to
 it: pruning, windows and retrieval at random, and a loss that makes the mean of a question's
-embeddings find the chunk that answers it. Every batch comes from its step number and the seed
-alone, and every stage starts from the weights of the one before as they are shipped, so a resumed
-run is the run. What it learns from is made on the fly.
+embeddings find the chunk that answers it. Two processes of one thread share every batch. A batch
+comes from its step number and the seed alone, and the second stage starts from the weights of the
+first as they are shipped, so a resumed run is the run. What it learns from is made on the fly.
+``tiny/recipe.py`` says what is taught when.
 
 Writes ``log.jsonl``, ``curve.png``, ``state.pt`` (tensors only) and the folders ``tiny_full`` and
 ``tiny``, which transformers loads.
@@ -21,7 +22,6 @@ import json
 import math
 import sys
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,20 +30,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from tiny import card, curve, files
-from tiny.batches import (
-    BOUNDED_SHARES,
-    ORDER_SHARES,
-    PAST_SHARES,
-    PLACE_SHARES,
-    RECALL_SHARES,
-    SHARES,
-    Batch,
-    Views,
-    bounded_views,
-    full_views,
-    make_batch,
-)
+from tiny import card, curve, files, workers
+from tiny.batches import CHUNK, Batch, Views, bounded_views, full_views, make_batch
 from tiny.losses import (
     answer_loss,
     answering_loss,
@@ -59,94 +47,13 @@ from tiny.losses import (
 )
 from tiny.muon import Muon
 from tiny.net import Net
+from tiny.recipe import BOUNDED, FULL, SHARES, Phase, Stage
 
 _EVAL_SEED = 1
 #: Muon's rate, in those of Adam.
 _MUON = 4.0
 
 
-@dataclass(frozen=True)
-class Phase:
-    """Part of a stage.
-
-    end: share of the stage at which it ends. longest: most steps of a video. short: share of the
-    batches that have 1 to 4 steps all the same. shares: of the forms of questions.
-    counting, following: weights of the losses that show a head what to count, and a token where
-    its shape was before. sparse: share of the batches whose chunks are what was read of long
-    streams. again: the lookup is taught in the next layer too, whose keys know what has moved.
-    answering: weight of the loss that shows the token before the answer what that is about. hues:
-    of the one that has tokens say that their shape had another colour.
-    """
-
-    end: float
-    longest: int
-    short: float = 0.2
-    shares: dict[str, float] = field(default_factory=lambda: SHARES)
-    counting: float = 0.0
-    following: float = 0.0
-    sparse: float = 0.0
-    again: bool = False
-    answering: float = 0.0
-    hues: float = 0.0
-
-
-@dataclass(frozen=True)
-class Stage:
-    """``rate``: the highest learning rate; ``naming``, ``lookup``, ``trail``, ``retrieval``:
-    weights of the losses beside that of the answer."""
-
-    name: str
-    bounded: bool
-    rate: float
-    warmup: int
-    phases: tuple[Phase, ...]
-    naming: float
-    lookup: float
-    trail: float
-    retrieval: float
-
-
-FULL = Stage(
-    "tiny_full", False, 2e-3, 100,
-    (
-        Phase(0.12, 4, shares=PLACE_SHARES),
-        Phase(0.18, 8),
-        Phase(0.30, 16),
-        Phase(0.40, 32),
-        Phase(0.50, 32, counting=0.2),
-        Phase(0.60, 32, counting=0.2, following=0.2),
-        Phase(1.00, 64, counting=0.2, following=0.2),
-    ),
-    0.5, 0.3, 0.3, 0.1,
-)  # fmt: skip
-LONG = Stage(
-    "tiny_full", False, 8e-4, 50,
-    (Phase(1.00, 96, 0.1, PAST_SHARES, 0.2, 0.2, 0.5, True),),
-    0.5, 0.6, 0.3, 0.1,
-)  # fmt: skip
-ORDER = Stage(
-    "tiny_full", False, 8e-4, 30,
-    (Phase(1.00, 96, 0.05, ORDER_SHARES, 0.2, 0.2, 0.3, True, 0.3),),
-    0.5, 0.6, 0.3, 0.1,
-)  # fmt: skip
-HUES = Stage(
-    "tiny_full", False, 8e-4, 30,
-    (Phase(1.00, 96, 0.05, ORDER_SHARES, 0.2, 0.2, 0.3, True, 0.3, 0.3),),
-    0.5, 0.6, 0.3, 0.1,
-)  # fmt: skip
-BOUNDED = Stage(
-    "tiny", True, 1e-3, 50,
-    (
-        Phase(0.25, 32, 0.2, BOUNDED_SHARES, 0.2, 0.1, 0.0, True, 0.2, 0.2),
-        Phase(1.00, 96, 0.1, BOUNDED_SHARES, 0.2, 0.1, 0.5, True, 0.2, 0.2),
-    ),
-    0.3, 0.4, 0.2, 0.3,
-)  # fmt: skip
-RECALL = Stage(
-    "tiny", True, 8e-4, 30,
-    (Phase(1.00, 96, 0.05, RECALL_SHARES, 0.2, 0.1, 0.5, True, 0.3, 0.2),),
-    0.3, 0.4, 0.2, 0.2,
-)  # fmt: skip
 #: Video steps and videos of a batch; questions of a video.
 BUDGET, MOST_VIDEOS, QUESTIONS = 512, 32, 16
 
@@ -154,19 +61,15 @@ BUDGET, MOST_VIDEOS, QUESTIONS = 512, 32, 16
 class Training:
     """The model, its optimizer, and the number of the next step."""
 
-    def __init__(self, args: argparse.Namespace) -> None:
+    def __init__(self, args: argparse.Namespace, rank: int = 0, count: int = 1) -> None:
         self.args, self.out = args, args.out
-        self.out.mkdir(parents=True, exist_ok=True)
+        self.rank, self.count = rank, count
         torch.manual_seed(args.seed)
         self.model = new_model()
         self.net = Net(self.model, args.dtype)
         self.optimizers = optimizers(self.model)
         self.step, self.wall_s, self.cpu_s = 0, 0.0, 0.0
-        self.stages = (
-            (FULL, args.full_steps), (LONG, args.long_steps), (ORDER, args.order_steps),
-            (HUES, args.hue_steps), (BOUNDED, args.bounded_steps),
-            (RECALL, args.recall_steps),
-        )  # fmt: skip
+        self.stages = ((FULL, args.full_steps), (BOUNDED, args.bounded_steps))
         if args.resume and (self.out / "state.pt").exists():
             self._load()
 
@@ -193,31 +96,31 @@ class Training:
                 group["lr"] = group["share"] * stage.rate * schedule(at, steps, stage.warmup)
         figures = self._learn(stage, at / steps, number)
         self.step = number + 1
-        done = self.step == sum(n for _, n in self.stages) or at + 1 == steps
+        done = at + 1 == steps
         self.wall_s += time.perf_counter() - wall
-        self.cpu_s += time.process_time() - cpu
+        self.cpu_s += workers.total(time.process_time() - cpu, self.count)
+        if self.rank:
+            return
         line = {"step": number, "stage": stage.name, **figures}
         line |= {"wall_s": round(self.wall_s, 1), "cpu_s": round(self.cpu_s, 1)}
         if done or self.step % self.args.eval_every == 0:
+            wall = time.perf_counter()
             line["eval"] = evaluate(self.net, stage.bounded, self.args.seed)
-            print(json.dumps(line), flush=True)
             self._save()
             self._export(stage)
+            self.wall_s += time.perf_counter() - wall
+            print(json.dumps(line), flush=True)
         with (self.out / "log.jsonl").open("a", encoding="utf-8") as log:
             log.write(json.dumps(line) + "\n")
 
     def _learn(self, stage: Stage, share: float, number: int) -> dict[str, Any]:
-        rng = np.random.Generator(np.random.PCG64([self.args.seed, 7, number]))
+        seed = [self.args.seed, 7, number]
+        rng = np.random.Generator(np.random.PCG64(seed))
         phase = next(phase for phase in stage.phases if share < phase.end)
-        steps = int(rng.integers(max(1, phase.longest // 4), phase.longest + 1))
-        if rng.random() < phase.short:
-            steps = int(rng.integers(1, 5))
-        if steps > 4:
-            steps = -(-steps // 4) * 4
-        sparse = steps >= 48 and phase.sparse > 0 and rng.random() < phase.sparse
-        batch = make_batch(
-            rng, min(MOST_VIDEOS, BUDGET // steps), steps, QUESTIONS, phase.shares, sparse=sparse
-        )
+        steps, sparse = length(rng, phase)
+        videos = max(1, min(MOST_VIDEOS, BUDGET // steps) // self.count)
+        rng = np.random.Generator(np.random.PCG64([*seed, self.rank]))
+        batch = make_batch(rng, videos, steps, QUESTIONS, phase.shares, sparse=sparse)
         self.net.refresh()
         tokens = self.net.encode(batch.frames).view(*batch.shapes.shape, -1)
         views = see(rng, stage.bounded, batch, tokens)
@@ -225,11 +128,13 @@ class Training:
         looked = inside.looked
         answer, stop, said = answer_loss(inside.logits, views)
         lookup = lookup_loss(looked, batch, views)
-        if phase.again:
-            lookup = (lookup + lookup_loss(inside.again, batch, views)) / 2
         naming = naming_loss(tokens, self.net.words, batch)
         loss = answer + 0.2 * stop + stage.naming * naming + stage.lookup * lookup
         figures = {"T": steps, "answer": answer, "naming": naming, "lookup": lookup}
+        if phase.again:
+            again = lookup_loss(inside.again, batch, views)
+            loss = loss + phase.again * again
+            figures["again"] = again
         if phase.counting:
             counting = counting_loss(looked, batch, views, stage.bounded)
             loss = loss + phase.counting * counting
@@ -255,8 +160,10 @@ class Training:
             retrieval, hit = retrieval_loss(tokens, self.net.words, batch, views)
             loss = loss + stage.retrieval * retrieval
             figures |= {"retrieval": retrieval, "hit": torch.tensor(hit)}
-        self.model.zero_grad()
+        for p in self.model.parameters():
+            p.grad = torch.zeros_like(p)  # what this part of a batch does not use counts as well
         loss.backward()
+        workers.mean_gradients(self.model.parameters(), self.count)
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         if not math.isfinite(float(norm)):
             raise RuntimeError(f"step {number}: the gradient is not finite")
@@ -287,6 +194,8 @@ class Training:
         for optimizer, kept in zip(self.optimizers, state["optimizers"]):
             optimizer.load_state_dict(kept)
         self.step, self.wall_s, self.cpu_s = state["step"], state["wall_s"], state["cpu_s"]
+        if self.rank:
+            return
         lines = (self.out / "log.jsonl").read_text(encoding="utf-8").splitlines()
         kept = [line for line in lines if json.loads(line)["step"] < self.step]
         (self.out / "log.jsonl").write_text("\n".join([*kept, ""]), encoding="utf-8")
@@ -295,6 +204,16 @@ class Training:
         curve.plot(self.out / "log.jsonl", self.out / "curve.png")
         text = card.text(stage.name, self.args.seed, self.step, self.wall_s, self.cpu_s)
         files.export(self.model, self.out / stage.name, text)
+
+
+def length(rng: np.random.Generator, phase: Phase) -> tuple[int, bool]:
+    """Steps of the videos of a batch, and whether they are sparse."""
+    if rng.random() < phase.sparse:
+        return CHUNK * int(rng.integers(4, phase.longest // CHUNK + 1)), True
+    steps = int(rng.integers(max(1, phase.longest // 4), phase.longest + 1))
+    if rng.random() < phase.short:
+        steps = int(rng.integers(1, 5))
+    return (-(-steps // CHUNK) * CHUNK if steps > CHUNK else steps), False
 
 
 def new_model() -> Any:
@@ -389,12 +308,11 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("out/tiny"))
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--full-steps", type=int, default=1800)
-    parser.add_argument("--long-steps", type=int, default=550)
-    parser.add_argument("--order-steps", type=int, default=350)
-    parser.add_argument("--hue-steps", type=int, default=350)
-    parser.add_argument("--bounded-steps", type=int, default=500)
-    parser.add_argument("--recall-steps", type=int, default=600)
+    parser.add_argument("--full-steps", type=int, default=2800)
+    parser.add_argument("--bounded-steps", type=int, default=1000)
+    parser.add_argument(
+        "--workers", type=int, default=2, help="processes; another number is another model"
+    )
     parser.add_argument("--eval-every", type=int, default=300)
     parser.add_argument(
         "--dtype",
@@ -406,5 +324,11 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(words)
 
 
+def train(rank: int, count: int, args: argparse.Namespace) -> None:
+    Training(args, rank, count).run()
+
+
 if __name__ == "__main__":
-    Training(arguments()).run()
+    given = arguments()
+    given.out.mkdir(parents=True, exist_ok=True)
+    workers.run(given.workers, train, given)

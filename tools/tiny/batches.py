@@ -13,6 +13,7 @@ import torch
 
 from tiny import files
 from tiny.net import Branches, Trunk
+from tiny.recipe import PLACE_SHARES, SHARES
 from vicostream_kernels.evaluation._draw import SPLIT_VARIANTS, draw
 from vicostream_kernels.evaluation._questions import CHUNK, NEVER, Asked, Truth
 from vicostream_kernels.evaluation._world import CELLS, COLOURS, SHAPES, Log, simulate
@@ -25,68 +26,6 @@ LONGEST = 7 + len(AFTER) + 1
 _LONGEST_STREAM = 1800
 #: Steps of the longest streams that chunks are taken from.
 _LONGEST_PARENT = 1600
-#: Shares of the forms in training.
-SHARES = {
-    "shape": 0.18,
-    "color": 0.14,
-    "count": 0.12,
-    "last_color": 0.16,
-    "last_place": 0.14,
-    "order": 0.15,
-    "motion": 0.11,
-}
-#: With more about places.
-PLACE_SHARES = {
-    "shape": 0.28,
-    "color": 0.20,
-    "count": 0.14,
-    "last_color": 0.10,
-    "last_place": 0.10,
-    "order": 0.11,
-    "motion": 0.07,
-}
-#: With more about what is gone.
-PAST_SHARES = {
-    "shape": 0.12,
-    "color": 0.10,
-    "count": 0.11,
-    "last_color": 0.15,
-    "last_place": 0.20,
-    "order": 0.20,
-    "motion": 0.12,
-}
-#: With more about when.
-ORDER_SHARES = {
-    "shape": 0.08,
-    "color": 0.06,
-    "count": 0.08,
-    "last_color": 0.15,
-    "last_place": 0.20,
-    "order": 0.33,
-    "motion": 0.10,
-}
-#: With more of what pruning makes hard.
-BOUNDED_SHARES = {
-    "shape": 0.17,
-    "color": 0.13,
-    "count": 0.19,
-    "last_color": 0.15,
-    "last_place": 0.13,
-    "order": 0.14,
-    "motion": 0.09,
-}
-
-
-#: With more of what long bounded streams make hard.
-RECALL_SHARES = {
-    "shape": 0.09,
-    "color": 0.08,
-    "count": 0.12,
-    "last_color": 0.17,
-    "last_place": 0.14,
-    "order": 0.32,
-    "motion": 0.08,
-}
 
 
 @dataclass
@@ -198,7 +137,8 @@ def make_batch(
         frames.append(_soften(pictures) if train and rng.random() < 0.3 else pictures)
         jumps = _jumps(rng, place.chunks) if train and not sparse else None
         interval = int(rng.integers(1, 3))
-        if sparse:
+        # What was read stands without gaps, or where it stood in the stream.
+        if sparse and rng.random() < 0.3:
             jumps = (np.diff(number, prepend=-1) - 1) * (3 * interval + 3)
         at, after = positions(place, interval, jumps)
         ids.append(at)
@@ -226,19 +166,23 @@ def make_batch(
 
 
 def _read(rng: np.random.Generator, log: Log, count: int) -> np.ndarray:
-    """Chunks of a stream, ascending: the newest, those of two to four shapes as far as they go (the
-    latest of each in any case), and any others."""
+    """Chunks of a stream, ascending: the newest; of one to four shapes the latest, as many as
+    there is room for, or some of each and some of before; and any others."""
     seen = (log.place >= 0).reshape(-1, CHUNK, len(SHAPES)).any(1)
     chosen = np.zeros(len(seen), bool)
     chosen[-1] = True
-    known = np.flatnonzero(seen.any(0))
-    for shape in rng.permutation(known)[: rng.integers(2, 5)]:
-        where = np.flatnonzero(seen[:, shape])
-        late, early = where[-4:], where[:-4]
-        share = rng.choice((0.3, 0.6, 1.0))
-        for chunk in (*late[::-1], *rng.permutation(early)[: int(share * len(early))]):
-            if chosen.sum() < count:
-                chosen[chunk] = True
+    known = rng.permutation(np.flatnonzero(seen.any(0)))
+    if rng.random() < 0.6:
+        where = np.flatnonzero(seen[:, known[: rng.integers(1, 3)]].any(1))
+        chosen[where[max(0, len(where) - count + 1) :]] = True
+    else:
+        for shape in known[: rng.integers(2, 5)]:
+            where = np.flatnonzero(seen[:, shape])
+            late, early = where[-4:], where[:-4]
+            share = rng.choice((0.3, 0.6, 1.0))
+            for chunk in (*late[::-1], *rng.permutation(early)[: int(share * len(early))]):
+                if chosen.sum() < count:
+                    chosen[chunk] = True
     others = rng.permutation(np.flatnonzero(~chosen))
     chosen[others[: count - int(chosen.sum())]] = True
     return np.flatnonzero(chosen)
@@ -377,7 +321,7 @@ def bounded_views(rng: np.random.Generator, batch: Batch, similar: np.ndarray) -
                 mask[b, i] = alive[b] & (chunk <= last)
                 answers[b, i] = IDS[q.answer]
                 continue
-            chosen = _chosen(rng, q, last)
+            chosen = _chosen(rng, q, last, batch.logs[b].place)
             answer = _still_true(batch.truths[b], q, chosen, windows[b])
             if answer is not None:
                 answers[b, i] = IDS[answer]
@@ -411,8 +355,19 @@ def _kept(rng: np.random.Generator, similar: np.ndarray) -> np.ndarray:
     return kept
 
 
-def _chosen(rng: np.random.Generator, q: Asked, last: int) -> np.ndarray:
-    """Chunks [last + 1] that a question reads: the newest, mostly one with the evidence, others."""
+def _chosen(rng: np.random.Generator, q: Asked, last: int, place: np.ndarray) -> np.ndarray:
+    """Chunks [last + 1] that a question reads. The newest, and of those that show its shapes the
+    newest (what a rule by relevance and age finds, which now and then misses one); or the newest,
+    mostly one with the evidence, and others. ``place``: of the log."""
+    if q.kind in ("past", "order", "motion") and rng.random() < 0.5:
+        shown = (place[: (last + 1) * CHUNK, list(q.about)] >= 0).any(1)
+        where = np.flatnonzero(np.add.reduceat(shown, np.arange(0, len(shown), CHUNK)) > 0)
+        where = where[rng.random(len(where)) > 0.05][-int(rng.integers(2, 9)) :]
+        chosen = np.zeros(last + 1, bool)
+        chosen[where] = True
+        chosen[rng.integers(0, last + 1, rng.integers(0, 3))] = True
+        chosen[last] = True
+        return chosen
     chosen = rng.random(last + 1) < rng.choice((0.1, 0.3, 0.6))
     chosen[last] = True
     lost = rng.random() < 0.2
@@ -443,9 +398,11 @@ def _still_true(truth: Truth, q: Asked, chosen: np.ndarray, window: int) -> str 
     place = truth.log.place[: q.step + 1]
     seen = [np.flatnonzero(steps & (place[:, shape] >= 0)) for shape in q.about]
     if q.form == "order":
-        if not all(times.size for times in seen):
+        # One that nothing read shows is taken to be older: the newest are what is read.
+        newest = [times[-1] if times.size else -1 for times in seen]
+        if max(newest) < 0:
             return None
-        later = SHAPES[q.about[int(seen[1][-1] > seen[0][-1])]]
+        later = SHAPES[q.about[int(newest[1] > newest[0])]]
         return q.answer if later == q.answer else None
     if not seen[0].size:
         return NEVER

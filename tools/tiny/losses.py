@@ -25,6 +25,8 @@ _COUNTING = 2
 _ANSWERING = 3
 #: Targets of the cosine between a token and the one a step before.
 _SAME, _OTHER, _RECOLOURED = 0.97, 0.15, 0.5
+#: Cosines of a question with chunks that answer it, and with those that do not show its shapes.
+_RELEVANT, _IRRELEVANT = 0.25, 0.03
 
 
 def answer_loss(
@@ -358,5 +360,8 @@ def retrieval_loss(
     worst = (30 * cosine).masked_fill(~good, 1e4).min(-1).values
     best = (30 * cosine).masked_fill(~good, -1e4).max(-1).values
     loss = F.softplus(away - best).mean() + 0.5 * F.softplus(away - worst).mean()
+    # And so that "relevant" is a matter of size, not of rank alone.
+    loss = loss + 4 * F.relu(_RELEVANT - cosine)[good].mean()
+    loss = loss + 4 * F.relu(cosine - _IRRELEVANT)[~near].mean()
     hit = float((best > (30 * cosine).masked_fill(near, -1e4).max(-1).values).float().mean())
     return loss, hit

@@ -63,7 +63,7 @@ LIVE = Method(
     source="ViCoStream's pipeline, arXiv 2606.19849; the newest chunk is always read, "
     "and of chunks that are alike the newer",
     prune=VICOSTREAM.prune,
-    retrieve=RetrieveRule(k=17, score="cosine", force_last=1, recency=0.4),
+    retrieve=RetrieveRule(k=17, score="cosine", force_last=1, relevant=0.15),
     engine=EngineRule(
         pixels=90_000,
         resizes=2,

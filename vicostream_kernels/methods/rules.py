@@ -122,9 +122,10 @@ class RetrieveRule:
     scope: who chooses together in a layer: all heads, those of a KV head, each query head alone.
     score, pool, k, ratio, mass, token_budget, min_k, group, force_first, force_last: as
         ``topk_blocks`` has them; exactly one of k, ratio, mass, token_budget.
-    recency, recency_s: a block of age ``a`` seconds loses ``recency * a / (a + recency_s)`` of its
-        cosine: of blocks that are alike the newer are read, and none loses more than ``recency``,
-        however old. 0: age does not count.
+    relevant: a block whose score lies at least this share of the way from the middle score (the
+        median) to the best is relevant: of relevant blocks the newest are read, then the others by
+        score. So "last" means last however much better an older block matches. None: by score
+        alone. Not with ``mass``.
     dense_layers: so many first layers read everything.
     prefill: the prompt reads the ``"selected"`` blocks, or everything (``"dense"``).
     reuse_steps: a choice serves so many tokens, then it is made anew; None: the whole answer.
@@ -148,8 +149,7 @@ class RetrieveRule:
     group: int = 1
     force_first: int = 0
     force_last: int = 0
-    recency: float = 0.0
-    recency_s: float = 60.0
+    relevant: float | None = None
     dense_layers: int = 0
     prefill: Literal["selected", "dense"] = "selected"
     reuse_steps: int | None = None
@@ -187,13 +187,10 @@ class RetrieveRule:
         for name in ("min_k", "force_first", "force_last", "dense_layers"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative")
-        if not self.recency >= 0 or not self.recency_s > 0:
-            raise ValueError(
-                f"recency={self.recency} must not be negative, and recency_s={self.recency_s} "
-                "above 0"
-            )
-        if self.recency and self.score != "cosine":
-            raise ValueError(f"recency={self.recency} needs score='cosine', got {self.score!r}")
+        if self.relevant is not None and not 0 <= self.relevant <= 1:
+            raise ValueError(f"relevant={self.relevant} must be from 0 to 1, or none")
+        if self.relevant is not None and self.mass is not None:
+            raise ValueError("relevant and mass exclude each other: mass is a sum of plain scores")
         if self.k is not None and self.k % self.group:
             raise ValueError(f"k={self.k} must be a multiple of group={self.group}")
 

@@ -7,7 +7,7 @@ A method's ``RetrieveRule`` is one `Selector`; an evaluation passes its own (an 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -86,7 +86,7 @@ class RuleSelector:
     def __init__(self, rule: RetrieveRule, page_size: int, backend: str = "auto") -> None:
         self._kwargs, self._backend = rule.kwargs(), backend
         self._budget = rule.token_budget is not None
-        self._recency, self._recency_s = rule.recency, rule.recency_s
+        self._relevant = rule.relevant
         # A page counts whole, so that a budget is a number of pages, whatever they hold.
         self._row_tokens = page_size if rule.unit == "page" else None
         self.per_layer = rule.summary != "embedding"
@@ -99,22 +99,26 @@ class RuleSelector:
             ).unsqueeze(0)
         if query.dim() == 3:
             kwargs["cu_seqlens"] = to_device((0, len(query)), torch.int32, query.device)
-        if self._recency:
-            # The scores alone: how many are chosen is of no interest here.
-            scored = {n: v for n, v in kwargs.items() if n not in _AMOUNTS}
-            scored["k"] = kwargs["group"]
-            scores = topk_blocks(query, asked.summary, backend=self._backend, **scored).scores
-            return topk_blocks(
-                None, None, external_score=scores - self._lost(asked, query.device),
-                backend=self._backend, **{n: v for n, v in kwargs.items() if n != "cu_seqlens"},
-            )  # fmt: skip
-        return topk_blocks(query, asked.summary, backend=self._backend, **kwargs)
+        if self._relevant is None:
+            return topk_blocks(query, asked.summary, backend=self._backend, **kwargs)
+        # The scores alone: how many are chosen is of no interest here.
+        scored = {n: v for n, v in kwargs.items() if n not in _AMOUNTS}
+        scored["k"] = kwargs["group"]
+        scores = topk_blocks(query, asked.summary, backend=self._backend, **scored).scores
+        chosen = topk_blocks(
+            None, None, external_score=_newest_relevant(scores, self._relevant),
+            backend=self._backend, **{n: v for n, v in kwargs.items() if n != "cu_seqlens"},
+        )  # fmt: skip
+        return replace(chosen, scores=scores)
 
-    def _lost(self, asked: Asked, device: torch.device) -> torch.Tensor:
-        """[NB]: what the scores lose by age."""
-        ages = (max(0.0, asked.time_s - block.end_s) for block in asked.rows.blocks)
-        lost = [self._recency * age / (age + self._recency_s) for age in ages]
-        return to_device(lost, torch.float32, device)
+
+def _newest_relevant(scores: torch.Tensor, share: float) -> torch.Tensor:
+    """Scores [..., NB] that rank relevant blocks by age and above all others, which keep their
+    order; what is not a number stays so."""
+    best = scores.masked_fill(scores.isnan(), -torch.inf).amax(-1, keepdim=True)
+    middle = scores.nanmedian(-1, keepdim=True).values
+    newer = torch.arange(1, scores.shape[-1] + 1, device=scores.device) / scores.shape[-1]
+    return torch.where(scores >= middle + share * (best - middle), newer, scores - best)
 
 
 def chosen_rows(
