@@ -114,9 +114,10 @@ def _read(method: Method, means: list[torch.Tensor], query: torch.Tensor) -> set
         return set(range(len(means)))
     newest = list(range(len(means)))[len(means) - rule.force_last :] if rule.force_last else []
     scores = torch.cosine_similarity(torch.stack(means), query[None], dim=-1).tolist()
-    for n in range(len(means)):
-        age = (len(means) - 1 - n) * method.engine.frames_per_chunk / FPS
-        scores[n] -= rule.recency * age / (age + rule.recency_s)
+    if rule.relevant is not None:
+        middle = sorted(scores)[(len(scores) - 1) // 2]
+        least = middle + rule.relevant * (max(scores) - middle)
+        scores = [10.0 + n if score >= least else score for n, score in enumerate(scores)]
     others = sorted((n for n in range(len(means)) if n not in newest), key=lambda n: -scores[n])
     return {*newest, *others[: rule.k - len(newest)]}
 

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from model_kit import relative_error
 
+from vicostream_kernels.methods import ReuseRule
 from vicostream_kernels.models import load_model
 from vicostream_kernels.models.vision import vision_grid
 
@@ -43,6 +44,29 @@ def test_encode_is_transformers_vit(runner, grid: tuple[int, int, int]) -> None:
     got = runner.encode(patches, grid)
     assert got.shape == (t, h * w // 4, runner.hidden_size)
     assert relative_error(got.flatten(0, 1), expected) <= 1e-5
+
+
+@pytest.mark.parametrize("reused", [False, True])
+def test_whoever_watches_sees_what_the_merger_reads(runner, reused: bool) -> None:
+    """Transformers' merger reads in window order; who watches sees raster order, skipped or not."""
+    t, h, w = grid = (3, 10, 14)
+    patches = torch.randn(t * h * w, 1176, generator=torch.Generator().manual_seed(7))
+    read = []
+    visual = runner.model.model.visual
+    hook = visual.merger.register_forward_pre_hook(lambda _, given: read.append(given[0]))
+    with torch.no_grad(), hook:
+        visual(patches, grid_thw=torch.tensor([grid]))
+    order = vision_grid(t, h, w, 2, runner._vit.shape.window, "cpu").order
+    expected = torch.empty_like(read[0].view(len(order), -1))
+    expected[order] = read[0].view(len(order), -1)
+    state, seen = None, []
+    if reused:  # a full call, then one between full calls, of all patches
+        rule = ReuseRule(ratio=0.5, threshold=1.0, interval=None, skip_tolerance=None)
+        state = runner.encoder_state(rule)
+        runner.encode(patches.flip(0), grid, state=state, watch=seen.append)
+    runner.encode(patches, grid, state=state, watch=seen.append)
+    assert len(seen) == 1 + reused and not torch.equal(order, torch.arange(len(order)))
+    assert relative_error(seen[-1].view_as(expected), expected) <= 1e-5
 
 
 def test_a_chunk_is_encoded_on_its_own(runner) -> None:

@@ -89,6 +89,8 @@ def test_a_scorer_travels_with_its_rule():
         ("vicostream", {"scorer": "streamingtom-ctr"}, "gives a score, but prune.external=0.0"),
         ("vicostream-avg", {"prune.external": 1}, "gives no score"),
         ("full-history", {"scorer": "vicostream-avg"}, "no prune step"),
+        ("vicostream-entropy", {"reuse": "stc"}, "set reuse.skip_tolerance=none"),
+        ("vicostream-entropy", {"scorer.share": 0}, "share=0.0"),
         ("streamingtom-ctr", {"prune.k": "none", "prune.ratio": 0.5}, "set prune.k"),
     ],
 )

@@ -111,35 +111,56 @@ class Span:
     end_s: float
 
 
+@pytest.mark.parametrize("score", ["cosine", "dot"])
 @pytest.mark.parametrize("k, force_last", [(3, 0), (4, 1)])
-def test_of_blocks_that_are_alike_the_newer_are_read(k, force_last):
+def test_of_relevant_blocks_the_newest_are_read(k, force_last, score):
     random = torch.Generator().manual_seed(3)
     blocks = tuple(Span(2.0 * n, 2.0 * n + 1.75) for n in range(40))
     rows = Rows(blocks, (36,) * 40, torch.arange(40, dtype=torch.int32).view(1, 40, 1))
     query, means = (torch.randn(n, 8, generator=random) for n in (1, 40))
-    for best in (2, 17, 31):  # alike to the last bit, and nearest to the question
-        means[best] = 3 * query[0]
-    cosines = torch.cosine_similarity(means.double(), query.double())
+    for best, size in ((2, 4.0), (17, 3.0), (31, 2.5)):  # the older, the more alike
+        means[best] = size * query[0] + 2 / size * torch.randn(8, generator=random)
+    scores = (means @ query[0]).double()
+    if score == "cosine":
+        scores = torch.cosine_similarity(means.double(), query.double())
+
+    def chosen(**settings):
+        rule = RetrieveRule(**{"k": k, "force_last": force_last, "score": score, **settings})
+        return RuleSelector(rule, 16).select(Asked(rows, 70.0, None, 0, query, means[None]))
 
     def read(**settings):
-        rule = RetrieveRule(**{"k": k, "force_last": force_last, **settings})
-        asked = Asked(rows, 70.0, None, 0, query, means[None])
-        return [n for n in RuleSelector(rule, 16).select(asked).block_index[0].tolist() if n >= 0]
+        return [n for n in chosen(**settings).block_index[0].tolist() if n >= 0]
 
-    for recency, recency_s in ((0.1, 60.0), (0.7, 5.0), (2.0, 400.0)):
-        age = torch.tensor([max(0.0, 70.0 - b.end_s) for b in blocks], dtype=torch.float64)
-        score = cosines - recency * age / (age + recency_s)
-        score[40 - force_last :] = torch.inf
-        expected = score.topk(k).indices.sort().values.tolist()
-        assert read(recency=recency, recency_s=recency_s) == expected
-        assert read(recency=recency, recency_s=recency_s, k=None, token_budget=36 * k) == expected
-    assert 2 in read() and 2 not in read(recency=2.0), "old ones give way"
-    assert 2 in read(recency=0.05, recency_s=0.1), "but never lose more than recency"
+    for share in (0.0, 0.2, 0.5, 0.9, 1.0):
+        least = scores.sort().values[19] * (1 - share) + share * scores.max()
+        order = sorted(range(40), key=lambda n: (scores[n] < least - 1e-9, -n))
+        relevant = int((scores >= least - 1e-9).sum())
+        order[relevant:] = sorted(order[relevant:], key=lambda n: -scores[n])
+        newest = list(range(40 - force_last, 40))
+        expected = sorted([*newest, *[n for n in order if n not in newest][: k - force_last]])
+        assert read(relevant=share) == expected
+        assert read(relevant=share, k=None, token_budget=36 * k) == expected
+    assert 2 in read() and 2 in read(relevant=1.0) and 2 not in read(relevant=0.2)
+    reported = chosen(relevant=0.2).scores[0]
+    torch.testing.assert_close(reported, scores.float(), msg="reported as they are, not as ranks")
 
 
-def test_recency_needs_a_score_whose_size_is_known():
-    for wrong in ({"recency": -0.1}, {"recency": 0.1, "recency_s": 0.0}, {"recency": torch.nan}):
-        with pytest.raises(ValueError, match="recency"):
-            RetrieveRule(**wrong)
-    with pytest.raises(ValueError, match="recency=0.1 needs score='cosine', got 'dot'"):
-        RetrieveRule(recency=0.1, score="dot")
+def test_a_score_that_is_no_number_is_never_relevant():
+    rows = Rows(
+        tuple(Span(float(n), n + 0.75) for n in range(6)),
+        (36,) * 6,
+        torch.arange(6, dtype=torch.int32).view(1, 6, 1),
+    )
+    query, means = torch.tensor([[1.0, 0.0]]), torch.tensor([[1.0, 0.5]]).repeat(6, 1)
+    means[4:] = torch.nan
+    rule = RetrieveRule(k=2, relevant=0.5)
+    found = RuleSelector(rule, 16).select(Asked(rows, 9.0, None, 0, query, means[None]))
+    assert found.block_index[0].tolist() == [2, 3]
+
+
+def test_how_relevant_is_a_share_and_not_with_mass():
+    for wrong in (-0.1, 1.1, torch.nan):
+        with pytest.raises(ValueError, match="relevant"):
+            RetrieveRule(relevant=wrong)
+    with pytest.raises(ValueError, match="exclude each other"):
+        RetrieveRule(k=None, mass=0.5, relevant=0.2)

@@ -19,8 +19,10 @@ if not TOOLS.exists():
     pytest.skip("the tools are not part of an installed package", allow_module_level=True)
 sys.path.insert(0, str(TOOLS))
 
+import gradient_share  # noqa: E402
+
 import train_tiny  # noqa: E402
-from tiny import batches, files, losses  # noqa: E402
+from tiny import batches, files, losses, recipe, workers  # noqa: E402
 from tiny.losses import similarity  # noqa: E402
 from tiny.muon import Muon  # noqa: E402
 from tiny.net import Net  # noqa: E402
@@ -131,20 +133,24 @@ def test_positions_and_prompts_are_the_runners(runner, interval: int) -> None:
             assert word == q.answer
 
 
-def test_chunks_of_a_long_stream_have_the_ids_that_they_have_there() -> None:
+def test_chunks_of_a_long_stream_have_their_ids_or_stand_without_gaps() -> None:
     rng = np.random.Generator(np.random.PCG64(7))
-    batch = batches.make_batch(rng, 4, 48, 8, sparse=True)
-    assert batch.numbers.shape == (4, 12) and (np.diff(batch.numbers) > 0).all()
+    batch = batches.make_batch(rng, 8, 48, 8, sparse=True)
+    styles = set()
+    assert batch.numbers.shape == (8, 12) and (np.diff(batch.numbers) > 0).all()
     assert batch.numbers.max() > 40, "much longer streams"
     for b, number in enumerate(batch.numbers):
         whole = batches.layout(4 * (int(number[-1]) + 1))
         found = [batches.positions(whole, interval) for interval in (1, 2)]
         read = np.isin(whole.chunk, (-1, *number))
-        assert any(
-            (at[:, read] == batch.positions[:, b].numpy()).all()
-            and (after[number] == batch.next_ids[b]).all()
-            for at, after in found
+        ids, nexts = batch.positions[:, b].numpy(), batch.next_ids[b]
+        there = any(
+            (at[:, read] == ids).all() and (after[number] == nexts).all() for at, after in found
         )
+        gapless = [batches.positions(batch.layout, interval) for interval in (1, 2)]
+        closed = any((at == ids).all() and (after == nexts).all() for at, after in gapless)
+        assert there != closed
+        styles.add(there)
         # What the pictures show is what the answers are about.
         log, truth = batch.logs[b], batch.truths[b]
         assert (batch.shapes[b].numpy() % 24 == log.shape % 24)[log.shape >= 0].all()
@@ -156,6 +162,7 @@ def test_chunks_of_a_long_stream_have_the_ids_that_they_have_there() -> None:
         for step, shape in zip(*np.nonzero(log.moved >= 0)):
             assert step % 4 or number[step // 4] == number[step // 4 - 1] + 1
             assert truth.log.life[step - 1, shape] == log.life[step, shape]
+    assert styles == {False, True}
 
 
 def test_masks_of_a_bounded_stream() -> None:
@@ -328,15 +335,35 @@ def test_embedded_files_are_what_the_tool_writes(name: str) -> None:
     assert json.loads((folder / "config.json").read_text()) == files.config()
 
 
+def test_processes_take_the_mean_gradient(tmp_path: Path) -> None:
+    workers.run(2, gradient_share.share, tmp_path)
+    for rank in (0, 1):
+        found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        assert found["total"] == 2.0
+        assert torch.equal(found["grads"][0], torch.full((3, 2), 1.5))
+        assert found["grads"][1].tolist() == [6.0, 5.5, 1.5, 1.5, 1.5]
+
+
+def test_a_recipe_names_every_step() -> None:
+    for stage in (recipe.FULL, recipe.BOUNDED):
+        ends = [phase.end for phase in stage.phases]
+        assert ends == sorted(ends) and ends[-1] == 1.0
+        for phase in stage.phases:
+            assert sum(phase.shares.values()) == pytest.approx(1.0)
+            rng = np.random.Generator(np.random.PCG64(1))
+            drawn = [train_tiny.length(rng, phase) for _ in range(200)]
+            assert max(steps for steps, _ in drawn) <= phase.longest
+            assert all(steps <= 4 or steps % 4 == 0 for steps, _ in drawn)
+            assert any(sparse for _, sparse in drawn) == (phase.sparse > 0)
+
+
 def test_a_resumed_run_is_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train_tiny, "BUDGET", 128)
     monkeypatch.setattr(train_tiny, "MOST_VIDEOS", 2)
     monkeypatch.setattr(train_tiny, "QUESTIONS", 2)
     monkeypatch.setattr(train_tiny, "evaluate", lambda *_: {})
     monkeypatch.setattr(train_tiny.curve, "plot", lambda *_: None)
-    counts = {"full": 3, "long": 1, "order": 0, "hue": 0, "bounded": 2, "recall": 0}
-    flags = [f"--{stage}-steps={n}" for stage, n in counts.items()]
-    flags.append("--eval-every=2")
+    flags = ["--full-steps=4", "--bounded-steps=2", "--eval-every=2", "--workers=1"]
     whole = train(tmp_path / "whole", flags)
     calls = {"left": 3}
     learn = train_tiny.Training._learn
@@ -350,7 +377,7 @@ def test_a_resumed_run_is_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(train_tiny.Training, "_learn", stops)
         train(tmp_path / "parts", flags)
-    assert train_tiny.torch.load(tmp_path / "parts" / "state.pt", weights_only=True)["step"] == 3
+    assert train_tiny.torch.load(tmp_path / "parts" / "state.pt", weights_only=True)["step"] == 2
     parts = train(tmp_path / "parts", [*flags, "--resume"])
     for name, value in whole.model.state_dict().items():
         assert torch.equal(value, parts.model.state_dict()[name]), name
@@ -359,6 +386,7 @@ def test_a_resumed_run_is_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def train(out: Path, flags: list[str]) -> train_tiny.Training:
+    out.mkdir(exist_ok=True)
     training = train_tiny.Training(train_tiny.arguments(["--out", str(out), *flags]))
     training.run()
     return training

@@ -105,12 +105,12 @@ def _retrieval(model: str, _: str) -> dict[str, list[Arm]]:
             Arm(
                 model,
                 "live",
-                # One more than k: the newest chunk is always among them. Age counts for none.
+                # One more than k: the newest chunk is always among them. None goes by age.
                 {
                     **_SCORES[score],
                     "retrieve.k": k + 1,
                     "retrieve.force_last": 1,
-                    "retrieve.recency": 0.0,
+                    "retrieve.relevant": None,
                 },
                 selector,
                 label=f"{label} k={k}",
@@ -142,14 +142,16 @@ def _live(model: str, _: str) -> dict[str, list[Arm]]:
         "window 4": {"engine.window_chunks": 4},
         "window 4, eps 0.5": {"prune.threshold": 0.5},
         "window 4, newest not forced": {"retrieve.force_last": 0},
-        "window 4, recency 0": {"retrieve.recency": 0.0},
+        "window 4, relevant 0.1": {"retrieve.relevant": 0.1},
+        "window 4, relevant 0.3": {"retrieve.relevant": 0.3},
+        "window 4, by score alone": {"retrieve.relevant": None},
         "window 4, steps of measured time": {"engine.seconds_per_step": None},
         "window 4, consecutive positions": {"retrieve.positions": "consecutive"},
     }
     return {
         line: [
             Arm(model, "live", {**fixed, "retrieve.k": k}, label=f"{line}, k={k}")
-            for k in (5, 9, 17, 65)
+            for k in (3, 5, 9, 17, 65)
         ]
         for line, fixed in settings.items()
     }

@@ -10,7 +10,7 @@ from dataclasses import replace
 from vicostream_kernels.methods import prune_rules
 from vicostream_kernels.methods.pixel import PixelDifference
 from vicostream_kernels.methods.rules import EngineRule, Method
-from vicostream_kernels.methods.spatial import SpatialPool
+from vicostream_kernels.methods.spatial import SpatialEntropy, SpatialPool
 from vicostream_kernels.methods.stc import AsReleased
 from vicostream_kernels.methods.streamingtom import StaticDynamic
 
@@ -79,5 +79,11 @@ def vicostream_variants(base: Method) -> tuple[Method, ...]:
             name="vicostream-max",
             source=base.source + ", spatial stage max",
             scorer=SpatialPool("max"),
+        ),
+        replace(
+            base,
+            name="vicostream-entropy",
+            source=base.source + ", spatial stage entropy with half of the patches",
+            scorer=SpatialEntropy(),
         ),
     )

@@ -350,5 +350,11 @@ class Method:
         if ("score" in gives) != bool(self.prune.external):
             verb = "gives a score" if "score" in gives else "gives no score"
             raise ValueError(f"scorer {name!r} {verb}, but prune.external={self.prune.external}")
+        skips = self.reuse is not None and self.reuse.skip_tolerance is not None
+        if "features" in self.scorer.needs and skips:
+            raise ValueError(
+                f"scorer {name!r} reads the ViT's features of every step, and a step that did not "
+                "change skips the ViT: set reuse.skip_tolerance=none"
+            )
         if "groups" in gives and self.prune.k is None:
             raise ValueError(f"scorer {name!r} gives quotas in place of prune.k: set prune.k")

@@ -24,6 +24,8 @@ class ScoredChunk:
             that need "patches", else None.
         mean, std: what the patches were normalised with.
         temporal: raw frames in a patch.
+        features: [T*h*w, C], what the ViT's merger reads, merge square by merge square in raster
+            order; for scorers that need "features", else None.
     """
 
     tokens: torch.Tensor
@@ -32,6 +34,7 @@ class ScoredChunk:
     mean: tuple[float, ...] = (0.0, 0.0, 0.0)
     std: tuple[float, ...] = (1.0, 1.0, 1.0)
     temporal: int = 2
+    features: torch.Tensor | None = None
 
 
 class External(NamedTuple):
@@ -50,7 +53,7 @@ class Scorer:
 
     Attributes:
         gives: which of External's fields it fills ("group_k" counts as "groups").
-        needs: what it reads besides tokens: "patches".
+        needs: what it reads besides tokens: "patches", "features".
     """
 
     gives: ClassVar[frozenset[str]] = frozenset()

@@ -7,6 +7,7 @@ returns tokens.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -57,6 +58,26 @@ def entropy_mask(
     ]
     mask = torch.zeros(t, patches, dtype=torch.bool, device=features.device)
     return mask.scatter_(1, chosen, True).view(t, rows * columns, merge * merge).any(-1)
+
+
+@dataclass(frozen=True)
+class SpatialEntropy(Scorer):
+    """``entropy_mask`` of each step. ``share`` is the paper's r; it names no value. Causal."""
+
+    share: float = 0.5
+    name: str = field(default="spatial-entropy", init=False)
+    gives: ClassVar[frozenset[str]] = frozenset({"mask"})
+    needs: ClassVar[frozenset[str]] = frozenset({"features"})
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share <= 1:
+            raise ValueError(f"share={self.share} must be above 0 and at most 1")
+
+    def __call__(self, chunk: ScoredChunk, state: dict[str, Any]) -> External:
+        assert chunk.features is not None
+        squares = chunk.grid[0] * chunk.grid[1] * chunk.grid[2]
+        merge = math.isqrt(chunk.features.shape[0] // squares)
+        return External(mask=entropy_mask(chunk.features, chunk.grid, self.share, merge))
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,13 @@ from vicostream_kernels.models.prompt import Prompt
 from vicostream_kernels.models.reuse import EncoderLayout, EncoderState, Vit, reuse_forward
 from vicostream_kernels.models.sampling import Sampler
 from vicostream_kernels.models.text import Attend, Heads, Outputs, text_forward
-from vicostream_kernels.models.vision import VisionGrid, VisionShape, vision_forward, vision_grid
+from vicostream_kernels.models.vision import (
+    VisionGrid,
+    VisionShape,
+    Watch,
+    vision_forward,
+    vision_grid,
+)
 from vicostream_kernels.models.weights import read_text, read_vision
 
 #: Grid shapes and segment shapes whose indices are kept. A stream has one or two.
@@ -140,6 +146,7 @@ class Qwen2_5_VLRunner:
         *,
         state: EncoderState | None = None,
         frames: torch.Tensor | None = None,
+        watch: Watch | None = None,
     ) -> torch.Tensor:
         """LLM tokens of one chunk, [T, N, D] with N = h * w / merge_size^2 in raster order.
 
@@ -152,6 +159,8 @@ class Qwen2_5_VLRunner:
                 Frames of another size start it anew.
             frames: [F, H, W, 3] uint8, the frames of ``patches`` (two a step): steps that show what
                 the reference shows are skipped. Only with a state; frames on a GPU count as None.
+            watch: called with what the merger reads, [T'*h*w, C], merge square by merge square in
+                raster order, of the T' steps that are not skipped (not at all where all are).
 
         Raises ``ValueError`` when they disagree, or when the state is another model's.
         """
@@ -168,10 +177,11 @@ class Qwen2_5_VLRunner:
             if frames is not None and frames.device.type != "cpu":
                 frames = None
             return reuse_forward(
-                self._vit, state, patches, t, frames, lambda steps: self._grid(steps, h, w)
+                self._vit, state, patches, t, frames, lambda steps: self._grid(steps, h, w), watch
             )
         weights, shape, inv_freq, backend = self._vit
-        tokens = vision_forward(weights, shape, inv_freq, patches, self._grid(t, h, w), backend)
+        grid = self._grid(t, h, w)
+        tokens = vision_forward(weights, shape, inv_freq, patches, grid, backend, watch=watch)
         return tokens.view(t, -1, self.hidden_size)
 
     def encoder_state(self, rule: ReuseRule) -> EncoderState:

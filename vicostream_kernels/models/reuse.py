@@ -32,6 +32,7 @@ from vicostream_kernels.methods.rules import ReuseRule
 from vicostream_kernels.models.vision import (
     VisionGrid,
     VisionShape,
+    Watch,
     embed_patches,
     merge_patches,
     vision_forward,
@@ -249,11 +250,13 @@ def reuse_forward(
     steps: int,
     frames: torch.Tensor | None,
     grid_of: Callable[[int], VisionGrid],
+    watch: Watch | None = None,
 ) -> torch.Tensor:
     """One call of the encoder: ``patches`` [T*N, 3*2*14*14] to tokens [T, N / 4, D].
 
     ``grid_of(t)`` gives the indices of t steps; ``state`` has settled on their size. ``frames`` are
-    the uint8 frames on the host, or None, which skips no step.
+    the uint8 frames on the host, or None, which skips no step. ``watch`` sees the steps that are
+    not skipped.
     """
     changed = state.changed_steps(frames, steps)
     if len(changed) < steps:
@@ -267,10 +270,10 @@ def reuse_forward(
         if full:
             # A reference whose frames are still the same stays.
             keep = state.keep if changed[-1] == steps - 1 else None
-            tokens = vision_forward(*vit[:3], patches, grid, vit.backend, keep)
+            tokens = vision_forward(*vit[:3], patches, grid, vit.backend, keep, watch)
             state.recomputed.add_(patches.shape[0])
         else:
-            tokens = selective_forward(vit, state, patches, grid)
+            tokens = selective_forward(vit, state, patches, grid, watch)
         tokens = tokens.view(len(changed), -1, tokens.shape[-1])
         encoded = dict(zip(changed, tokens.unbind(0)))
     if len(changed) < steps:
@@ -289,7 +292,11 @@ def reuse_forward(
 
 
 def selective_forward(
-    vit: Vit, state: EncoderState, patches: torch.Tensor, grid: VisionGrid
+    vit: Vit,
+    state: EncoderState,
+    patches: torch.Tensor,
+    grid: VisionGrid,
+    watch: Watch | None = None,
 ) -> torch.Tensor:
     """A call between full calls: tokens [F*N / 4, D] of F steps' patches."""
     weights, shape, inv_freq, backend = vit
@@ -335,7 +342,7 @@ def selective_forward(
             k = gather_rows(keys[-1:], chosen.index[-1:], backend=backend)
             _renew(state.branches[layer], force, chosen.index[-1], (k, v, attended, fed))
     state.recomputed.add_(torch.stack(numbers))
-    return merge_patches(weights, shape, x.view(-1, width), grid)
+    return merge_patches(weights, shape, x.view(-1, width), grid, watch)
 
 
 class _Chosen(NamedTuple):

@@ -106,6 +106,9 @@ def _cumulative(lengths: torch.Tensor) -> torch.Tensor:
 
 #: Sees layer, K before rotation [N, H, d], V [N, H, d], attention and MLP branch [N, H * d].
 Keep = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], None]
+#: Sees the last hidden states [N, C] before the merger, merge square by merge square in raster
+#: order.
+Watch = Callable[[torch.Tensor], None]
 
 
 def vision_forward(
@@ -116,9 +119,10 @@ def vision_forward(
     grid: VisionGrid,
     backend: str,
     keep: Keep | None = None,
+    watch: Watch | None = None,
 ) -> torch.Tensor:
     """Encodes ``patches`` [N, 3*2*14*14] to LLM tokens [N / 4, D] in raster order; ``keep`` is
-    shown what every layer computed, in window order."""
+    shown what every layer computed, in window order, ``watch`` what the merger reads."""
     n, heads, d = patches.shape[0], shape.heads, shape.head_dim
     x = embed_patches(weights, shape, patches, grid)
     # One page that holds the whole call: rope_append rotates the keys into it.
@@ -142,7 +146,7 @@ def vision_forward(
         x = x + fed
         if keep is not None:
             keep(layer, k, v, attended, fed)
-    return merge_patches(weights, shape, x, grid)
+    return merge_patches(weights, shape, x, grid, watch)
 
 
 def embed_patches(
@@ -155,8 +159,14 @@ def embed_patches(
 
 
 def merge_patches(
-    weights: VisionWeights, shape: VisionShape, x: torch.Tensor, grid: VisionGrid
+    weights: VisionWeights,
+    shape: VisionShape,
+    x: torch.Tensor,
+    grid: VisionGrid,
+    watch: Watch | None = None,
 ) -> torch.Tensor:
     """LLM tokens [N / 4, D] in raster order, of hidden states [N, C] in window order."""
+    if watch is not None:
+        watch(x.view(grid.order.numel(), -1).index_select(0, grid.raster).view_as(x))
     merged = weights.merger(weights.merger_norm(x).view(grid.order.numel(), -1))
     return merged.index_select(0, grid.raster)

@@ -54,12 +54,13 @@ class ChunkPatches:
 @dataclass(frozen=True)
 class ChunkTokens:
     """``tokens`` ``[T, N, D]``: the projected visual tokens, in raster order; ``patches`` as they
-    were before, where a scorer looks at them."""
+    were before, and ``features`` that the ViT's merger read, where a scorer looks at them."""
 
     source: ChunkFrames
     grid: tuple[int, int, int]
     tokens: torch.Tensor
     patches: torch.Tensor | None = None
+    features: torch.Tensor | None = None
 
 
 class HostCopy:
@@ -178,13 +179,20 @@ class Encode:
     def __init__(self, runner: Qwen2_5_VLRunner, method: Method) -> None:
         self._runner = runner
         self.state = None if method.reuse is None else runner.encoder_state(method.reuse)
-        self._keeps = method.scorer is not None and "patches" in method.scorer.needs
+        self._needs = frozenset() if method.scorer is None else method.scorer.needs
 
     def run(self, chunk: ChunkPatches) -> ChunkTokens:
         frames = None if self.state is None else chunk.source.images
-        tokens = self._runner.encode(chunk.patches, chunk.grid, state=self.state, frames=frames)
-        patches = chunk.patches if self._keeps else None
-        return ChunkTokens(chunk.source, chunk.grid, tokens, patches)
+        seen: list[torch.Tensor] = []
+        tokens = self._runner.encode(
+            chunk.patches,
+            chunk.grid,
+            state=self.state,
+            frames=frames,
+            watch=seen.append if "features" in self._needs else None,
+        )
+        patches = chunk.patches if "patches" in self._needs else None
+        return ChunkTokens(chunk.source, chunk.grid, tokens, patches, *seen)
 
 
 class Prune:
@@ -256,6 +264,7 @@ class Prune:
             tuple(runner.image_mean),
             tuple(runner.image_std),
             runner.temporal_patch_size,
+            chunk.features,
         )
         return self._scorer(seen, self._scorer_state)
 
