@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import dataclass
 from json import dumps
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
 
-from vicostream_kernels.bench import registry, report, results, reuse_error, runner
+from vicostream_kernels.bench import registry, report, results, runner
 
 _MODEL_DTYPES = ("float32", "float16", "bfloat16")
 
@@ -30,7 +31,7 @@ def bench(
             metavar="[NAME]...",
             help="A word (append), an op, a case name, a glob or a regular expression; "
             "none is every case. reuse/error instead measures how far reused features are from "
-            "the plain ViT's.",
+            "the plain ViT's, tiers what it costs that history leaves memory and comes back.",
         ),
     ] = None,
     list_: Annotated[bool, typer.Option("--list", help="List the cases and stop.")] = False,
@@ -57,16 +58,17 @@ def bench(
     json: Annotated[Path | None, typer.Option(help="Write all rows to this file.")] = None,
     csv: Annotated[Path | None, typer.Option(help="Append the rows to this file.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw .png, .svg or .pdf.")] = None,
-    model: Annotated[str, typer.Option(help="The model of reuse/error.")] = "tiny-random",
+    model: Annotated[str, typer.Option(help="The model of reuse/error and tiers.")] = "tiny-random",
 ) -> None:
     """Check every provider against the truth, then time it against the baseline, in turn.
 
     Exit code 0: all right; 1: a provider gave wrong results (no speed is shown for it); 2: the
     request can't be served.
     """
-    if names and reuse_error.NAME in names:
-        with runner.threads(threads):
-            return _reuse_error(names, model, device, dtype, seed, json, plot)
+    for name, special in _OF_A_MODEL.items():
+        if names and name in names:
+            with runner.threads(threads):
+                return special(_Asked(name, names, model, device, dtype, seed, quick, json, plot))
     try:
         cases = registry.load()
         chosen = registry.select(names or ["*"], cases)
@@ -115,48 +117,98 @@ def bench(
         raise typer.Exit(1)
 
 
-def _reuse_error(
-    names: list[str],
-    model: str,
-    device: str,
-    dtype: str,
-    seed: int,
-    json: Path | None,
-    plot: Path | None,
-) -> None:
+@dataclass(frozen=True)
+class _Asked:
+    """What measures a model instead of an op was asked with."""
+
+    name: str
+    names: list[str]
+    model: str
+    device: str
+    dtype: str
+    seed: int
+    quick: bool
+    json: Path | None
+    plot: Path | None
+
+    def load(self) -> Any:
+        """The model. Raises ValueError."""
+        from vicostream_kernels.models import load_model
+
+        if len(self.names) > 1:
+            raise ValueError(f"{self.name} runs on its own")
+        where = runner.parse_device(self.device or runner.default_device())
+        kinds = {"": None} | {kind: getattr(torch, kind) for kind in _MODEL_DTYPES}
+        if self.dtype not in kinds:
+            raise ValueError(f"--dtype {self.dtype!r} is not one of {', '.join(_MODEL_DTYPES)}")
+        return load_model(self.model, device=where, dtype=kinds[self.dtype], seed=self.seed)
+
+    def write(self, data: Any) -> None:
+        if self.json is not None:
+            self.json.parent.mkdir(parents=True, exist_ok=True)
+            self.json.write_text(dumps(data, indent=1) + "\n")
+
+
+def _named(loaded: Any) -> str:
+    return f"{loaded.name}, {str(loaded.dtype).removeprefix('torch.')}"
+
+
+def _reuse_error(asked: _Asked) -> None:
     """The curves of ``reuse_error``, as a table, data and a picture."""
-    from vicostream_kernels.bench import plots
-    from vicostream_kernels.models import load_model
+    from vicostream_kernels.bench import plots, reuse_error
 
     try:
-        if len(names) > 1:
-            raise ValueError(f"{reuse_error.NAME} runs on its own")
-        if plot is not None:
-            plots.check_path(plot)
-        where = runner.parse_device(device or runner.default_device())
-        kinds = {"": None} | {kind: getattr(torch, kind) for kind in _MODEL_DTYPES}
-        if dtype not in kinds:
-            raise ValueError(f"--dtype {dtype!r} is not one of {', '.join(_MODEL_DTYPES)}")
-        loaded = load_model(model, device=where, dtype=kinds[dtype], seed=seed)
+        if asked.plot is not None:
+            plots.check_path(asked.plot)
+        loaded = asked.load()
     except ValueError as error:
         raise _fail(str(error)) from None
     try:
-        points = reuse_error.measure(loaded, seed=seed, progress=_progress)
+        points = reuse_error.measure(loaded, seed=asked.seed, progress=_progress)
     except reuse_error.WrongResult as error:
-        typer.echo(f"vicostream bench: {error}", err=True)
-        raise typer.Exit(1) from None
+        raise _wrong(error) from None
     _progress("")
-    title = f"{loaded.name}, {str(loaded.dtype).removeprefix('torch.')}, interval 4"
+    title = f"{_named(loaded)}, interval 4"
     typer.echo(f"error of merged features against the plain ViT (worst step), {title}")
     typer.echo(reuse_error.table(points))
     try:
-        if json is not None:
-            json.parent.mkdir(parents=True, exist_ok=True)
-            json.write_text(dumps(reuse_error.as_data(points), indent=1) + "\n")
-        if plot is not None:
-            plots.plot_reuse_error(points, title, plot)
+        asked.write(reuse_error.as_data(points))
+        if asked.plot is not None:
+            plots.plot_reuse_error(points, title, asked.plot)
     except OSError as error:
         raise _fail(str(error)) from None
+
+
+def _tiers(asked: _Asked) -> None:
+    """The figures of ``tiers``, as two lines and data."""
+    from vicostream_kernels.bench import tiers
+
+    try:
+        if asked.plot is not None:
+            raise ValueError("tiers has no picture")
+        loaded = asked.load()
+    except ValueError as error:
+        raise _fail(str(error)) from None
+    less = {"turns": 6, "questions": 4} if asked.quick else {}
+    try:
+        found = tiers.measure(loaded, seed=asked.seed, progress=_progress, **less)
+    except tiers.WrongResult as error:
+        raise _wrong(error) from None
+    _progress("")
+    typer.echo(_named(loaded))
+    typer.echo(tiers.table(*found))
+    try:
+        asked.write(tiers.as_data(*found))
+    except OSError as error:
+        raise _fail(str(error)) from None
+
+
+_OF_A_MODEL = {"reuse/error": _reuse_error, "tiers": _tiers}
+
+
+def _wrong(error: Exception) -> typer.Exit:
+    typer.echo(f"vicostream bench: {error}", err=True)
+    return typer.Exit(1)
 
 
 def _progress(line: str) -> None:

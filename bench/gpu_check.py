@@ -104,7 +104,23 @@ def plan(root: Path, work: Path, python: str = sys.executable) -> list[Step]:
             verdict=lambda done: benchmark_verdict(done, bench),
         )
     )
+    tiers = tiers_path(bench)
+    steps.append(
+        Step(
+            "tiers",
+            (python, "-m", "vicostream_kernels.bench.gpu_check", "--tiers", str(tiers)),
+            timeout_s=90,
+            least_s=30,
+            folder=work,
+            verdict=lambda done: tiers_verdict(done, tiers),
+        )
+    )
     return steps
+
+
+def tiers_path(bench: Path) -> Path:
+    """Where the figures of ``bench tiers`` are while the check runs."""
+    return bench.with_name("tiers.json")
 
 
 def workers() -> tuple[str, ...]:
@@ -211,6 +227,33 @@ def benchmark_verdict(done: Finished, path: Path) -> str:
     return ""
 
 
+def tiers_verdict(done: Finished, path: Path) -> str:
+    """Passed means: both figures are there, of answers that were the same."""
+    figures = read_figures(path)
+    if done.code or figures is None:
+        return f"ended with {done.code}: {(done.output.strip().splitlines() or ['no output'])[-1]}"
+    return ""
+
+
+def read_figures(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def run_tiers(path: Path) -> int:
+    """The tiers step: history of the true 3B shapes goes down and comes back."""
+    from vicostream_kernels.bench import tiers
+    from vicostream_kernels.models import load_model
+
+    model = load_model("3b-random", device=torch.device("cuda"))
+    found = tiers.measure(model, turns=6, questions=4, progress=print)
+    print(tiers.table(*found))
+    path.write_text(json.dumps(tiers.as_data(*found)))
+    return 0
+
+
 def run_benchmark(path: Path) -> int:
     """The benchmark step: every case on the GPU, written after each one."""
     options = runner.Options(device=torch.device("cuda"), quick=True)
@@ -234,17 +277,14 @@ def document_of(
     """What is known so far; steps still to come count as ``skipped``, so as not passed."""
     known = {outcome.name: outcome for outcome in outcomes}
     rows = [known.get(s.name) or Outcome(s.name, "skipped", "not reached") for s in steps]
-    try:
-        benchmark = json.loads(bench.read_text())
-    except (OSError, ValueError):
-        benchmark = None
     return {
         "schema": SCHEMA,
         "environment": facts,
         "passed": all(row.status == "passed" for row in rows),
         "seconds": round(sum(row.seconds for row in rows), 1),
         "steps": [row.as_dict() for row in rows],
-        "benchmark": benchmark,
+        "benchmark": read_figures(bench),
+        "tiers": read_figures(tiers_path(bench)),
     }
 
 
@@ -283,12 +323,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--logs", type=Path, help="folder for what steps print (default: ROOT/out/gpu-check/logs)")
     add("--budget", type=float, default=570.0, help="seconds for everything")
     add("--benchmark", type=Path, help=argparse.SUPPRESS)
+    add("--tiers", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         print(f"gpu-check: torch {torch.__version__} finds no CUDA device here", file=sys.stderr)
         return 2
     if given.benchmark is not None:
         return run_benchmark(given.benchmark)
+    if given.tiers is not None:
+        return run_tiers(given.tiers)
     root = given.root.resolve()
     if not (root / _PLANTS).is_file():
         print(f"gpu-check: {root} is no checkout ({_PLANTS} is not there)", file=sys.stderr)

@@ -17,7 +17,6 @@ import torch
 from vicostream_kernels.methods.rules import ReuseRule
 from vicostream_kernels.ops.preprocess import preprocess_frames
 
-NAME = "reuse/error"
 RATIOS = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
 CLIPS = ("still camera", "pan")
 _FRAMES_PER_CALL = 8

@@ -113,8 +113,10 @@ def run_check(steps, tmp_path, bench="{}"):
 
 def test_the_file_holds_every_step_and_the_benchmark(tmp_path):
     steps = [says("a", "print('fine')"), says("b", "print('fine')")]
+    (tmp_path / "tiers.json").write_text('{"fetch": 1}')
     code, document = run_check(steps, tmp_path, '{"rows": [1]}')
     assert code == 0 and document["passed"] and document["benchmark"] == {"rows": [1]}
+    assert document["tiers"] == {"fetch": 1}
     assert document["schema"] == gpu_check.SCHEMA and document["environment"] == FACTS
     assert [step["status"] for step in document["steps"]] == ["passed", "passed"]
 
@@ -158,7 +160,7 @@ def test_the_plan_covers_tests_tools_plants_and_benchmark_in_ten_minutes(tmp_pat
     steps = {step.name: step for step in plan(ROOT, tmp_path)}
     tools = ["memcheck", "racecheck", "initcheck", "synccheck"]
     plants = [f"plants-{tool}" for tool in tools]
-    assert list(steps) == ["pytest", "driver", *tools, "plants", *plants, "benchmark"]
+    assert list(steps) == ["pytest", "driver", *tools, "plants", *plants, "benchmark", "tiers"]
     assert sum(step.least_s for step in steps.values()) < 540
     for tool in tools:
         assert steps[tool].command[1:3] == ("--tool", tool) and steps[tool].needs == ("driver",)
@@ -253,6 +255,17 @@ def test_benchmark_verdict(tmp_path, match, code, reason):
     assert verdict == reason if not reason else reason in verdict
     missing = gpu_check.benchmark_verdict(Finished(code, "", 1), tmp_path / "none.json")
     assert "left no results" in missing
+
+
+@pytest.mark.parametrize("text", ["{}", "", None])
+@pytest.mark.parametrize("code", [0, 1])
+def test_tiers_verdict(tmp_path, code, text):
+    if text is not None:
+        (tmp_path / "t.json").write_text(text)
+    said = gpu_check.tiers_verdict(
+        Finished(code, "one\nWrongResult: two\n", 1), tmp_path / "t.json"
+    )
+    assert (said == "") == (code == 0 and text == "{}") and (not said or "two" in said)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
