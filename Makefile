@@ -62,7 +62,7 @@ build: $(STAMP)
 	  { (cd build/cmake && "$(BIN_PATH)/python" -c "import torch, _C") && cp build/cmake/_C$(SUFFIX) build/_C.new && mv -f build/_C.new vicostream_kernels/_C$(SUFFIX); }
 
 demo: build
-	$(BIN)/vicostream run sample --preset live --set retrieve.k=5 --report out/demo --show-pruning out/demo
+	$(BIN)/vicostream run sample --preset live --report out/demo --show-pruning out/demo
 
 test: build
 	$(BIN)/pytest

@@ -182,6 +182,7 @@ def _reuse_error(asked: _Asked) -> None:
 def _tiers(asked: _Asked) -> None:
     """The figures of ``tiers``, as two lines and data."""
     from vicostream_kernels.bench import tiers
+    from vicostream_kernels.cache import TierError
 
     try:
         if asked.plot is not None:
@@ -189,10 +190,10 @@ def _tiers(asked: _Asked) -> None:
         loaded = asked.load()
     except ValueError as error:
         raise _fail(str(error)) from None
-    less = {"turns": 6, "questions": 4} if asked.quick else {}
+    less = {"turns": 6, "questions": 5} if asked.quick else {}
     try:
         found = tiers.measure(loaded, seed=asked.seed, progress=_progress, **less)
-    except tiers.WrongResult as error:
+    except (tiers.WrongResult, TierError) as error:
         raise _wrong(error) from None
     _progress("")
     typer.echo(_named(loaded))

@@ -109,8 +109,8 @@ def plan(root: Path, work: Path, python: str = sys.executable) -> list[Step]:
         Step(
             "tiers",
             (python, "-m", "vicostream_kernels.bench.gpu_check", "--tiers", str(tiers)),
-            timeout_s=90,
-            least_s=30,
+            timeout_s=120,
+            least_s=60,
             folder=work,
             verdict=lambda done: tiers_verdict(done, tiers),
         )
@@ -228,10 +228,14 @@ def benchmark_verdict(done: Finished, path: Path) -> str:
 
 
 def tiers_verdict(done: Finished, path: Path) -> str:
-    """Passed means: both figures are there, of answers that were the same."""
+    """Passed means: both figures are there, of history that really went down and came back."""
     figures = read_figures(path)
     if done.code or figures is None:
         return f"ended with {done.code}: {(done.output.strip().splitlines() or ['no output'])[-1]}"
+    ingest, fetch = figures.get("ingest", {}), figures.get("fetch", {})
+    numbers = (ingest.get("moved_bytes", 0), ingest.get("ms", 0), fetch.get("bytes", 0))
+    if min(numbers) <= 0 or fetch.get("tier") != "host":
+        return f"no figures of what moved: {figures}"
     return ""
 
 
@@ -248,7 +252,7 @@ def run_tiers(path: Path) -> int:
     from vicostream_kernels.models import load_model
 
     model = load_model("3b-random", device=torch.device("cuda"))
-    found = tiers.measure(model, turns=6, questions=4, progress=print)
+    found = tiers.measure(model, turns=6, questions=5, progress=print)
     print(tiers.table(*found))
     path.write_text(json.dumps(tiers.as_data(*found)))
     return 0

@@ -1,10 +1,11 @@
 """``vicostream bench tiers``: what it costs that history leaves memory, and that it comes back.
 
 Two streams of the same frames, one with a budget for its history and one without, take turns.
-*ingest* compares the time of a run of chunks while every chunk pushes one down. *fetch* asks both
-the same question about ``CHOSEN`` old chunks, which one of them has to bring back first, and holds
-the added time to first token to the time that the bytes alone need: a copy to the GPU, on the CPU
-reading a file that is in the page cache.
+*ingest* compares the time of a run of chunks, while every chunk pushes one down, until the last of
+them is where it goes. *fetch* asks both the same question about ``CHOSEN`` old chunks, which one of
+them has to bring back first, and holds the added time to first token to the time that the bytes
+alone need: a copy to the GPU, on the CPU reading a file that is in the page cache. A question that
+has to send other chunks down first pays for that too: such ones are told apart.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -46,10 +48,13 @@ class Ingest:
 
 @dataclass(frozen=True)
 class Fetch:
-    """``added_ms``: of time to first token, where ``tier`` had the chunks (median over questions).
+    """``added_ms``: of time to first token, where ``tier`` had the chunks, median over
+    ``questions`` that had room for them; ``first_ms``: of the first, which had to make room.
     ``floor_ms``: what their ``bytes`` need. ``ttft_ms``: with all of them in memory."""
 
     added_ms: float
+    first_ms: float
+    questions: int
     floor_ms: float
     ttft_ms: float
     bytes: int
@@ -78,7 +83,7 @@ class _Side:
         method = methods.get("vicostream", settings)
         self.engine = StreamEngine(runner, method)
         self.stream = self.engine.open(fps=4)
-        self._frames, self._at = frames, 0
+        self._frames, self._fed = frames, 0
         self._count = method.engine.frames_per_chunk
         self._cuda = runner.device.type == "cuda"
 
@@ -86,10 +91,14 @@ class _Side:
         """Seconds."""
         began = time.perf_counter()
         for _ in range(chunks):
-            at = self._at % len(self._frames)
-            self.stream.ingest(self._frames[at : at + self._count])
-            self._at += self._count
+            at = self._fed * self._count % len(self._frames)
+            # No chunk shows what another one does.
+            shifted = self._frames[at : at + self._count].roll((self._fed, 2 * self._fed), (1, 2))
+            self.stream.ingest(shifted)
+            self._fed += 1
         self.stream.flush()
+        if self.engine.cache.tiers is not None:
+            self.engine.cache.settle()
         self.finish()
         return time.perf_counter() - began
 
@@ -130,67 +139,95 @@ def measure(
 ) -> tuple[Ingest, Fetch]:
     """Raises WrongResult where nothing moved, or the two streams answer differently."""
     frames = make_clip("pan", 64, *size, seed=seed)
-    plain = _Side(runner, frames, {})
-    plain.feed(8)
-    chunk_bytes = -(-plain.engine.cache.bytes // 8)
-    budget: dict[str, Any] = {"engine.history_bytes": HELD * chunk_bytes}
-    if runner.device.type == "cuda":  # down to host memory, and no further
-        budget["engine.host_bytes"] = 64 * HELD * chunk_bytes
-    tiered = _Side(runner, frames, budget)
-    try:
+    with ExitStack() as ends:
+        plain = _Side(runner, frames, {})
+        ends.callback(plain.close)
+        plain.feed(8)
+        chunk_bytes = -(-plain.engine.cache.bytes // 8)
+        budget: dict[str, Any] = {"engine.history_bytes": HELD * chunk_bytes}
+        if runner.device.type == "cuda":  # down to host memory, and no further
+            budget["engine.host_bytes"] = 64 * HELD * chunk_bytes
+        tiered = _Side(runner, frames, budget)
+        ends.callback(tiered.close)
         tiered.feed(8)
         fed = 8
-        while fed < questions * CHOSEN or not tiered.below():
+        while fed < questions * CHOSEN + HELD:
             progress(f"{fed} chunks")
             for side in (plain, tiered):
                 side.feed(CHOSEN)
             fed += CHOSEN
-            if fed > questions * CHOSEN + 4 * HELD:
-                raise WrongResult(f"nothing left memory in {fed} chunks")
-        ingest = _ingest(plain, tiered, turns, chunks, progress)
+        moved = turns * chunks * chunk_bytes
+        ingest = _ingest(plain, tiered, turns, chunks, moved // 2, progress)
         return ingest, _fetch(plain, tiered, questions, progress)
-    finally:
-        plain.close()
-        tiered.close()
 
 
-def _ingest(plain: _Side, tiered: _Side, turns: int, chunks: int, progress) -> Ingest:
+def _ingest(plain: _Side, tiered: _Side, turns: int, chunks: int, least: int, progress) -> Ingest:
     times: dict[_Side, list[float]] = {plain: [], tiered: []}
     before = tiered.below()
     for turn in range(turns):
         progress(f"ingest, turn {turn + 1} of {turns}")
         for side in (plain, tiered) if turn % 2 else (tiered, plain):
             times[side].append(side.feed(chunks))
-            tiered.engine.cache.settle()  # what is still on its way must not slow the other
     moved = tiered.below() - before
-    if moved <= 0:
-        raise WrongResult("no history left memory while the chunks were timed")
+    if moved < least:
+        raise WrongResult(f"{moved} bytes left memory while chunks were timed, not {least}")
     ratio = paired_ratio(times[plain], times[tiered])
     return Ingest(ratio, 1e3 * statistics.median(times[tiered]) / chunks, moved)
 
 
 def _fetch(plain: _Side, tiered: _Side, questions: int, progress) -> Fetch:
-    added, base, floors, sizes, tiers = [], [], [], [], set()
+    added, base, floors, sizes, tiers, first_ms = [], [], [], [], set(), 0.0
+    _warm(plain, tiered)
     for number in range(questions):
         progress(f"fetch, question {number + 1} of {questions}")
-        first = number * CHOSEN
-        kept_ms, expected, _ = plain.ask(first)
-        away_ms, said, reads = tiered.ask(first)
-        if said != expected:
-            raise WrongResult(f"chunks {first} on: {said!r} where all is in memory: {expected!r}")
-        below = {read.tier for read in reads} - {"memory", "device"}
-        if not below:
-            raise WrongResult(f"chunks {first} on were in memory")
-        tiers |= below
-        here = [b for b in tiered.stream.history.cache.chunks[first : first + CHOSEN]]
-        tokens = sum(block.tokens for block in here)
-        sizes.append(tokens * _token_bytes(tiered.engine.runner))
+        first, before, asked = number * CHOSEN, tiered.below(), {}
+        for side in (plain, tiered) if number % 2 else (tiered, plain):
+            asked[side] = side.ask(first)
+        kept_ms, expected, _ = asked[plain]
+        away_ms, said, reads = asked[tiered]
+        if said != expected or not _same(plain, tiered, first):
+            raise WrongResult(f"chunks {first} on are not what they were in memory")
+        found = {read.tier for read in reads}
+        if len(reads) != CHOSEN or found & {"memory", "device"}:
+            raise WrongResult(f"of chunks {first} on, {len(reads)} were read, from {found}")
+        tiers |= found
+        if number == 0:
+            first_ms = away_ms - kept_ms
+        if tiered.below() > before:
+            continue
+        here = tiered.stream.history.cache.chunks[first : first + CHOSEN]
+        sizes.append(sum(block.tokens for block in here) * _token_bytes(tiered.engine.runner))
         added.append(away_ms - kept_ms)
         base.append(kept_ms)
         floors.append(_floor_ms(sizes[-1], tiered.engine.runner.device))
+    if not added:
+        raise WrongResult(f"each of {questions} questions had to make room first")
     middle = statistics.median
     return Fetch(
-        middle(added), middle(floors), middle(base), int(middle(sizes)), ", ".join(sorted(tiers))
+        middle(added),
+        first_ms,
+        len(added),
+        middle(floors),
+        middle(base),
+        int(middle(sizes)),
+        ", ".join(sorted(tiers)),
+    )
+
+
+def _warm(plain: _Side, tiered: _Side) -> None:
+    """Both have been asked once, about what is in memory, before anything counts."""
+    last = len(plain.stream.history.cache.chunks) - CHOSEN
+    for side in (plain, tiered):
+        side.ask(last)
+
+
+def _same(plain: _Side, tiered: _Side, first: int) -> bool:
+    """Whether both hold the same bits of the chunks."""
+    caches = (plain.stream.history.cache, tiered.stream.history.cache)
+    pairs = zip(*(cache.chunks[first : first + CHOSEN] for cache in caches))
+    return all(
+        torch.equal(*(cache.contents(block) for cache, block in zip(caches, pair)))
+        for pair in pairs
     )
 
 
@@ -242,7 +279,8 @@ def table(ingest: Ingest, fetch: Fetch) -> str:
             f"(ratio {ratio.median:.3f}, {ratio.low:.3f} to {ratio.high:.3f}); "
             f"{ingest.moved_bytes / 1e6:.1f} MB moved",
             f"a question that brings back {CHOSEN} chunks from {fetch.tier}: "
-            f"{fetch.added_ms:+.2f} ms to {fetch.ttft_ms:.2f} ms of time to first token; "
+            f"{fetch.added_ms:+.2f} ms to {fetch.ttft_ms:.2f} ms of time to first token, "
+            f"{fetch.first_ms:+.2f} ms where others must leave first; "
             f"{fetch.bytes / 1e6:.1f} MB need {fetch.floor_ms:.2f} ms at least: "
             f"{fetch.over_floor:.2f} x",
         )

@@ -6,16 +6,16 @@ where it stands and who sees whom follow from the method's words token by token.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from vicostream_kernels.methods import Method
 from vicostream_kernels.ops.preprocess import preprocess_frames
-
-#: Frames a second of the clips that it is asked about: ages are in seconds.
-FPS = 4.0
 
 
 @dataclass
@@ -54,13 +54,64 @@ def expected_logits(runner: Any, method: Method, frames: torch.Tensor, text: str
     read = _read(method, means, asking.mean(0))
     visible = _visible(method, stream.who, read, len(means))
     mask = torch.zeros(visible.shape).masked_fill(~visible, float("-inf"))
-    hidden = model.model.language_model(
-        inputs_embeds=torch.stack(stream.embeds)[None],
-        position_ids=torch.tensor(stream.ids).T[:, None],
-        attention_mask={"full_attention": mask[None, None]},
-        use_cache=False,
-    ).last_hidden_state[0, -1]
+    with _as_the_question_sees(model, stream, _moved(method, stream, read)):
+        hidden = model.model.language_model(
+            inputs_embeds=torch.stack(stream.embeds)[None],
+            position_ids=torch.tensor(stream.ids).T[:, None],
+            attention_mask={"full_attention": mask[None, None]},
+            use_cache=False,
+        ).last_hidden_state[0, -1]
     return model.lm_head(hidden).float()
+
+
+def _moved(method: Method, stream: _Stream, read: set[int]) -> torch.Tensor | None:
+    """[N]: by how much a question sees each token moved; None where it sees them as they stand.
+
+    From the back: the newest chunk that is read ends where the last chunk's end marker stands, each
+    one before it where the next begins, the system prompt before the first.
+    """
+    if method.retrieve is None or method.retrieve.positions == "absolute":
+        return None
+    moved = torch.zeros(len(stream.who))
+    behind = next(ids[0] for ids, who in zip(stream.ids, stream.who) if who[0] == "question") - 1
+    for number in sorted(read, reverse=True):
+        first = stream.ids[stream.who.index(("start", number))][0] + 1
+        behind -= stream.ids[stream.who.index(("end", number))][0] - first
+        rows = [row for row, who in enumerate(stream.who) if who == ("video", number)]
+        moved[rows] = float(behind - first)
+    system = [row for row, who in enumerate(stream.who) if who[0] == "system"]
+    moved[system] = float(behind - len(system))
+    return moved
+
+
+@contextmanager
+def _as_the_question_sees(
+    model: Any, stream: _Stream, moved: torch.Tensor | None
+) -> Iterator[None]:
+    """In transformers' own layers the rows of the question see the keys moved: a move by one number
+    in all three axes turns every frequency by that number."""
+    if moved is None:
+        yield
+        return
+    text = model.model.language_model
+    asks = torch.tensor([who[0] == "question" for who in stream.who])
+    angle = (moved[:, None] * text.rotary_emb.inv_freq).repeat(1, 2)
+
+    def attend(module, query, key, value, attention_mask, scaling=None, **_):
+        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
+        one, two = key.chunk(2, -1)
+        turned = key * angle.cos() + torch.cat((-two, one), -1) * angle.sin()
+        scores = [query @ k.transpose(-1, -2) * scaling for k in (key, turned)]
+        shares = (torch.where(asks[:, None], *scores[::-1]) + attention_mask).softmax(-1)
+        return (shares @ value).transpose(1, 2).contiguous(), None
+
+    before, name = text.config._attn_implementation, "as_the_question_sees"
+    ALL_ATTENTION_FUNCTIONS.register(name, attend)
+    text.config._attn_implementation = name
+    try:
+        yield
+    finally:
+        text.config._attn_implementation = before
 
 
 def _chunk(runner, method, stream: _Stream, embed, frames: torch.Tensor, number: int):
@@ -116,7 +167,8 @@ def _read(method: Method, means: list[torch.Tensor], query: torch.Tensor) -> set
     scores = torch.cosine_similarity(torch.stack(means), query[None], dim=-1).tolist()
     if rule.relevant is not None:
         middle = sorted(scores)[(len(scores) - 1) // 2]
-        least = middle + rule.relevant * (max(scores) - middle)
+        away = sorted(abs(score - middle) for score in scores)[(len(scores) - 1) // 2]
+        least = middle + rule.relevant * away
         scores = [10.0 + n if score >= least else score for n, score in enumerate(scores)]
     others = sorted((n for n in range(len(means)) if n not in newest), key=lambda n: -scores[n])
     return {*newest, *others[: rule.k - len(newest)]}

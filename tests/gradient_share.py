@@ -15,5 +15,11 @@ def share(rank: int, count: int, folder: Path) -> None:
         p.grad = torch.full_like(p, float(rank + 1))
     weights[1].grad[rank] = 10.0
     workers.mean_gradients(weights, count)
+    workers.check_alike(weights, count)
+    apart = [torch.nn.Parameter(torch.tensor([1.0, float(rank)]))]
+    try:
+        workers.check_alike(apart, count)
+    except RuntimeError:
+        torch.save([], folder / f"{rank}.apart")
     found = {"grads": [p.grad for p in weights], "total": workers.total(rank + 0.5, count)}
     torch.save(found, folder / f"{rank}.pt")

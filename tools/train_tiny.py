@@ -99,11 +99,14 @@ class Training:
         done = at + 1 == steps
         self.wall_s += time.perf_counter() - wall
         self.cpu_s += workers.total(time.process_time() - cpu, self.count)
+        done |= self.step % self.args.eval_every == 0
+        if done:
+            workers.check_alike(self.model.parameters(), self.count)
         if self.rank:
             return
         line = {"step": number, "stage": stage.name, **figures}
         line |= {"wall_s": round(self.wall_s, 1), "cpu_s": round(self.cpu_s, 1)}
-        if done or self.step % self.args.eval_every == 0:
+        if done:
             wall = time.perf_counter()
             line["eval"] = evaluate(self.net, stage.bounded, self.args.seed)
             self._save()
@@ -119,6 +122,8 @@ class Training:
         phase = next(phase for phase in stage.phases if share < phase.end)
         steps, sparse = length(rng, phase)
         videos = max(1, min(MOST_VIDEOS, BUDGET // steps) // self.count)
+        # The first process draws on from the numbers that gave the length (a trailing 0 is no other
+        # seed to NumPy): the shipped weights were made so.
         rng = np.random.Generator(np.random.PCG64([*seed, self.rank]))
         batch = make_batch(rng, videos, steps, QUESTIONS, phase.shares, sparse=sparse)
         self.net.refresh()
@@ -182,14 +187,21 @@ class Training:
             "model": self.model.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "step": self.step,
+            "given": self._given(),
             "wall_s": self.wall_s,
             "cpu_s": self.cpu_s,
         }
         torch.save(state, self.out / "state.tmp")
         (self.out / "state.tmp").replace(self.out / "state.pt")
 
+    def _given(self) -> dict[str, Any]:
+        """What makes another run of it."""
+        return {"seed": self.args.seed, "workers": self.count, "dtype": str(self.args.dtype)}
+
     def _load(self) -> None:
         state = torch.load(self.out / "state.pt", weights_only=True)
+        if state["given"] != self._given():
+            raise SystemExit(f"{self.out} was begun with {state['given']}, not {self._given()}")
         self.model.load_state_dict(state["model"])
         for optimizer, kept in zip(self.optimizers, state["optimizers"]):
             optimizer.load_state_dict(kept)
@@ -309,7 +321,7 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("out/tiny"))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--full-steps", type=int, default=2800)
-    parser.add_argument("--bounded-steps", type=int, default=1000)
+    parser.add_argument("--bounded-steps", type=int, default=800)
     parser.add_argument(
         "--workers", type=int, default=2, help="processes; another number is another model"
     )
@@ -331,4 +343,6 @@ def train(rank: int, count: int, args: argparse.Namespace) -> None:
 if __name__ == "__main__":
     given = arguments()
     given.out.mkdir(parents=True, exist_ok=True)
+    if not given.resume and (given.out / "log.jsonl").exists():
+        raise SystemExit(f"{given.out} holds a run: --resume goes on with it")
     workers.run(given.workers, train, given)

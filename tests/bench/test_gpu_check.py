@@ -257,7 +257,10 @@ def test_benchmark_verdict(tmp_path, match, code, reason):
     assert "left no results" in missing
 
 
-@pytest.mark.parametrize("text", ["{}", "", None])
+_TIERS = '{"ingest": {"moved_bytes": 1, "ms": 2}, "fetch": {"bytes": 3, "tier": "%s"}}'
+
+
+@pytest.mark.parametrize("text", [_TIERS % "host", _TIERS % "disk", "{}", "", None])
 @pytest.mark.parametrize("code", [0, 1])
 def test_tiers_verdict(tmp_path, code, text):
     if text is not None:
@@ -265,7 +268,8 @@ def test_tiers_verdict(tmp_path, code, text):
     said = gpu_check.tiers_verdict(
         Finished(code, "one\nWrongResult: two\n", 1), tmp_path / "t.json"
     )
-    assert (said == "") == (code == 0 and text == "{}") and (not said or "two" in said)
+    assert (said == "") == (code == 0 and text == _TIERS % "host")
+    assert not said or "two" in said or "no figures of what moved" in said
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -195,6 +195,20 @@ def one_chunk_too_few(patch) -> None:
     patch.setattr(RetrieveRule, "kwargs", lambda self: {**right(self), "k": self.k - 1})
 
 
+def a_gap_before_the_question(patch) -> None:
+    from vicostream_kernels.pipeline import reading
+
+    right = reading.Rebase
+    patch.setattr(reading, "Rebase", lambda *args: right(*args[:-1], args[-1] - 1))
+
+
+def chunks_left_where_they_were(patch) -> None:
+    from vicostream_kernels.pipeline import reading
+
+    right = reading.Rebase.__call__
+    patch.setattr(reading.Rebase, "__call__", lambda *args: torch.zeros_like(right(*args)))
+
+
 def page_listed_twice(patch) -> None:
     from vicostream_kernels.pipeline import reading
 
@@ -233,6 +247,8 @@ MUTATIONS = {
     time_on_another_axis: lambda: deviation("live") > 10 * ROUNDING,
     text_not_after_the_video: lambda: deviation("live") > 10 * ROUNDING,
     one_chunk_too_few: lambda: deviation("live") > 10 * ROUNDING,
+    a_gap_before_the_question: lambda: deviation("live") > 10 * ROUNDING,
+    chunks_left_where_they_were: lambda: deviation("live") > 10 * ROUNDING,
     page_listed_twice: lambda: deviation("live") > 10 * ROUNDING,
     stale_reference: lambda: turned() > TURNED,
     reference_never_renewed: lambda: turned() > TURNED,

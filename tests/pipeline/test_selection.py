@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from math import inf, nan
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ from pipeline_kit import pictures, small_engine
 
 from vicostream_kernels.methods import RetrieveRule
 from vicostream_kernels.models import Qwen2_5_VLRunner
+from vicostream_kernels.ops.retrieve import topk_blocks
+from vicostream_kernels.pipeline import selection
 from vicostream_kernels.pipeline.errors import InputError
 from vicostream_kernels.pipeline.selection import Asked, Rows, RuleSelector, chosen_rows
 
@@ -131,18 +134,51 @@ def test_of_relevant_blocks_the_newest_are_read(k, force_last, score):
     def read(**settings):
         return [n for n in chosen(**settings).block_index[0].tolist() if n >= 0]
 
-    for share in (0.0, 0.2, 0.5, 0.9, 1.0):
-        least = scores.sort().values[19] * (1 - share) + share * scores.max()
-        order = sorted(range(40), key=lambda n: (scores[n] < least - 1e-9, -n))
-        relevant = int((scores >= least - 1e-9).sum())
-        order[relevant:] = sorted(order[relevant:], key=lambda n: -scores[n])
+    for spread in (0.0, 1.0, 2.5, 4.0, 100.0):
+        middle = scores.sort().values[19]
+        least = middle + spread * (scores - middle).abs().sort().values[19] - 1e-9
+        relevant = [n for n in range(40) if scores[n] >= least]
+        others = sorted(set(range(40)) - set(relevant), key=lambda n: -scores[n])
         newest = list(range(40 - force_last, 40))
-        expected = sorted([*newest, *[n for n in order if n not in newest][: k - force_last]])
-        assert read(relevant=share) == expected
-        assert read(relevant=share, k=None, token_budget=36 * k) == expected
-    assert 2 in read() and 2 in read(relevant=1.0) and 2 not in read(relevant=0.2)
-    reported = chosen(relevant=0.2).scores[0]
+        order = [n for n in (*relevant[::-1], *others) if n not in newest]
+        expected = sorted([*newest, *order[: k - force_last]])
+        assert read(relevant=spread) == expected
+        assert read(relevant=spread, k=None, token_budget=36 * k) == expected
+    assert 2 in read() and 2 in read(relevant=100.0) and 2 not in read(relevant=0.5)
+    reported = chosen(relevant=1.0).scores[0]
     torch.testing.assert_close(reported, scores.float(), msg="reported as they are, not as ranks")
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_the_best_of_many_that_do_not_stand_out_is_read(backend):
+    """Cosines of real models have one hump: what stands out of it are few, the best among them."""
+    found = 0
+    for seed in range(50):
+        random = torch.Generator().manual_seed(seed)
+        scores = 0.3 + 0.03 * torch.randn(1000, generator=random)
+        ranks = selection._newest_relevant(scores[None], 4.0)
+        chosen = topk_blocks(None, None, external_score=ranks, k=17, force_last=1, backend=backend)
+        found += int(scores.argmax()) in chosen.block_index[0].tolist()
+    assert found == 50
+
+
+@pytest.mark.parametrize(
+    ("scores", "ranked"),
+    [
+        ([5.0], [0]),
+        ([2.0, 2.0, 2.0, 2.0], [0, 1, 2, 3]),  # nothing stands out of equals: all are, by age
+        ([nan, 1.0, nan, 1.0], [1, 3]),
+        ([nan, nan], []),
+        ([1.0, inf, 2.0, 1.5, 1.2], [0, 4, 3, 2, 1]),
+        ([-inf, -inf, -inf, 0.5, 0.4], [0, 1, 2, 4, 3]),
+        ([1e9, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0], [1, 2, 3, 4, 5, 6, 0]),
+    ],
+)
+def test_scores_of_any_size_keep_an_order(scores, ranked):
+    ranks = selection._newest_relevant(torch.tensor([scores]), 4.0)[0]
+    assert torch.equal(ranks.isnan(), torch.tensor(scores).isnan())
+    order = [n for n in ranks.argsort(stable=True).tolist() if not ranks[n].isnan()]
+    assert order == ranked
 
 
 def test_a_score_that_is_no_number_is_never_relevant():
@@ -153,14 +189,34 @@ def test_a_score_that_is_no_number_is_never_relevant():
     )
     query, means = torch.tensor([[1.0, 0.0]]), torch.tensor([[1.0, 0.5]]).repeat(6, 1)
     means[4:] = torch.nan
-    rule = RetrieveRule(k=2, relevant=0.5)
+    rule = RetrieveRule(k=2, relevant=4.0)
     found = RuleSelector(rule, 16).select(Asked(rows, 9.0, None, 0, query, means[None]))
     assert found.block_index[0].tolist() == [2, 3]
 
 
-def test_how_relevant_is_a_share_and_not_with_mass():
-    for wrong in (-0.1, 1.1, torch.nan):
+@pytest.mark.parametrize("scope", ["kv_head", "query_head"])
+def test_each_head_has_its_own_relevant_blocks(scope):
+    random = torch.Generator().manual_seed(5)
+    heads, blocks = (2 if scope == "kv_head" else 4), 30
+    query = torch.randn(3, 4, 8, generator=random)
+    keys = torch.randn(1, blocks, 2, 8, generator=random)
+    spans = tuple(Span(float(n), n + 0.75) for n in range(blocks))
+    rows = Rows(spans, (36,) * blocks, torch.arange(blocks, dtype=torch.int32).view(1, blocks, 1))
+    rule = RetrieveRule(
+        summary="mean_key", layers="each", scope=scope, score="dot", k=4, relevant=2.0
+    )
+    found = RuleSelector(rule, 16).select(Asked(rows, 40.0, None, 0, query, keys))
+    assert found.block_index.shape == (1, heads, 4) and found.scores.shape == (1, heads, blocks)
+    for head, scores in enumerate(found.scores[0]):
+        ranks = selection._newest_relevant(scores, 2.0)
+        assert found.block_index[0, head].tolist() == ranks.topk(4).indices.sort().values.tolist()
+
+
+def test_how_relevant_is_a_number_and_not_with_mass_or_groups():
+    for wrong in (-0.1, inf, nan):
         with pytest.raises(ValueError, match="relevant"):
             RetrieveRule(relevant=wrong)
     with pytest.raises(ValueError, match="exclude each other"):
-        RetrieveRule(k=None, mass=0.5, relevant=0.2)
+        RetrieveRule(k=None, mass=0.5, relevant=4.0)
+    with pytest.raises(ValueError, match="set group=1"):
+        RetrieveRule(k=4, group=2, relevant=4.0)

@@ -339,7 +339,7 @@ def test_processes_take_the_mean_gradient(tmp_path: Path) -> None:
     workers.run(2, gradient_share.share, tmp_path)
     for rank in (0, 1):
         found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
-        assert found["total"] == 2.0
+        assert found["total"] == 2.0 and (tmp_path / f"{rank}.apart").exists()
         assert torch.equal(found["grads"][0], torch.full((3, 2), 1.5))
         assert found["grads"][1].tolist() == [6.0, 5.5, 1.5, 1.5, 1.5]
 
@@ -363,7 +363,7 @@ def test_a_resumed_run_is_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(train_tiny, "QUESTIONS", 2)
     monkeypatch.setattr(train_tiny, "evaluate", lambda *_: {})
     monkeypatch.setattr(train_tiny.curve, "plot", lambda *_: None)
-    flags = ["--full-steps=4", "--bounded-steps=2", "--eval-every=2", "--workers=1"]
+    flags = ["--full-steps=2", "--bounded-steps=4", "--eval-every=2", "--workers=1"]
     whole = train(tmp_path / "whole", flags)
     calls = {"left": 3}
     learn = train_tiny.Training._learn

@@ -14,7 +14,7 @@ if interpreter.ACTIVE:
     pytest.skip("in the interpreter nothing is compiled", allow_module_level=True)
 
 from kit.cubin import compiled_for, record_launches  # noqa: E402
-from vicostream_kernels.triton_kernels import append, attention, retrieve  # noqa: E402
+from vicostream_kernels.triton_kernels import append, attention, preprocess, retrieve  # noqa: E402
 
 BF16, FP32 = torch.bfloat16, torch.float32
 LENGTHS = (1, 7, 16, 40, 300, 2000)
@@ -82,5 +82,13 @@ def test_retrieval_from_a_history_that_grows(rule):
             **selection,
         )  # fmt: skip
         retrieve.select_pages(index, table, empty(1, 3), empty(1, n))
+
+    same_for_all(call)
+
+
+def test_chunks_of_any_number_of_frames():
+    def call(n):
+        frames, half = empty(n, 360, 640, 3, dtype=torch.uint8), (0.5,) * 3
+        preprocess.preprocess_frames(frames, 252, 420, half, half, 14, 2, 2, BF16)
 
     same_for_all(call)

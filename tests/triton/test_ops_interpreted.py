@@ -71,6 +71,15 @@ _LONG = tuple(
         "attention_shift.py::test_evictions_and_any_number_of_moves_equal_a_fresh_run[2",
         "attention_shift.py::test_evictions_and_any_number_of_moves_equal_a_fresh_run[3",
         "attention_varlen.py::test_varlen_bits_do_not_depend_on_other_windows",
+        *(
+            f"preprocess.py::test_levels_are_the_definitions_within_two[{s}"
+            for s in ("(360", "(253")
+        ),
+        *(
+            f"preprocess.py::test_levels_are_the_definitions_within_two[{size}-{kind}"
+            for size in ("(37, 53, 112, 140)", "(1, 200, 28, 560)")
+            for kind in ("dots", "smooth")
+        ),
     )
 )
 

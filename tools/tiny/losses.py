@@ -362,6 +362,7 @@ def retrieval_loss(
     loss = F.softplus(away - best).mean() + 0.5 * F.softplus(away - worst).mean()
     # And so that "relevant" is a matter of size, not of rank alone.
     loss = loss + 4 * F.relu(_RELEVANT - cosine)[good].mean()
-    loss = loss + 4 * F.relu(cosine - _IRRELEVANT)[~near].mean()
+    if not near.all():
+        loss = loss + 4 * F.relu(cosine - _IRRELEVANT)[~near].mean()
     hit = float((best > (30 * cosine).masked_fill(near, -1e4).max(-1).values).float().mean())
     return loss, hit

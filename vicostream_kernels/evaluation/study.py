@@ -142,16 +142,16 @@ def _live(model: str, _: str) -> dict[str, list[Arm]]:
         "window 4": {"engine.window_chunks": 4},
         "window 4, eps 0.5": {"prune.threshold": 0.5},
         "window 4, newest not forced": {"retrieve.force_last": 0},
-        "window 4, relevant 0.1": {"retrieve.relevant": 0.1},
-        "window 4, relevant 0.3": {"retrieve.relevant": 0.3},
+        "window 4, relevant 2": {"retrieve.relevant": 2.0},
+        "window 4, relevant 8": {"retrieve.relevant": 8.0},
         "window 4, by score alone": {"retrieve.relevant": None},
         "window 4, steps of measured time": {"engine.seconds_per_step": None},
-        "window 4, consecutive positions": {"retrieve.positions": "consecutive"},
+        "window 4, positions as written": {"retrieve.positions": "absolute"},
     }
     return {
         line: [
             Arm(model, "live", {**fixed, "retrieve.k": k}, label=f"{line}, k={k}")
-            for k in (3, 5, 9, 17, 65)
+            for k in (3, 6, 9, 17, 65)
         ]
         for line, fixed in settings.items()
     }

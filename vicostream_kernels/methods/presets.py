@@ -55,15 +55,16 @@ STREAMING_LLM = Method(
     engine=EngineRule(pixels=90_000, resizes=2, history="window"),
 )
 
-#: ViCoStream's pipeline with what it lacks for questions about now: the newest chunk is always
-#: read, of chunks that are alike the newer are, fewer are enough then, and the system prompt stays
-#: visible to video. The sweep that its numbers come from is in docs/accuracy.md.
+#: ViCoStream's pipeline with what it lacks: the newest chunk is always read, and the newest of what
+#: stands out; few are enough then, and they stand without gaps before the question, so that no
+#: position of a question grows with the stream. The system prompt stays visible to video. The sweep
+#: that its numbers come from is in docs/accuracy.md.
 LIVE = Method(
     name="live",
-    source="ViCoStream's pipeline, arXiv 2606.19849; the newest chunk is always read, "
-    "and of chunks that are alike the newer",
+    source="ViCoStream's pipeline, arXiv 2606.19849; a question reads the newest chunk and the "
+    "newest of those that stand out, at consecutive positions as in ReKV, arXiv 2503.00540",
     prune=VICOSTREAM.prune,
-    retrieve=RetrieveRule(k=17, score="cosine", force_last=1, relevant=0.15),
+    retrieve=RetrieveRule(k=6, score="cosine", force_last=1, relevant=4.0, positions="consecutive"),
     engine=EngineRule(
         pixels=90_000,
         resizes=2,

@@ -122,10 +122,10 @@ class RetrieveRule:
     scope: who chooses together in a layer: all heads, those of a KV head, each query head alone.
     score, pool, k, ratio, mass, token_budget, min_k, group, force_first, force_last: as
         ``topk_blocks`` has them; exactly one of k, ratio, mass, token_budget.
-    relevant: a block whose score lies at least this share of the way from the middle score (the
-        median) to the best is relevant: of relevant blocks the newest are read, then the others by
-        score. So "last" means last however much better an older block matches. None: by score
-        alone. Not with ``mass``.
+    relevant: a block is relevant whose score lies this many median absolute deviations above the
+        median: one that stands out. Of relevant blocks the newest are read, then the others by
+        score, so that "last" means last, however much better an older one matches. None: by score
+        alone. Not with ``mass`` or ``group``.
     dense_layers: so many first layers read everything.
     prefill: the prompt reads the ``"selected"`` blocks, or everything (``"dense"``).
     reuse_steps: a choice serves so many tokens, then it is made anew; None: the whole answer.
@@ -187,10 +187,12 @@ class RetrieveRule:
         for name in ("min_k", "force_first", "force_last", "dense_layers"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative")
-        if self.relevant is not None and not 0 <= self.relevant <= 1:
-            raise ValueError(f"relevant={self.relevant} must be from 0 to 1, or none")
+        if self.relevant is not None and not 0 <= self.relevant < math.inf:
+            raise ValueError(f"relevant={self.relevant} must be a number from 0 up, or none")
         if self.relevant is not None and self.mass is not None:
             raise ValueError("relevant and mass exclude each other: mass is a sum of plain scores")
+        if self.relevant is not None and self.group > 1:
+            raise ValueError(f"relevant is of single blocks: set group=1, got {self.group}")
         if self.k is not None and self.k % self.group:
             raise ValueError(f"k={self.k} must be a multiple of group={self.group}")
 

@@ -13,6 +13,7 @@ from vicostream_kernels.ops._registry import register
 backends.declare(
     "preprocess",
     "preprocess_frames",
+    triton="vicostream_kernels.triton_kernels.preprocess:preprocess_frames",
     cpu="vicostream_kernels.native.preprocess:preprocess_frames_cpu",
     reference="vicostream_kernels.reference.preprocess:preprocess_frames",
 )

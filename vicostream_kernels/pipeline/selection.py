@@ -112,13 +112,25 @@ class RuleSelector:
         return replace(chosen, scores=scores)
 
 
-def _newest_relevant(scores: torch.Tensor, share: float) -> torch.Tensor:
-    """Scores [..., NB] that rank relevant blocks by age and above all others, which keep their
-    order; what is not a number stays so."""
-    best = scores.masked_fill(scores.isnan(), -torch.inf).amax(-1, keepdim=True)
-    middle = scores.nanmedian(-1, keepdim=True).values
-    newer = torch.arange(1, scores.shape[-1] + 1, device=scores.device) / scores.shape[-1]
-    return torch.where(scores >= middle + share * (best - middle), newer, scores - best)
+def _newest_relevant(scores: torch.Tensor, spread: float) -> torch.Tensor:
+    """Ranks [..., NB] for scores [..., NB]: relevant blocks by age and above all others, which keep
+    their order; what is not a number stays so."""
+    count = scores.shape[-1]
+    middle = _median(scores)
+    limit = middle + spread * _median((scores - middle).abs())
+    age = torch.arange(count, dtype=torch.float32, device=scores.device)
+    # By place, not by size: scores of any scale, and infinite ones.
+    rank = scores.argsort(dim=-1, stable=True).argsort(dim=-1).float()
+    ranks = torch.where(scores >= limit, count + age, rank)
+    return ranks.masked_fill(scores.isnan(), torch.nan)
+
+
+def _median(values: torch.Tensor) -> torch.Tensor:
+    """The lower middle of the numbers along the last axis, kept as an axis of one. From a sort:
+    ``nanmedian`` has no deterministic form on a GPU."""
+    ordered = values.sort(dim=-1).values  # NaN last
+    middle = (~ordered.isnan()).sum(dim=-1, keepdim=True).sub(1).clamp(min=0) // 2
+    return ordered.gather(-1, middle)
 
 
 def chosen_rows(

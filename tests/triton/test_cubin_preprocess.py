@@ -1,0 +1,64 @@
+"""The preprocess kernels compile for sm_80 and sm_90 without a spill."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kit import interpreter
+
+pytest.importorskip("triton")
+if interpreter.ACTIVE:
+    pytest.skip("in the interpreter nothing is compiled", allow_module_level=True)
+
+from kit.cubin import compile_launch, record_launches  # noqa: E402
+from vicostream_kernels.triton_kernels import preprocess  # noqa: E402
+
+MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def fresh_compiler_cache(tmp_path_factory):
+    """Compile, and not find what an earlier session compiled."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
+        yield
+
+
+@pytest.mark.parametrize(
+    ("source", "dtype", "capability", "names"),
+    [
+        ((1080, 1920), torch.bfloat16, 90, ["across_kernel", "patches_kernel"]),
+        ((360, 420), torch.float16, 80, ["patches_kernel"]),  # only the height changes
+        ((252, 420), torch.float32, 80, ["patches_kernel"]),  # neither
+    ],
+    ids=str,
+)
+def test_a_chunk(source, dtype, capability, names):
+    launches = launched(source, (252, 420), 14, 2, dtype)
+    assert [launch.kernel.__name__ for launch in launches] == names
+    for launch in launches:
+        compile_launch(launch, capability).check()
+
+
+@pytest.mark.parametrize(
+    ("source", "size", "patch"),
+    [
+        ((5, 7), (5, 1), 1),
+        ((7, 5), (1, 5), 1),
+        ((1, 1), (28, 28), 14),
+        ((600, 600), (600, 600), 600),
+    ],
+    ids=str,
+)
+def test_sizes_of_one_and_patches_of_many(source, size, patch):
+    """An argument that is 1 becomes a constant, which only the compiler sees."""
+    for launch in launched(source, size, patch, 1, torch.float32):
+        compile_launch(launch, 80).check()
+
+
+def launched(source, size, patch, merge, dtype):
+    frames = torch.empty(8, *source, 3, dtype=torch.uint8, device="meta")
+    return record_launches(
+        lambda: preprocess.preprocess_frames(frames, *size, MEAN, STD, patch, merge, 2, dtype)
+    )
