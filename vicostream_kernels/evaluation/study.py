@@ -143,7 +143,7 @@ def _live(model: str, _: str) -> dict[str, list[Arm]]:
         "window 4, eps 0.5": {"prune.threshold": 0.5},
         "window 4, newest not forced": {"retrieve.force_last": 0},
         "window 4, relevant 2": {"retrieve.relevant": 2.0},
-        "window 4, relevant 8": {"retrieve.relevant": 8.0},
+        "window 4, relevant 5": {"retrieve.relevant": 5.0},
         "window 4, by score alone": {"retrieve.relevant": None},
         "window 4, steps of measured time": {"engine.seconds_per_step": None},
         "window 4, positions as written": {"retrieve.positions": "absolute"},

@@ -64,7 +64,7 @@ LIVE = Method(
     source="ViCoStream's pipeline, arXiv 2606.19849; a question reads the newest chunk and the "
     "newest of those that stand out, at consecutive positions as in ReKV, arXiv 2503.00540",
     prune=VICOSTREAM.prune,
-    retrieve=RetrieveRule(k=6, score="cosine", force_last=1, relevant=4.0, positions="consecutive"),
+    retrieve=RetrieveRule(k=6, score="cosine", force_last=1, relevant=3.0, positions="consecutive"),
     engine=EngineRule(
         pixels=90_000,
         resizes=2,
