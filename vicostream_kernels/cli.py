@@ -61,10 +61,10 @@ def run(
     preset: Annotated[
         str,
         typer.Option(
-            help="A published method: vicostream, full-history, streaming-llm, "
-            "timechat-online, stc-pruner, evs, ... (docs/methods.md)."
+            help="A method: live (bounded, the default), or as published: vicostream, "
+            "full-history, streaming-llm, timechat-online, stc-pruner, evs, ... (docs/methods.md)."
         ),
-    ] = "vicostream",
+    ] = "live",
     ask: Annotated[
         list[str] | None,
         typer.Option(

@@ -30,7 +30,7 @@ class StreamEngine:
 
     ::
 
-        with StreamEngine.from_pretrained("tiny", preset="vicostream") as engine:
+        with StreamEngine.from_pretrained("tiny", preset="live") as engine:
             with engine.open() as stream:
                 stream.ingest(frames)
                 for piece in stream.ask("What happened?"):
@@ -70,7 +70,7 @@ class StreamEngine:
         cls,
         model: str | Path = "tiny",
         *,
-        preset: str = "vicostream",
+        preset: str = "live",
         overrides: Mapping[str, Any] | None = None,
         device: torch.device | str = "cpu",
         dtype: torch.dtype | None = None,

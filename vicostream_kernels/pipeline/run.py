@@ -32,7 +32,7 @@ class RunOptions:
 
     video: str
     model: str = "tiny"
-    preset: str = "vicostream"
+    preset: str = "live"
     questions: Sequence[str] = ()
     fps: float | None = None
     device: str = "cpu"
