@@ -49,11 +49,12 @@ class Ingest:
 @dataclass(frozen=True)
 class Fetch:
     """``added_ms``: of time to first token, where ``tier`` had the chunks, median over
-    ``questions`` that had room for them; ``first_ms``: of the first, which had to make room.
+    ``questions`` that had room for them; ``room_ms``: of the others, which had to make room, None
+    where there were none.
     ``floor_ms``: what their ``bytes`` need. ``ttft_ms``: with all of them in memory."""
 
     added_ms: float
-    first_ms: float
+    room_ms: float | None
     questions: int
     floor_ms: float
     ttft_ms: float
@@ -176,7 +177,7 @@ def _ingest(plain: _Side, tiered: _Side, turns: int, chunks: int, least: int, pr
 
 
 def _fetch(plain: _Side, tiered: _Side, questions: int, progress) -> Fetch:
-    added, base, floors, sizes, tiers, first_ms = [], [], [], [], set(), 0.0
+    added, base, floors, sizes, tiers, making_room = [], [], [], [], set(), []
     _warm(plain, tiered)
     for number in range(questions):
         progress(f"fetch, question {number + 1} of {questions}")
@@ -191,9 +192,8 @@ def _fetch(plain: _Side, tiered: _Side, questions: int, progress) -> Fetch:
         if len(reads) != CHOSEN or found & {"memory", "device"}:
             raise WrongResult(f"of chunks {first} on, {len(reads)} were read, from {found}")
         tiers |= found
-        if number == 0:
-            first_ms = away_ms - kept_ms
         if tiered.below() > before:
+            making_room.append(away_ms - kept_ms)
             continue
         here = tiered.stream.history.cache.chunks[first : first + CHOSEN]
         sizes.append(sum(block.tokens for block in here) * _token_bytes(tiered.engine.runner))
@@ -205,7 +205,7 @@ def _fetch(plain: _Side, tiered: _Side, questions: int, progress) -> Fetch:
     middle = statistics.median
     return Fetch(
         middle(added),
-        first_ms,
+        middle(making_room) if making_room else None,
         len(added),
         middle(floors),
         middle(base),
@@ -273,14 +273,14 @@ def _best_ms(job: Callable[[], None]) -> float:
 def table(ingest: Ingest, fetch: Fetch) -> str:
     ratio = ingest.ratio
     slower = 100 * (1 / ratio.median - 1)
+    room = "" if fetch.room_ms is None else f" ({fetch.room_ms:+.2f} ms where others leave first)"
     return "\n".join(
         (
             f"ingest while history leaves memory: {ingest.ms:.2f} ms a chunk, {slower:+.1f} % "
             f"(ratio {ratio.median:.3f}, {ratio.low:.3f} to {ratio.high:.3f}); "
             f"{ingest.moved_bytes / 1e6:.1f} MB moved",
             f"a question that brings back {CHOSEN} chunks from {fetch.tier}: "
-            f"{fetch.added_ms:+.2f} ms to {fetch.ttft_ms:.2f} ms of time to first token, "
-            f"{fetch.first_ms:+.2f} ms where others must leave first; "
+            f"{fetch.added_ms:+.2f} ms{room} to {fetch.ttft_ms:.2f} ms of time to first token; "
             f"{fetch.bytes / 1e6:.1f} MB need {fetch.floor_ms:.2f} ms at least: "
             f"{fetch.over_floor:.2f} x",
         )

@@ -73,6 +73,13 @@ def _canvas(columns: int, rows: int = 1, size: tuple[float, float] = (3.3, 3.4))
     return figure
 
 
+def _legend(figure: Any, panels: Any) -> None:
+    """One for all panels, below them, in as many rows as their width asks for."""
+    handles, labels = panels[0].get_legend_handles_labels()
+    columns = min(len(labels), max(2, round(1.6 * len(panels))))
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize="small")
+
+
 def _panels(
     lines: Lines,
     path: Path,
@@ -100,8 +107,7 @@ def _panels(
             panel.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     panels[0].set_ylabel("right, %")
     panels[0].set_ylim(-3, 103)
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize="small")
+    _legend(figure, panels)
     _save(figure, path, title)
 
 
@@ -149,8 +155,7 @@ def _bars(lines: Lines, path: Path) -> None:
         panel.grid(axis="y", alpha=0.25)
     panels[0].set_ylabel("right, %")
     panels[0].set_ylim(0, 103)
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize="small")
+    _legend(figure, panels)
     _save(figure, path, "Trained with full history only, and tuned with the streaming mask")
 
 
