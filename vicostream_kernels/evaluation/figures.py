@@ -113,6 +113,8 @@ def _panels(
 
 def _points(panel: Any, xs: list[float], shares: list[Any], line: str, index: int) -> None:
     style = {"color": _COLOURS[index % len(_COLOURS)], "marker": "o", "markersize": 4}
+    if index >= len(_COLOURS):  # the second time round
+        style |= {"marker": "s", "linestyle": "-."}
     style |= _STYLES.get(line, {})
     y = [100 * share["accuracy"] for share in shares]
     reach = [
