@@ -190,7 +190,7 @@ def _tiers(asked: _Asked) -> None:
         loaded = asked.load()
     except ValueError as error:
         raise _fail(str(error)) from None
-    less = {"turns": 6, "questions": 5} if asked.quick else {}
+    less = tiers.QUICK if asked.quick else {}
     try:
         found = tiers.measure(loaded, seed=asked.seed, progress=_progress, **less)
     except (tiers.WrongResult, TierError) as error:

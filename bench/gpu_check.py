@@ -252,7 +252,7 @@ def run_tiers(path: Path) -> int:
     from vicostream_kernels.models import load_model
 
     model = load_model("3b-random", device=torch.device("cuda"))
-    found = tiers.measure(model, turns=6, questions=5, progress=print)
+    found = tiers.measure(model, **tiers.QUICK, progress=print)
     print(tiers.table(*found))
     path.write_text(json.dumps(tiers.as_data(*found)))
     return 0

@@ -1,7 +1,6 @@
 """Processes that share a batch: each has part of the videos, and all take the mean gradient.
 
-At these sizes two processes of one thread are half as fast again as one of two: most of a step is
-many small operations, and Python.
+At these sizes most of a step is many small operations, and Python, which threads do not share.
 """
 
 from __future__ import annotations
