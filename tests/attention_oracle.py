@@ -147,8 +147,13 @@ def hidden_keys(
     return hidden
 
 
-def dense(case: Case, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """out [Q, H, d] and lse [Q, H], all in ``dtype``, a head of a stream at a time."""
+def dense(
+    case: Case, dtype: torch.dtype, *, scaled_query: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """out [Q, H, d] and lse [Q, H], all in ``dtype``, a head of a stream at a time.
+
+    ``scaled_query``: the scale meets the query (as in torch's own attention), not the scores.
+    """
     rows, heads, d = case.q.shape
     opt = case.options
     scale = opt.get("sm_scale") or d**-0.5
@@ -178,7 +183,8 @@ def dense(case: Case, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
             if not rows_seeing:
                 continue
             hidden = hidden[[row - mine.start for row in rows_seeing]]
-            scores = case.q[rows_seeing, h].to(dtype) @ keys.T * scale
+            query = case.q[rows_seeing, h].to(dtype)
+            scores = query * scale @ keys.T if scaled_query else query @ keys.T * scale
             scores[hidden] = -math.inf
             if opt.get("sink_logits") is not None:
                 sink = opt["sink_logits"][h].to(dtype).expand(len(rows_seeing), 1)
@@ -199,10 +205,15 @@ def check(case: Case, backend: tuple[str, str], **more: Any) -> tuple[torch.Tens
     # The LSE is float32 in every dtype, but a key that was turned on load may be rounded again:
     # what comes of that has the precision of the dtype, in each value and in their direction.
     lse_dtype = dtype if "page_shift" in case.options else torch.float32
-    own = dense(case, dtype)[0]
-    assert_matches(out, true_out, own, name="out")
-    assert_matches(alone, true_out, own, name="out without lse")
-    assert_matches(lse.to(lse_dtype), true_lse, dense(case, lse_dtype)[1], name="lse")
+    own = [dense(case, dtype, scaled_query=early) for early in (False, True)]
+    own_out, own_lse = zip(*own, strict=True)
+    if lse_dtype != dtype:
+        own_lse = [dense(case, lse_dtype)[1]]
+    sizes = dense(case.changed(v_pages=case.v_pages.abs()), torch.float64)[0]
+    summed = float(sizes[sizes.isfinite()].max()) if sizes.isfinite().any() else 0.0
+    assert_matches(out, true_out, own_out, name="out", summed=summed)
+    assert_matches(alone, true_out, own_out, name="out without lse", summed=summed)
+    assert_matches(lse.to(lse_dtype), true_lse, own_lse, name="lse")
     return out, lse
 
 

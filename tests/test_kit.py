@@ -46,6 +46,22 @@ def test_assert_matches_allows_twice_the_error_of_torch():
         assert_matches((truth + 2.1e-3).float(), truth, (truth + 1e-3).float())
 
 
+def test_assert_matches_takes_the_worst_of_several_and_the_size_of_sums():
+    truth = torch.ones(10, dtype=torch.float64)
+    several = [truth.float(), (truth + 1e-3).float()]
+    assert_matches((truth + 1.9e-3).float(), truth, several)
+    with pytest.raises(AssertionError, match="allowed"):
+        assert_matches((truth + 2.1e-3).float(), truth, several)
+    eps = torch.finfo(torch.float32).eps
+    for factor, passes in ((0.9, True), (1.1, False)):
+        off = (truth + 2 * eps + factor * 2 * eps * 1000).float()
+        if passes:
+            assert_matches(off, truth, summed=1000.0)
+            continue
+        with pytest.raises(AssertionError, match="allowed"):
+            assert_matches(off, truth, summed=1000.0)
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_assert_matches_takes_no_measure_from_an_overflow_of_torch(bad):
     truth = torch.ones(10, dtype=torch.float64)

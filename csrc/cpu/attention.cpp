@@ -11,7 +11,7 @@
 
 #include <vector>
 
-#include "cpu/attention_rows.h"
+#include "cpu/attention_engine.h"
 
 namespace vico {
 namespace VICO_ISA {
@@ -37,6 +37,7 @@ struct Group {  // rows whose partial sums are to be combined, or that see nothi
 
 // Tables, lengths and who does what, before any key is read. A unit is a set of query heads that
 // share a table and a KV head: all heads of a KV head, or one query head with a table of its own.
+template <typename Rows>
 struct Plan {
   const AttentionArgs& a;
   int64_t units, share;
@@ -53,9 +54,9 @@ struct Plan {
       if (queries <= 0) continue;
       for (int64_t x = 0; x < a.tables; ++x) scan(s, x);
       const int64_t rows = queries * share;
-      const int64_t parts = (rows + kGroupRows - 1) / kGroupRows;
-      for (int64_t row0 = 0; row0 < rows; row0 += kGroupRows)
-        split(s, row0, static_cast<int>(std::min<int64_t>(kGroupRows, rows - row0)), parts);
+      const int64_t parts = (rows + Rows::kMost - 1) / Rows::kMost;
+      for (int64_t row0 = 0; row0 < rows; row0 += Rows::kMost)
+        split(s, row0, static_cast<int>(std::min<int64_t>(Rows::kMost, rows - row0)), parts);
     }
   }
 
@@ -106,11 +107,11 @@ struct Plan {
   void split(int64_t s, int64_t row0, int rows, int64_t parts) {
     const int64_t keys = kSplitKeys * parts;
     const int64_t together =
-        a.tables > 1 ? 1 : std::min<int64_t>(units, kGroupRows / padded_rows(rows));
+        a.tables > 1 ? 1 : std::min<int64_t>(units, Rows::kMost / Rows::padded(rows));
     for (int64_t u = 0; u < units; u += together) {
       const int64_t n = std::min(together, units - u);
       pieces.clear();
-      visible_tiles(work(s, u, row0, rows), [&](int64_t first, int tile) {
+      visible_tiles<Rows::kKeys>(work(s, u, row0, rows), [&](int64_t first, int tile) {
         multiply_adds += 2 * n * tile * rows * a.head_dim;
         for (const int64_t at : {first / keys * keys, (first + tile - 1) / keys * keys})
           if (pieces.empty() || pieces.back() != at) pieces.push_back(at);
@@ -133,8 +134,15 @@ class PagedKeys {
  public:
   const int64_t k_unit, v_unit;
 
-  PagedKeys(const Plan& plan, const double* turns, const Task& task, const Scratch& scratch)
-      : k_unit(plan.a.k_kv), v_unit(plan.a.v_kv), a_(plan.a), turns_(turns), scratch_(scratch) {
+  // angles: [2, kMaxHalfDim], memory for sines and cosines.
+  template <typename Plan>
+  PagedKeys(const Plan& plan, const double* turns, const Task& task, float* angles)
+      : k_unit(plan.a.k_kv),
+        v_unit(plan.a.v_kv),
+        a_(plan.a),
+        turns_(turns),
+        sine_(angles),
+        cosine_(angles + kMaxHalfDim) {
     const int64_t x = plan.table_of(task.unit);
     const int64_t g = task.unit * a_.kv_heads / plan.units;
     starts_ = plan.starts_of(task.stream, x);
@@ -145,7 +153,8 @@ class PagedKeys {
     v_ = static_cast<const T*>(a_.v_pages) + g * a_.v_kv;
   }
 
-  void locate(int64_t first, int n, Located<T>* out) {
+  template <int KEYS>
+  void locate(int64_t first, int n, Located<T, KEYS>* out) {
     if (first < begin_ || first >= end_)
       enter(std::upper_bound(starts_, starts_ + a_.entries + 1, first) - starts_ - 1);
     for (int j = 0; j < n;) {
@@ -164,17 +173,21 @@ class PagedKeys {
 
   int head_dim() const { return a_.head_dim; }
 
-  const float* key(const T* row, int64_t entry, float* out) {
-    if (shift_ == nullptr) return as_float(row, out, a_.head_dim);
+  // Whether the keys of an entry must be rotated; makes its angles.
+  bool moved(int64_t entry) {
+    if (shift_ == nullptr) return false;
     if (entry != turned_) turn(entry);
-    if (!moved_) return as_float(row, out, a_.head_dim);
+    return moved_;
+  }
+
+  const float* key(const T* row, int64_t entry, float* out) {
+    if (!moved(entry)) return as_float(row, out, a_.head_dim);
     const int half = a_.head_dim / 2;
     alignas(64) float stored[kMaxHeadDim];
     load_row(row, stored, a_.head_dim);
 #pragma omp simd
     for (int f = 0; f < half; ++f)
-      rotate_pair(stored[f], stored[f + half], scratch_.cosine[f], scratch_.sine[f], &out[f],
-                  &out[f + half]);
+      rotate_pair(stored[f], stored[f + half], cosine_[f], sine_[f], &out[f], &out[f + half]);
     return out;
   }
 
@@ -197,31 +210,28 @@ class PagedKeys {
       const double position = shift[axis * a_.shift_axis];
 #pragma omp simd
       for (int f = bounds[axis]; f < bounds[axis + 1]; ++f)
-        sincos_turns(position * turns_[f], &scratch_.sine[f], &scratch_.cosine[f]);
+        sincos_turns(position * turns_[f], &sine_[f], &cosine_[f]);
     }
   }
 
   const AttentionArgs& a_;
   const double* turns_;
-  const Scratch& scratch_;
+  float *sine_, *cosine_;
   const int64_t* starts_;
   const int32_t* table_;
   const int32_t* shift_ = nullptr;
   const T *k_, *v_;
   int64_t entry_ = 0, begin_ = 0, end_ = 0;  // where locate stands
-  int64_t turned_ = -1;                      // the entry whose angles are in scratch
+  int64_t turned_ = -1;                      // the entry whose angles are at hand
   bool moved_ = false;
 };
 
-template <typename T>
+template <typename T, typename Rows>
 class Attention {
  public:
-  Attention(const Plan& plan, float* memory, int64_t scratches)
-      : plan_(plan),
-        a_(plan.a),
-        pairs_(kHasPairs<T> && plan.a.page_shift == nullptr),
-        scratch_(memory) {
-    partial_o_ = memory + scratches * Scratch::floats(a_.head_dim);
+  Attention(const Plan<Rows>& plan, float* memory, int64_t scratches)
+      : plan_(plan), a_(plan.a), scratch_(memory) {
+    partial_o_ = memory + scratches * Rows::floats(a_.head_dim);
     partial_top_ = partial_o_ + plan.partials * a_.head_dim;
     partial_sum_ = partial_top_ + plan.partials;
     if (a_.page_shift == nullptr) return;
@@ -229,31 +239,27 @@ class Attention {
       turns_[f] = static_cast<double>(a_.inv_freq[f]) * kInvTwoPi;
   }
 
-  static int64_t floats(const Plan& plan, int64_t scratches) {
-    return scratches * Scratch::floats(plan.a.head_dim) + plan.partials * (plan.a.head_dim + 2);
+  static int64_t floats(const Plan<Rows>& plan, int64_t scratches) {
+    return scratches * Rows::floats(plan.a.head_dim) + plan.partials * (plan.a.head_dim + 2);
   }
 
   void run(const Task& t, int64_t thread) {
     const int d = a_.head_dim;
-    const Scratch scratch(scratch_ + thread * Scratch::floats(d), d);
+    const Rows rows(scratch_ + thread * Rows::floats(d), d, a_.page_shift != nullptr);
     Work w = plan_.work(t.stream, t.unit, t.row0, t.rows);
     w.begin = t.begin;
     w.end = std::min(w.end, t.end);
-    const int64_t padded = padded_rows(t.rows);
+    const int64_t padded = Rows::padded(t.rows);
     for (int64_t u = 0; u < t.units; ++u) {
       const T* q = static_cast<const T*>(a_.q) + plan_.first_row(t.stream) * a_.q_token +
                    (t.unit + u) * plan_.share * a_.q_head;
-      pack_queries(q, a_.q_token, a_.q_head, w, pairs_, scratch.q + u * padded * d);
+      rows.pack(q, a_.q_token, a_.q_head, w, u * padded);
     }
-    PagedKeys<T> keys(plan_, turns_, t, scratch);
-    const int units = static_cast<int>(t.units);
-    if (pairs_)
-      attend<T, typename DotOf<T>::type>(w, units, keys, scratch);
-    else  // keys that are rotated are fp32
-      attend<T, Singles>(w, units, keys, scratch);
+    PagedKeys<T> keys(plan_, turns_, t, rows.m.angles);
+    rows.run(w, static_cast<int>(t.units), keys);
     for (int64_t u = 0; u < t.units; ++u) {
-      const RowState state = scratch.state().from(static_cast<int>(u * padded));
-      const float* o = scratch.o + u * padded * d;
+      const RowState state = rows.m.state().from(static_cast<int>(u * padded));
+      const float* o = rows.m.o + u * padded * d;
       if (t.partial < 0) {
         for (int r = 0; r < t.rows; ++r)
           finish(t.stream, t.unit + u, t.row0 + r, o + int64_t{r} * d, state.top[r], state.sum[r]);
@@ -297,9 +303,8 @@ class Attention {
                a_.lse == nullptr ? nullptr : a_.lse + token * a_.lse_token + head * a_.lse_head);
   }
 
-  const Plan& plan_;
+  const Plan<Rows>& plan_;
   const AttentionArgs& a_;
-  const bool pairs_;
   float *scratch_, *partial_o_, *partial_top_, *partial_sum_;
   double turns_[kMaxHalfDim];
 };
@@ -315,18 +320,19 @@ void clear_rows(const AttentionArgs& a, int64_t from, int64_t to) {
     }
 }
 
-template <typename T>
+template <typename T, typename Rows>
 void run(const AttentionArgs& a, int n_threads) {
-  const Plan plan(a);
+  const Plan<Rows> plan(a);
   if (plan.multiply_adds < kWorthThreads) n_threads = 1;
   const int64_t tasks = static_cast<int64_t>(plan.tasks.size());
   const int64_t groups = static_cast<int64_t>(plan.groups.size());
   n_threads = static_cast<int>(std::clamp<int64_t>(n_threads, 1, std::max<int64_t>(tasks, 1)));
-  Memory memory(Attention<T>::floats(plan, n_threads));
-  Attention<T> attention(plan, memory.at, n_threads);
+  Memory memory(Attention<T, Rows>::floats(plan, n_threads));
+  Attention<T, Rows> attention(plan, memory.at, n_threads);
 #pragma omp parallel num_threads(n_threads) if (n_threads > 1)
   {
     const int thread = omp_get_thread_num();
+    [[maybe_unused]] const typename Rows::Session session;
 #pragma omp for schedule(dynamic, 1)
     for (int64_t i = 0; i < tasks; ++i) attention.run(plan.tasks[i], thread);
 #pragma omp for schedule(dynamic, 1)
@@ -341,11 +347,11 @@ void run(const AttentionArgs& a, int n_threads) {
 void sink_window_attention(const AttentionArgs& a, int n_threads) {
   switch (a.dtype) {
     case DType::kFloat32:
-      return run<float>(a, n_threads);
+      return run<float, EngineOf<float>>(a, n_threads);
     case DType::kFloat16:
-      return run<Half>(a, n_threads);
+      return run<Half, EngineOf<Half>>(a, n_threads);
     case DType::kBFloat16:
-      return run<BFloat16>(a, n_threads);
+      return run<BFloat16, EngineOf<BFloat16>>(a, n_threads);
   }
 }
 

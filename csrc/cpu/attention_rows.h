@@ -63,8 +63,7 @@ struct Scratch {
   float* k;       // [kTileKeys, d], where keys must be converted or rotated
   float* v;       // [kTileKeys, d]
   float* rows;    // [3, kGroupRows]
-  float* cosine;  // [kMaxHalfDim]
-  float* sine;    // [kMaxHalfDim]
+  float* angles;  // [2, kMaxHalfDim]
 
   static int64_t floats(int d) {
     return int64_t{d} * (2 * kGroupRows + 2 * kTileKeys) + 32 * kTileKeys + 3 * kGroupRows +
@@ -82,8 +81,7 @@ struct Scratch {
     v = take(int64_t{kTileKeys} * d);
     scores = take(32 * kTileKeys);
     rows = take(3 * kGroupRows);
-    cosine = take(kMaxHalfDim);
-    sine = take(kMaxHalfDim);
+    angles = take(2 * kMaxHalfDim);
   }
   RowState state() const { return {rows, rows + kGroupRows, rows + 2 * kGroupRows}; }
 };
@@ -177,33 +175,42 @@ void attend_tile(TileRows& t, const float* q, int rows, const RowMask* mask, flo
   }
 }
 
+// What a block of `rows` rows (padded to `width`) sees of the tile [first, first + n), which is
+// padded to a multiple of `granule` keys.
+enum class Seen { kNothing, kSome, kAll };
+inline Seen look(const Work& w, int64_t first, int n, int granule, int row, int rows, int width,
+                 RowMask* mask) {
+  const int64_t end = first + n;
+  const int newest = row + rows - 1;
+  if (w.last_seen(newest) < first) return Seen::kNothing;
+  if (first >= w.sinks && w.first_seen(row) >= end) return Seen::kNothing;
+  if (n % granule == 0 && w.last_seen(row) >= end - 1 &&
+      (end <= w.sinks || w.first_seen(newest) <= first))
+    return Seen::kAll;
+  const auto offset = [&](int64_t key, int64_t low, int64_t high) {
+    return static_cast<int32_t>(std::clamp(key - first, low, high));
+  };
+  for (int r = 0; r < width; ++r) {
+    const int real = row + std::min(r, rows - 1);
+    mask->first[r] = offset(w.first_seen(real), 0, n);
+    mask->last[r] = offset(w.last_seen(real), -1, n - 1);
+  }
+  mask->sinks = offset(w.sinks, 0, n);
+  return Seen::kSome;
+}
+
 // One tile of one KV head: each block of rows takes its share.
 template <typename Dot>
 void attend_blocks(const Work& w, TileRows& t, const float* q, float* o, const RowState& state,
                    float* scores) {
   RowMask mask;
-  const int64_t end = t.first + t.n;
   for (int row = 0, width; row < w.rows; row += width, q += int64_t{width} * w.d) {
     width = block_width(w.rows - row);
     const int rows = std::min(width, w.rows - row);
-    const int newest = row + rows - 1;
-    if (w.last_seen(newest) < t.first) continue;
-    if (t.first >= w.sinks && w.first_seen(row) >= end) continue;
-    const bool masked = t.n % kKeysAtOnce != 0 || w.last_seen(row) < end - 1 ||
-                        (end > w.sinks && w.first_seen(newest) > t.first);
-    if (masked) {
-      const auto offset = [&](int64_t key, int64_t low, int64_t high) {
-        return static_cast<int32_t>(std::clamp(key - t.first, low, high));
-      };
-      for (int r = 0; r < width; ++r) {
-        const int real = row + std::min(r, rows - 1);
-        mask.first[r] = offset(w.first_seen(real), 0, kTileKeys);
-        mask.last[r] = offset(w.last_seen(real), -1, t.n - 1);
-      }
-      mask.sinks = offset(w.sinks, 0, kTileKeys);
-    }
+    const Seen seen = look(w, t.first, t.n, kKeysAtOnce, row, rows, width, &mask);
+    if (seen == Seen::kNothing) continue;
     const auto run = [&](auto tile) {
-      tile(t, q, rows, masked ? &mask : nullptr, w.scale, w.d, state.from(row), scores,
+      tile(t, q, rows, seen == Seen::kSome ? &mask : nullptr, w.scale, w.d, state.from(row), scores,
            o + int64_t{row} * w.d);
     };
 #if defined(__AVX512F__)
@@ -223,13 +230,13 @@ void attend_blocks(const Work& w, TileRows& t, const float* q, float* o, const R
 }
 
 // Calls visit(first, n) for the tiles of [w.begin, w.end) that some row of the group sees.
-template <typename Visit>
+template <int KEYS, typename Visit>
 void visible_tiles(const Work& w, Visit visit) {
   const int64_t end = std::min(w.end, w.last_seen(w.rows - 1) + 1);
   const int64_t recent = std::max<int64_t>(w.first_seen(0), 0);
   const auto range = [&](int64_t from, int64_t to) {
-    for (int64_t at = std::max(from, w.begin); at < to; at += kTileKeys)
-      visit(at, static_cast<int>(std::min<int64_t>(kTileKeys, to - at)));
+    for (int64_t at = std::max(from, w.begin); at < to; at += KEYS)
+      visit(at, static_cast<int>(std::min<int64_t>(KEYS, to - at)));
   };
   if (recent <= w.sinks) return range(0, end);
   range(0, std::min(w.sinks, end));
@@ -243,13 +250,13 @@ inline const float* zero_row() {
 }
 
 // Where the keys of a tile are stored (of the first KV head of a task), and in which table entry.
-template <typename T>
+template <typename T, int KEYS>
 struct Located {
   int64_t first;
   int n;
-  const T* k[kTileKeys];
-  const T* v[kTileKeys];
-  int64_t entry[kTileKeys];
+  const T* k[KEYS];
+  const T* v[KEYS];
+  int64_t entry[KEYS];
 };
 
 inline const float* as_float(const float* row, float*, int) { return row; }
@@ -261,7 +268,7 @@ const float* as_float(const T* row, float* out, int d) {
 
 // The rows of one KV head of a tile, converted or rotated in scratch where they must be.
 template <typename Dot, typename T, typename Source>
-void stage(const Located<T>& from, int64_t k_at, int64_t v_at, Source& source,
+void stage(const Located<T, kTileKeys>& from, int64_t k_at, int64_t v_at, Source& source,
            const Scratch& scratch, TileRows* to) {
   const int d = source.head_dim();
   const T* zeros = reinterpret_cast<const T*>(zero_row());
@@ -310,12 +317,12 @@ void attend(const Work& w, int units, Source& source, const Scratch& scratch) {
   std::fill_n(all.top, units * padded, kNegInf);
   std::fill_n(all.sum, units * padded, 0.0f);
   std::fill_n(scratch.o, int64_t{units} * padded * d, 0.0f);
-  Located<T> located[2];
+  Located<T, kTileKeys> located[2];
   TileRows tile;
   const char *next_k[kTileKeys], *next_v[kTileKeys];
   const bool adjacent = source.k_unit == d && source.v_unit == d;
   const int bytes = static_cast<int>((adjacent ? units * d : d) * sizeof(T));
-  const auto process = [&](const Located<T>& now, const Located<T>* next) {
+  const auto process = [&](const Located<T, kTileKeys>& now, const Located<T, kTileKeys>* next) {
     tile.first = now.first;
     tile.n = now.n;
     for (int u = 0; u < units; ++u) {
@@ -338,8 +345,8 @@ void attend(const Work& w, int units, Source& source, const Scratch& scratch) {
     }
   };
   int count = 0;  // one tile behind, so that the next one is known
-  visible_tiles(w, [&](int64_t first, int n) {
-    Located<T>& next = located[count % 2];
+  visible_tiles<kTileKeys>(w, [&](int64_t first, int n) {
+    Located<T, kTileKeys>& next = located[count % 2];
     next.first = first;
     next.n = n;
     source.locate(first, n, &next);
@@ -348,6 +355,32 @@ void attend(const Work& w, int units, Source& source, const Scratch& scratch) {
   });
   if (count > 0) process(located[(count + 1) % 2], nullptr);
 }
+
+// The engine for any type and processor. Engines say how many rows are a group and how many keys a
+// tile, own the memory of a thread, and leave sums [units * padded(rows), d] in m.o.
+template <typename T>
+struct OnVectors {
+  struct Session {};  // what a thread needs while it works
+  static constexpr int kMost = kGroupRows, kKeys = kTileKeys;
+  static int padded(int rows) { return padded_rows(rows); }
+  static int64_t floats(int d) { return Scratch::floats(d); }
+
+  Scratch m;
+  bool pairs;
+  OnVectors(float* memory, int d, bool rotates)  // keys that are rotated are fp32
+      : m(memory, d), pairs(kHasPairs<T> && !rotates) {}
+  // Rows of one KV head, as rows `at` and on.
+  void pack(const T* q, int64_t q_token, int64_t q_head, const Work& w, int64_t at) const {
+    pack_queries(q, q_token, q_head, w, pairs, m.q + at * w.d);
+  }
+  template <typename Source>
+  void run(const Work& w, int units, Source& source) const {
+    if (pairs)
+      attend<T, typename DotOf<T>::type>(w, units, source, m);
+    else
+      attend<T, Singles>(w, units, source, m);
+  }
+};
 
 // One row's result from its sums, a learned logit in the denominator where there is one.
 template <typename T>

@@ -185,14 +185,14 @@ VICO_INLINE void soften(float* s, int keys, float scale, const RowMask* mask,
     store(state.top + v * W, top);
     const F base = top == kNegInf ? F{} : top;  // -inf - -inf where a row has seen nothing yet
     const F rescale = exp_nonpositive<F, U>(before - base);
-    F sum = load<F>(state.sum + v * W) * rescale;
+    F sum{};  // of this tile first: one long chain of additions would lose a bit or two
     at = s + v * W;
     for (int j = 0; j < keys; ++j, at += W * NV) {
       const F p = exp_nonpositive<F, U>(load<F>(at) - base);
       store(at, p);
       sum += p;
     }
-    store(state.sum + v * W, sum);
+    store(state.sum + v * W, load<F>(state.sum + v * W) * rescale + sum);
     store(state.rescale + v * W, rescale);
   }
 }
@@ -204,11 +204,7 @@ VICO_INLINE void weigh(const typename Dot::Element* p, int p_stride, const float
                        int keys, int at, const float* rescale, float* o, int o_stride, Ahead* ahead,
                        int lines) {
   using F = typename Lanes<W>::F;
-  F acc[ROWS][NV];
-#pragma GCC unroll 8
-  for (int r = 0; r < ROWS; ++r)
-#pragma GCC unroll 4
-    for (int n = 0; n < NV; ++n) acc[r][n] = load<F>(o + r * o_stride + at + n * W) * rescale[r];
+  F acc[ROWS][NV] = {};
   for (int j = 0; j < keys / Dot::kPerElement; ++j) {
     const auto* value = reinterpret_cast<const typename Dot::Element*>(v[j]) + at;
     if (j % 4 == 0) ahead->ask(lines);
@@ -223,7 +219,10 @@ VICO_INLINE void weigh(const typename Dot::Element* p, int p_stride, const float
 #pragma GCC unroll 8
   for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 4
-    for (int n = 0; n < NV; ++n) store(o + r * o_stride + at + n * W, acc[r][n]);
+    for (int n = 0; n < NV; ++n) {
+      float* sums = o + r * o_stride + at + n * W;
+      store(sums, load<F>(sums) * rescale[r] + acc[r][n]);
+    }
 }
 
 // All columns for ROWS rows: as many registers at once as leave room, then single ones, then the

@@ -1,13 +1,13 @@
 // varlen_attention and merge_states on the CPU: compiled once per instruction set.
 //
 // Windows of the ViT are small (64 queries and keys): bound by arithmetic, all their data in L1 and
-// L2. One task is a window, a head and up to kGroupRows of its queries.
+// L2. One task is a window, a head and as many of its queries as an engine takes.
 
 #include <omp.h>
 
 #include <vector>
 
-#include "cpu/attention_rows.h"
+#include "cpu/attention_engine.h"
 #include "vico/attention.h"
 
 namespace vico {
@@ -22,15 +22,16 @@ struct Task {
 
 struct Windows {
   const VarlenArgs& a;
+  int most;  // queries a task
   std::vector<Task> tasks;
   int64_t multiply_adds = 0;
 
-  explicit Windows(const VarlenArgs& args) : a(args) {
+  Windows(const VarlenArgs& args, int rows_a_task) : a(args), most(rows_a_task) {
     for (int64_t w = 0; w < a.windows; ++w) {
       const int64_t rows = first_query(w + 1) - first_query(w);
       const int64_t keys = std::max<int64_t>(first_key(w + 1) - first_key(w), 0);
       for (int64_t h = 0; h < a.heads; ++h)
-        for (int64_t row0 = 0; row0 < rows; row0 += kGroupRows) tasks.push_back({w, h, row0});
+        for (int64_t row0 = 0; row0 < rows; row0 += most) tasks.push_back({w, h, row0});
       multiply_adds += int64_t{2} * a.heads * std::max<int64_t>(rows, 0) * keys * a.head_dim;
     }
   }
@@ -50,7 +51,8 @@ struct WindowKeys {
   int d;
   int64_t k_unit = 0, v_unit = 0;
 
-  void locate(int64_t first, int n, Located<T>* out) const {
+  template <int KEYS>
+  void locate(int64_t first, int n, Located<T, KEYS>* out) const {
     for (int j = 0; j < n; ++j) {
       out->k[j] = k + (first + j) * k_token;
       out->v[j] = v + (first + j) * v_token;
@@ -58,18 +60,19 @@ struct WindowKeys {
     }
   }
   int head_dim() const { return d; }
+  bool moved(int64_t) const { return false; }
   const float* key(const T* row, int64_t, float* out) const { return as_float(row, out, d); }
 };
 
 template <typename T>
-void attend_task(const Windows& windows, const Task& t, const Scratch& scratch) {
+void attend_task(const Windows& windows, const Task& t, const EngineOf<T>& engine) {
   const VarlenArgs& a = windows.a;
   const int64_t first_query = windows.first_query(t.window) + t.row0;
   const int64_t first_key = windows.first_key(t.window);
   Work w;
   w.row0 = 0;
   w.rows = static_cast<int>(
-      std::min<int64_t>(kGroupRows, windows.first_query(t.window + 1) - first_query));
+      std::min<int64_t>(windows.most, windows.first_query(t.window + 1) - first_query));
   w.share = 1;
   w.first_query = 0;
   w.sinks = w.window = w.start = 0;
@@ -79,31 +82,33 @@ void attend_task(const Windows& windows, const Task& t, const Scratch& scratch) 
   w.scale = a.sm_scale;
   w.d = a.head_dim;
   const T* q = static_cast<const T*>(a.q) + first_query * a.q_token + t.head * a.q_head;
-  pack_queries(q, a.q_token, a.q_head, w, kHasPairs<T>, scratch.q);
-  const WindowKeys<T> keys{static_cast<const T*>(a.k) + first_key * a.k_token + t.head * a.k_head,
-                           static_cast<const T*>(a.v) + first_key * a.v_token + t.head * a.v_head,
-                           a.k_token, a.v_token, a.head_dim};
-  attend<T, typename DotOf<T>::type>(w, 1, keys, scratch);
-  const RowState state = scratch.state();
+  engine.pack(q, a.q_token, a.q_head, w, 0);
+  WindowKeys<T> keys{static_cast<const T*>(a.k) + first_key * a.k_token + t.head * a.k_head,
+                     static_cast<const T*>(a.v) + first_key * a.v_token + t.head * a.v_head,
+                     a.k_token, a.v_token, a.head_dim};
+  engine.run(w, 1, keys);
+  const RowState state = engine.m.state();
   T* out = static_cast<T*>(a.out) + first_query * a.out_token + t.head * a.out_head;
   for (int r = 0; r < w.rows; ++r)
-    finish_row(scratch.o + int64_t{r} * w.d, state.top[r], state.sum[r], nullptr, w.d,
+    finish_row(engine.m.o + int64_t{r} * w.d, state.top[r], state.sum[r], nullptr, w.d,
                out + r * a.out_token, nullptr);
 }
 
 template <typename T>
 void varlen(const VarlenArgs& a, int n_threads) {
-  const Windows windows(a);
+  using Engine = EngineOf<T>;
+  const Windows windows(a, Engine::kMost);
   const int64_t tasks = static_cast<int64_t>(windows.tasks.size());
   if (windows.multiply_adds < kWorthThreads) n_threads = 1;
   n_threads = static_cast<int>(std::clamp<int64_t>(n_threads, 1, std::max<int64_t>(tasks, 1)));
-  const int64_t each = Scratch::floats(a.head_dim);
+  const int64_t each = Engine::floats(a.head_dim);
   Memory memory(each * n_threads);
 #pragma omp parallel num_threads(n_threads) if (n_threads > 1)
   {
-    const Scratch scratch(memory.at + each * omp_get_thread_num(), a.head_dim);
+    [[maybe_unused]] const typename Engine::Session session;
+    const Engine engine(memory.at + each * omp_get_thread_num(), a.head_dim, false);
 #pragma omp for schedule(dynamic, 4)
-    for (int64_t i = 0; i < tasks; ++i) attend_task<T>(windows, windows.tasks[i], scratch);
+    for (int64_t i = 0; i < tasks; ++i) attend_task<T>(windows, windows.tasks[i], engine);
   }
   const int64_t ranges[2][2] = {{0, windows.first_query(0)},
                                 {windows.first_query(a.windows), a.queries}};

@@ -5,8 +5,22 @@
 #include <stdexcept>
 #include <string>
 
+#if defined(VICO_AMX)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace vico {
 namespace {
+
+#if defined(VICO_AMX)
+// Linux gives a process the tile registers when it asks for them.
+bool may_use_tiles() {
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XTILEDATA
+  return __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") &&
+         syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+#endif
 
 Isa detect() {
   Isa best = Isa::kBaseline;
@@ -21,12 +35,15 @@ Isa detect() {
     best = Isa::kAvx512;
   if (best == Isa::kAvx512 && __builtin_cpu_supports("avx512bf16")) best = Isa::kAvx512Bf16;
 #endif
+#if defined(VICO_AMX)
+  if (best == Isa::kAvx512Bf16 && may_use_tiles()) best = Isa::kAmx;
+#endif
   const char* wanted = std::getenv("VICO_ISA");
   if (wanted == nullptr || *wanted == '\0') return best;
-  for (const Isa isa : {Isa::kBaseline, Isa::kAvx2, Isa::kAvx512, Isa::kAvx512Bf16})
+  for (const Isa isa : {Isa::kBaseline, Isa::kAvx2, Isa::kAvx512, Isa::kAvx512Bf16, Isa::kAmx})
     if (std::strcmp(wanted, isa_name(isa)) == 0) return isa < best ? isa : best;
   throw std::invalid_argument(std::string("VICO_ISA=") + wanted +
-                              " is not one of baseline, avx2, avx512, avx512bf16");
+                              " is not one of baseline, avx2, avx512, avx512bf16, amx");
 }
 
 }  // namespace
@@ -39,6 +56,8 @@ const char* isa_name(Isa isa) {
       return "avx512";
     case Isa::kAvx512Bf16:
       return "avx512bf16";
+    case Isa::kAmx:
+      return "amx";
     default:
       return "baseline";
   }
@@ -58,8 +77,15 @@ namespace cpu {
     if (active_isa() == Isa::kAvx2) return avx2::name(args, n_threads);     \
     return baseline::name(args, n_threads);                                 \
   }
+#if defined(VICO_AMX)
+#define VICO_ON_AMX(name) \
+  if (active_isa() == Isa::kAmx) return amx::name(args, n_threads);
+#else
+#define VICO_ON_AMX(name)
+#endif
 #define VICO_FORWARD_BF16(name, Args)                                               \
   void name(const Args& args, int n_threads) {                                      \
+    VICO_ON_AMX(name)                                                               \
     if (active_isa() == Isa::kAvx512Bf16) return avx512bf16::name(args, n_threads); \
     if (active_isa() == Isa::kAvx512) return avx512::name(args, n_threads);         \
     if (active_isa() == Isa::kAvx2) return avx2::name(args, n_threads);             \

@@ -35,13 +35,19 @@ void sink_window_attention(const AttentionArgs& args, int n_threads);
 void varlen_attention(const VarlenArgs& args, int n_threads);
 }  // namespace avx512bf16
 #endif
+#if defined(VICO_AMX)
+namespace amx {
+void sink_window_attention(const AttentionArgs& args, int n_threads);
+void varlen_attention(const VarlenArgs& args, int n_threads);
+}  // namespace amx
+#endif
 VICO_DECLARE(cpu)  // picks one of the others
 #undef VICO_DECLARE
 
-enum class Isa : int { kBaseline = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3 };
+enum class Isa : int { kBaseline = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3, kAmx = 4 };
 
 // The best instruction set of this processor, or less where VICO_ISA (baseline, avx2, avx512,
-// avx512bf16) says so; read once.
+// avx512bf16, amx) says so; read once.
 Isa active_isa();
 const char* isa_name(Isa isa);
 

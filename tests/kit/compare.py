@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 #: Round-off floor in units of the result dtype's epsilon, times the largest true value: one
@@ -23,10 +25,11 @@ def cosine_distance(got: torch.Tensor, truth: torch.Tensor) -> float:
 def assert_matches(
     got: torch.Tensor,
     truth: torch.Tensor,
-    torch_result: torch.Tensor | None = None,
+    torch_result: torch.Tensor | Sequence[torch.Tensor] | None = None,
     *,
     name: str = "result",
     factor: float = 2.0,
+    summed: float = 0.0,
 ) -> None:
     """Fails unless ``got`` is as close to ``truth`` as torch itself comes in that dtype.
 
@@ -34,7 +37,11 @@ def assert_matches(
         got: the result under test, in the tested dtype.
         truth: the same in float64.
         torch_result: the same computation by torch in the tested dtype; its error, doubled, is
-            allowed beside the round-off floor. None allows the floor only.
+            allowed beside the round-off floor. None allows the floor only. Of several (the same
+            formula with its roundings in other places, all of them torch's) the largest error
+            counts: which of them rounds luckily differs between processors.
+        summed: the largest sum of |terms| behind a value: partial sums, which are float32, may
+            have that size and their rounding is allowed in any order. 0: none.
     """
     assert got.shape == truth.shape, f"{name}: shape {tuple(got.shape)} != {tuple(truth.shape)}"
     truth = truth.double().cpu()
@@ -55,9 +62,12 @@ def assert_matches(
 
     error = (value - truth).abs()
     floor = FLOOR_ULPS * torch.finfo(got.dtype).eps * float(truth.abs().max())
+    floor += FLOOR_ULPS * torch.finfo(torch.float32).eps * summed
     allowed = floor
     if torch_result is not None:
-        torch_error = (torch_result.double().cpu() - truth)[finite].abs()
+        several = [torch_result] if isinstance(torch_result, torch.Tensor) else torch_result
+        results = torch.stack([result.double().cpu() for result in several])
+        torch_error = (results - truth)[:, finite].abs()
         # Where torch overflows it sets no measure: an infinite error would allow everything.
         torch_error = torch_error[torch_error.isfinite()]
         allowed += factor * float(torch_error.max()) if torch_error.numel() else 0.0

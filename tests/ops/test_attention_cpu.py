@@ -189,7 +189,7 @@ def run_alone(program: str, tmp_path, **environment: str) -> str:
     return done.stdout.strip()
 
 
-@pytest.mark.parametrize("isa", ("baseline", "avx2", "avx512", "avx512bf16"))
+@pytest.mark.parametrize("isa", ("baseline", "avx2", "avx512", "avx512bf16", "amx"))
 def test_every_instruction_set_gives_the_oracle(isa, tmp_path):
     """The variants of the CPU code are picked once per process, so each runs in its own."""
     used = run_alone(ISAS, tmp_path, VICO_ISA=isa)

@@ -24,16 +24,21 @@ def starts_of(lengths: list[int]) -> torch.Tensor:
     return torch.tensor([0, *lengths]).cumsum(0).int()
 
 
-def by_window(q, k, v, q_lengths, k_lengths, scale, dtype) -> torch.Tensor:
-    """Window by window and head by head, in ``dtype``."""
+def by_window(q, k, v, q_lengths, k_lengths, scale, dtype, scaled_query=False) -> torch.Tensor:
+    """Window by window and head by head, in ``dtype``; ``scaled_query`` as in ``dense``."""
     out = torch.zeros(q.shape, dtype=dtype)
     a = b = 0
     for n, m in zip(q_lengths, k_lengths):
         for h in range(q.shape[1]) if n and m else ():
-            scores = q[a : a + n, h].to(dtype) @ k[b : b + m, h].to(dtype).T * scale
+            query, key = q[a : a + n, h].to(dtype), k[b : b + m, h].to(dtype)
+            scores = query * scale @ key.T if scaled_query else query @ key.T * scale
             out[a : a + n, h] = scores.softmax(-1) @ v[b : b + m, h].to(dtype)
         a, b = a + n, b + m
     return out
+
+
+def torchs_own(*inputs) -> list[torch.Tensor]:
+    return [by_window(*inputs, scaled_query=early) for early in (False, True)]
 
 
 def run_varlen(backend, q, k, v, q_lengths, k_lengths, **options) -> torch.Tensor:
@@ -67,7 +72,7 @@ def test_varlen(backend, dtype, q_lengths, k_lengths):
     q, k, v = make_varlen(q_lengths, k_lengths, dtype=dtype)
     got = run_varlen(backend, q, k, v, q_lengths, k_lengths)
     inputs = (q, k, v, q_lengths, k_lengths, 80**-0.5)
-    assert_matches(got, by_window(*inputs, torch.float64), by_window(*inputs, dtype))
+    assert_matches(got, by_window(*inputs, torch.float64), torchs_own(*inputs, dtype))
 
 
 @each_varlen
@@ -77,7 +82,7 @@ def test_varlen_head_dims_and_scale(backend, head_dim):
     q, k, v = make_varlen(q_lengths, k_lengths, head_dim=head_dim)
     got = run_varlen(backend, q, k, v, q_lengths, k_lengths, sm_scale=0.3)
     inputs = (q, k, v, q_lengths, k_lengths, 0.3)
-    assert_matches(got, by_window(*inputs, torch.float64), by_window(*inputs, torch.float32))
+    assert_matches(got, by_window(*inputs, torch.float64), torchs_own(*inputs, torch.float32))
 
 
 @each_varlen

@@ -1,0 +1,91 @@
+// AMX: tiles of 16 rows of 64 bytes, and what feeds them: fp32 rows to bf16 pairs, transposed.
+//
+// tmm0 to 3 hold fp32 sums [16][16]; a product adds A [16][32] bf16 times B, whose 32 rows lie in
+// pairs: B[i][j] = (row 2i, row 2i + 1) of column j, side by side in 32 bits.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+#include "vico/macros.h"
+
+namespace vico {
+namespace VICO_ISA {
+
+// Configures the tiles of this thread while it lives; processors keep them per thread.
+struct TileSession {
+  TileSession() {
+    alignas(64) uint8_t config[64] = {1};  // palette 1
+    for (int tile = 0; tile < 8; ++tile) {
+      config[16 + 2 * tile] = 64;  // bytes a row (16 bits each)
+      config[48 + tile] = 16;      // rows
+    }
+    _tile_loadconfig(config);
+  }
+  ~TileSession() { _tile_release(); }
+  TileSession(const TileSession&) = delete;
+  TileSession& operator=(const TileSession&) = delete;
+};
+
+// To compilers a tile load reads registers only: what it loads must have been written before.
+VICO_INLINE void tiles_read_memory() { asm volatile("" ::: "memory"); }
+
+// r[i][j] to r[j][i], 32 bits an element.
+VICO_INLINE void transpose(__m512i r[16]) {
+  __m512i t[16];
+#pragma GCC unroll 8
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+    t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 16; i += 4) {
+    r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+    r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+    r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+    r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
+    t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
+    t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
+    t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
+    r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
+    r[i + 4] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88);
+    r[i + 12] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd);
+  }
+}
+
+// Two rows rounded to bf16, side by side in 32 bits a column.
+VICO_INLINE __m512i round_pair(__m512 first, __m512 second) {
+  const __m512bh both = _mm512_cvtne2ps_pbh(second, first);  // all of first, then all of second
+  alignas(64) static constexpr uint16_t kSideBySide[32] = {
+      0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+      8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  return _mm512_permutexvar_epi16(_mm512_load_si512(kSideBySide),
+                                  reinterpret_cast<const __m512i&>(both));
+}
+
+// 2^x for x <= 0 (a little above does no harm), 0 below -200, NaN of NaN: a polynomial through the
+// Chebyshev nodes of [-1/2, 1/2], within 2.1e-7 of 2^f; weights are rounded to bf16 right after.
+VICO_INLINE __m512 exp2_nonpositive(__m512 x) {
+  x = _mm512_max_ps(_mm512_set1_ps(-200.0f), x);  // the second one where either is NaN
+  const __m512 n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const __m512 f = _mm512_sub_ps(x, n);
+  __m512 p = _mm512_set1_ps(1.338130254e-3f);
+  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(9.666368515e-3f));
+  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(5.550381014e-2f));
+  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(2.402234904e-1f));
+  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(6.931471806e-1f));
+  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.0f));
+  return _mm512_scalef_ps(p, n);
+}
+
+}  // namespace VICO_ISA
+}  // namespace vico
