@@ -1,7 +1,7 @@
 // AMX: tiles of 16 rows of 64 bytes, and what feeds them: fp32 rows to bf16 pairs, transposed.
 //
-// tmm0 to 3 hold fp32 sums [16][16]; a product adds A [16][32] bf16 times B, whose 32 rows lie in
-// pairs: B[i][j] = (row 2i, row 2i + 1) of column j, side by side in 32 bits.
+// Sums are fp32 [16][16]; a product adds A [16][32] bf16 times B, whose 32 rows lie in pairs:
+// B[i][j] = (row 2i, row 2i + 1) of column j, side by side in 32 bits.
 #pragma once
 
 #include <immintrin.h>
@@ -13,19 +13,22 @@
 namespace vico {
 namespace VICO_ISA {
 
-// Configures the tiles of this thread while it lives; processors keep them per thread.
+// The tiles of a thread. Few rows of queries need no more rows of weights and sums: narrow() gives
+// tmm2, tmm3 and tmm7 eight.
 struct TileSession {
-  TileSession() {
-    alignas(64) uint8_t config[64] = {1};  // palette 1
-    for (int tile = 0; tile < 8; ++tile) {
-      config[16 + 2 * tile] = 64;  // bytes a row (16 bits each)
-      config[48 + tile] = 16;      // rows
-    }
-    _tile_loadconfig(config);
-  }
+  TileSession() = default;
   ~TileSession() { _tile_release(); }
   TileSession(const TileSession&) = delete;
   TileSession& operator=(const TileSession&) = delete;
+
+  static void configure(bool narrow) {
+    alignas(64) uint8_t config[64] = {1};  // palette 1
+    for (int tile = 0; tile < 8; ++tile) {
+      config[16 + 2 * tile] = 64;  // bytes a row (16 bits each)
+      config[48 + tile] = narrow && (tile == 2 || tile == 3 || tile == 7) ? 8 : 16;  // rows
+    }
+    _tile_loadconfig(config);
+  }
 };
 
 // To compilers a tile load reads registers only: what it loads must have been written before.

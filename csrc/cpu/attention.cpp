@@ -111,7 +111,7 @@ struct Plan {
     for (int64_t u = 0; u < units; u += together) {
       const int64_t n = std::min(together, units - u);
       pieces.clear();
-      visible_tiles<Rows::kKeys>(work(s, u, row0, rows), [&](int64_t first, int tile) {
+      visible_tiles(work(s, u, row0, rows), Rows::kKeys, [&](int64_t first, int tile) {
         multiply_adds += 2 * n * tile * rows * a.head_dim;
         for (const int64_t at : {first / keys * keys, (first + tile - 1) / keys * keys})
           if (pieces.empty() || pieces.back() != at) pieces.push_back(at);

@@ -14,6 +14,7 @@ namespace vico {
 namespace VICO_ISA {
 
 constexpr int kAmxKeys = 128;  // of a tile of keys: sums of 32 x d are read and written once each
+constexpr int kFewKeys = 64;  // of a tile for up to eight rows: V in pairs stays in the first cache
 constexpr int kAmxRows = 256;  // of a group: K and V of a tile are made ready once for so many
 constexpr int kAmxStep = 32;   // keys of two tiles of scores, or of one of weights
 
@@ -134,23 +135,23 @@ void stage_keys(const Located<BFloat16, kAmxKeys>& from, int64_t k_at, Source& s
 
 // Values of two keys in pairs, 32 columns at a time: even ones, then odd ones. A last 16 are in
 // order.
+VICO_INLINE void pair_columns(__m512i a, __m512i b, uint32_t* out) {
+  constexpr __mmask32 kOdd = 0xaaaaaaaa;
+  _mm512_store_si512(out, _mm512_mask_blend_epi16(kOdd, a, _mm512_slli_epi32(b, 16)));
+  _mm512_store_si512(out + 16, _mm512_mask_blend_epi16(kOdd, _mm512_srli_epi32(a, 16), b));
+}
 VICO_INLINE void pair_values(const BFloat16* first, const BFloat16* second, int d, uint32_t* out) {
-  const int columns = TileScratch::columns(d);
   int at = 0;
-  for (; at + 32 <= columns; at += 32) {
-    const __mmask32 lanes = lanes_from(at, d);
-    const __m512i a = _mm512_maskz_loadu_epi16(first == nullptr ? 0 : lanes, first + at);
-    const __m512i b = _mm512_maskz_loadu_epi16(second == nullptr ? 0 : lanes, second + at);
-    constexpr __mmask32 kOdd = 0xaaaaaaaa;
-    _mm512_store_si512(out + at, _mm512_mask_blend_epi16(kOdd, a, _mm512_slli_epi32(b, 16)));
-    _mm512_store_si512(out + at + 16, _mm512_mask_blend_epi16(kOdd, _mm512_srli_epi32(a, 16), b));
-  }
-  if (at == columns) return;
-  const auto lanes = static_cast<__mmask16>(lanes_from(at, d));
-  const __m512i a =
-      _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(first == nullptr ? 0 : lanes, first + at));
-  const __m512i b =
-      _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(second == nullptr ? 0 : lanes, second + at));
+  for (; at + 32 <= d; at += 32)
+    pair_columns(_mm512_loadu_si512(first + at), _mm512_loadu_si512(second + at), out + at);
+  if (at == d) return;
+  const __mmask32 lanes = lanes_from(at, d);
+  if (at + 16 < d)
+    return pair_columns(_mm512_maskz_loadu_epi16(lanes, first + at),
+                        _mm512_maskz_loadu_epi16(lanes, second + at), out + at);
+  const auto half = static_cast<__mmask16>(lanes);
+  const __m512i a = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(half, first + at));
+  const __m512i b = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(half, second + at));
   _mm512_store_si512(out + at, _mm512_or_si512(a, _mm512_slli_epi32(b, 16)));
 }
 
@@ -194,7 +195,7 @@ void score_tiles(const float* q, const TileKeys& keys, int steps, int depth, flo
 }
 
 // Scores to weights exp(score - top), rounded to bf16, as p[row][key].
-template <int NV, bool MASKED>
+template <int NV, bool NARROW, bool MASKED>
 void soften_tiles(float* s, int steps, float scale, const RowMask* mask, const RowState& state,
                   uint16_t* p) {
   constexpr int kWidth = 16 * NV;
@@ -257,11 +258,8 @@ void soften_tiles(float* s, int steps, float scale, const RowMask* mask, const R
   }
 }
 
-// o[row] = o[row] * rescale[row] + p[row] . v for a block of 16 * NV rows.
-template <int NV>
-void weigh_tiles(const uint16_t* p, const float* v, int steps, int columns, const float* rescale,
-                 float* o, Ahead* ahead, int lines) {
-  for (int r = 0; r < 16 * NV; ++r) {
+inline void rescale_rows(int rows, int columns, const float* rescale, float* o) {
+  for (int r = 0; r < rows; ++r) {
     if (rescale[r] == 1.0f) continue;
     const __m512 factor = _mm512_set1_ps(rescale[r]);
     for (int at = 0; at < columns; at += 16) {
@@ -269,6 +267,13 @@ void weigh_tiles(const uint16_t* p, const float* v, int steps, int columns, cons
       _mm512_store_ps(sums, _mm512_mul_ps(_mm512_load_ps(sums), factor));
     }
   }
+}
+
+// o[row] = o[row] * rescale[row] + p[row] . v for a block of 16 * NV rows.
+template <int NV>
+void weigh_tiles(const uint16_t* p, const float* v, int steps, int columns, const float* rescale,
+                 float* o, Ahead* ahead, int lines) {
+  rescale_rows(16 * NV, columns, rescale, o);
   tiles_read_memory();
   const int row = columns * int{sizeof(float)};
   constexpr int kP = kAmxKeys * sizeof(uint16_t);
@@ -306,6 +311,33 @@ void weigh_tiles(const uint16_t* p, const float* v, int steps, int columns, cons
   }
 }
 
+// The same for eight rows, on the narrow tiles.
+inline void weigh_few(const uint16_t* p, const float* v, int steps, int columns,
+                      const float* rescale, float* o, Ahead* ahead, int lines) {
+  rescale_rows(8, columns, rescale, o);
+  tiles_read_memory();
+  const int row = columns * int{sizeof(float)};
+  constexpr int kP = kAmxKeys * sizeof(uint16_t);
+  for (int at = 0; at < columns; at += 32) {
+    const bool two = at + 16 < columns;
+    _tile_loadd(2, o + at, row);
+    if (two) _tile_loadd(3, o + at + 16, row);
+    for (int step = 0; step < steps; ++step) {
+      const float* values = v + step * (kAmxStep / 2) * columns + at;
+      ahead->ask(lines);
+      _tile_loadd(7, p + step * kAmxStep, kP);
+      _tile_loadd(4, values, row);
+      _tile_dpbf16ps(2, 7, 4);
+      if (two) {
+        _tile_loadd(5, values + 16, row);
+        _tile_dpbf16ps(3, 7, 5);
+      }
+    }
+    _tile_stored(2, o + at, row);
+    if (two) _tile_stored(3, o + at + 16, row);
+  }
+}
+
 // Rows of sums [columns] to [d] in place, columns in order.
 inline void order_columns(float* o, int rows, int d) {
   const int columns = TileScratch::columns(d);
@@ -330,6 +362,8 @@ inline void order_columns(float* o, int rows, int d) {
 template <typename Source>
 void attend_tiles(const Work& w, int units, Source& source, const TileScratch& m) {
   const int padded = tile_rows(w.rows), d = w.d;
+  const bool few = w.rows <= 8;
+  TileSession::configure(few);
   const int depth = TileScratch::depth(d), columns = TileScratch::columns(d);
   const RowState all = m.state();
   std::fill_n(all.top, units * padded, kNegInf);
@@ -342,10 +376,12 @@ void attend_tiles(const Work& w, int units, Source& source, const TileScratch& m
   TileKeys keys;
   RowMask mask;
   auto* p = reinterpret_cast<uint16_t*>(m.p);
+  const auto* zeros = reinterpret_cast<const BFloat16*>(zero_row());
 
   const auto block = [&](auto nv, int64_t first, int n, int row, int rows, const float* q, float* o,
                          const RowState& state, Ahead& ahead_k, Ahead& ahead_v) {
-    constexpr int NV = decltype(nv)::value;
+    constexpr bool kFew = decltype(nv)::value == 0;
+    constexpr int NV = kFew ? 1 : decltype(nv)::value;
     const Seen seen = look(w, first, n, kAmxStep, row, rows, 16 * NV, &mask);
     if (seen == Seen::kNothing) return;
     const int steps = (n + kAmxStep - 1) / kAmxStep;
@@ -353,11 +389,11 @@ void attend_tiles(const Work& w, int units, Source& source, const TileScratch& m
     score_tiles<NV>(q, keys, steps, depth, m.scores, &ahead_k,
                     (ahead_k.lines() + parts - 1) / parts);
     if (seen == Seen::kSome)
-      soften_tiles<NV, true>(m.scores, steps, w.scale, &mask, state, p);
+      soften_tiles<NV, kFew, true>(m.scores, steps, w.scale, &mask, state, p);
     else
-      soften_tiles<NV, false>(m.scores, steps, w.scale, nullptr, state, p);
-    weigh_tiles<NV>(p, m.v, steps, columns, state.rescale, o, &ahead_v,
-                    (ahead_v.lines() + sums - 1) / sums);
+      soften_tiles<NV, kFew, false>(m.scores, steps, w.scale, nullptr, state, p);
+    const auto weigh = kFew ? weigh_few : weigh_tiles<NV>;
+    weigh(p, m.v, steps, columns, state.rescale, o, &ahead_v, (ahead_v.lines() + sums - 1) / sums);
     ahead_k.count = ahead_v.count = 0;
   };
 
@@ -367,10 +403,12 @@ void attend_tiles(const Work& w, int units, Source& source, const TileScratch& m
     for (int u = 0; u < units; ++u) {
       const int64_t k_at = u * source.k_unit, v_at = u * source.v_unit;
       stage_keys(now, k_at, source, m, &keys);
-      for (int j = 0; j < count; j += 2)
-        pair_values(j < now.n ? now.v[j] + v_at : nullptr,
-                    j + 1 < now.n ? now.v[j + 1] + v_at : nullptr, d,
-                    reinterpret_cast<uint32_t*>(m.v) + j / 2 * columns);
+      auto* pairs = reinterpret_cast<uint32_t*>(m.v);
+      int j = 0;
+      for (; j + 2 <= now.n; j += 2, pairs += columns)
+        pair_values(now.v[j] + v_at, now.v[j + 1] + v_at, d, pairs);
+      for (; j < count; j += 2, pairs += columns)
+        pair_values(j < now.n ? now.v[j] + v_at : zeros, zeros, d, pairs);
       Ahead ahead_k, ahead_v;
       if (next != nullptr) {  // heads side by side: this one's share of tokens, all heads of each
         const int from = adjacent ? u * next->n / units : 0;
@@ -393,6 +431,9 @@ void attend_tiles(const Work& w, int units, Source& source, const TileScratch& m
         if (width == 32)
           block(std::integral_constant<int, 2>{}, now.first, now.n, row, rows, q,
                 m.o + at * columns, state, ahead_k, ahead_v);
+        else if (few)
+          block(std::integral_constant<int, 0>{}, now.first, now.n, row, rows, q,
+                m.o + at * columns, state, ahead_k, ahead_v);
         else
           block(std::integral_constant<int, 1>{}, now.first, now.n, row, rows, q,
                 m.o + at * columns, state, ahead_k, ahead_v);
@@ -400,7 +441,7 @@ void attend_tiles(const Work& w, int units, Source& source, const TileScratch& m
     }
   };
   int count = 0;  // one tile behind, so that the next one is known
-  visible_tiles<kAmxKeys>(w, [&](int64_t first, int n) {
+  visible_tiles(w, few ? kFewKeys : kAmxKeys, [&](int64_t first, int n) {
     auto& next = located[count % 2];
     next.first = first;
     next.n = n;

@@ -229,14 +229,15 @@ void attend_blocks(const Work& w, TileRows& t, const float* q, float* o, const R
   }
 }
 
-// Calls visit(first, n) for the tiles of [w.begin, w.end) that some row of the group sees.
-template <int KEYS, typename Visit>
-void visible_tiles(const Work& w, Visit visit) {
+// Calls visit(first, n) for the tiles of up to `keys` keys in [w.begin, w.end) that some row of the
+// group sees.
+template <typename Visit>
+void visible_tiles(const Work& w, int keys, Visit visit) {
   const int64_t end = std::min(w.end, w.last_seen(w.rows - 1) + 1);
   const int64_t recent = std::max<int64_t>(w.first_seen(0), 0);
   const auto range = [&](int64_t from, int64_t to) {
-    for (int64_t at = std::max(from, w.begin); at < to; at += KEYS)
-      visit(at, static_cast<int>(std::min<int64_t>(KEYS, to - at)));
+    for (int64_t at = std::max(from, w.begin); at < to; at += keys)
+      visit(at, static_cast<int>(std::min<int64_t>(keys, to - at)));
   };
   if (recent <= w.sinks) return range(0, end);
   range(0, std::min(w.sinks, end));
@@ -345,7 +346,7 @@ void attend(const Work& w, int units, Source& source, const Scratch& scratch) {
     }
   };
   int count = 0;  // one tile behind, so that the next one is known
-  visible_tiles<kTileKeys>(w, [&](int64_t first, int n) {
+  visible_tiles(w, kTileKeys, [&](int64_t first, int n) {
     Located<T, kTileKeys>& next = located[count % 2];
     next.first = first;
     next.n = n;

@@ -30,10 +30,13 @@ struct Ahead {
   int row = 0, at = 0;
 
   VICO_INLINE void ask(int lines) {
-    for (; lines > 0 && row < count; --lines) {
-      __builtin_prefetch(rows[row] + at, 0, 1);
-      at += 64;
-      if (at >= bytes) at = 0, ++row;
+    while (lines > 0 && row < count) {
+      const int left = (bytes - at + 63) >> 6, n = lines < left ? lines : left;
+      const char* from = rows[row] + at;
+      for (int i = 0; i < n; ++i) __builtin_prefetch(from + 64 * i, 0, 1);
+      lines -= n;
+      at += 64 * n;
+      if (n == left) at = 0, ++row;
     }
   }
   int lines() const { return count * ((bytes + 63) / 64); }
