@@ -4,9 +4,11 @@
 #include <algorithm>
 #include <cmath>
 #include <memory>
+#include <type_traits>
 
 #include "cpu/attention_tile.h"
 #include "cpu/rows.h"
+#include "cpu/transpose.h"
 #include "vico/rotary.h"
 
 namespace vico {
@@ -99,31 +101,65 @@ inline int padded_rows(int rows) {
   return padded;
 }
 
-// q, as [n][width] elements for each block of rows: scores take one of all its rows at a time. They
-// are fp32, or (pairs) the two bf16 that lie side by side as they are; fp32 in blocks that
-// score_keys_interleaved takes is [n / 2][width][2].
+// The zeros that pad tiles and blocks.
+inline const float* zero_row() {
+  alignas(64) static const float zeros[kMaxHeadDim] = {};
+  return zeros;
+}
+
+// Elements of 32 bits of one row: fp32, or (pairs) the two bf16 that lie side by side as they are.
+template <typename T>
+const float* query_elements(const T* row, int d, bool pairs, float* out) {
+  if (pairs || std::is_same_v<T, float>) return reinterpret_cast<const float*>(row);
+  load_row(row, out, d);
+  return out;
+}
+
+#if defined(__AVX512F__)
+// 16 rows of n elements to [n][width].
+VICO_INLINE void pack_columns(const float* const* rows, int n, int width, float* packed) {
+  for (int at = 0; at < n; at += 16) {
+    const auto lanes = static_cast<__mmask16>(n - at < 16 ? (1 << (n - at)) - 1 : 0xffff);
+    __m512i r[16];
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i) r[i] = _mm512_maskz_loadu_epi32(lanes, rows[i] + at);
+    transpose(r);
+    for (int i = 0; i < 16 && at + i < n; ++i)
+      _mm512_storeu_si512(packed + int64_t{at + i} * width, r[i]);
+  }
+}
+#endif
+
+// q, as [n][width] elements for each block of rows: scores take one of all its rows at a time. fp32
+// in blocks that score_keys_interleaved takes is [n / 2][width][2].
 template <typename T>
 void pack_queries(const T* q, int64_t q_token, int64_t q_head, const Work& w, bool pairs,
                   float* packed) {
-  alignas(64) float row[kMaxHeadDim];
+  alignas(64) float converted[16][kMaxHeadDim];
+  const float* rows[16];
   const int n = pairs ? w.d / 2 : w.d;
   for (int first = 0, width; first < w.rows; first += width, packed += int64_t{width} * w.d) {
     width = block_width(w.rows - first);
-    for (int r = 0; r < width; ++r) {
-      if (first + r < w.rows) {
-        const int64_t at = w.row0 + first + r;
+    for (int part = 0; part < width; part += 16) {
+      const int count = std::min(16, width - part);
+      for (int r = 0; r < count; ++r) {
+        const int64_t row = first + part + r, at = w.row0 + row;
         const T* stored = q + at / w.share * q_token + at % w.share * q_head;
-        if (pairs)
-          std::memcpy(row, stored, w.d * sizeof(T));
-        else
-          load_row(stored, row, w.d);
-      } else {
-        std::memset(row, 0, sizeof(row));
+        rows[r] = row < w.rows ? query_elements(stored, w.d, pairs, converted[r]) : zero_row();
       }
-      if (width == 8 && !pairs && kInterleaved<8, Singles>)
-        for (int c = 0; c < n; c += 2) std::memcpy(packed + c * 8 + 2 * r, row + c, 8);
-      else
-        for (int c = 0; c < n; ++c) std::memcpy(packed + c * width + r, row + c, sizeof(float));
+#if defined(__AVX512F__)
+      if (count == 16) {
+        pack_columns(rows, n, width, packed + part);
+        continue;
+      }
+#endif
+      for (int r = 0; r < count; ++r) {
+        if (width == 8 && !pairs && kInterleaved<8, Singles>)
+          for (int c = 0; c < n; c += 2) std::memcpy(packed + c * 8 + 2 * r, rows[r] + c, 8);
+        else
+          for (int c = 0; c < n; ++c)
+            std::memcpy(packed + int64_t{c} * width + part + r, rows[r] + c, sizeof(float));
+      }
     }
   }
 }
@@ -242,12 +278,6 @@ void visible_tiles(const Work& w, int keys, Visit visit) {
   if (recent <= w.sinks) return range(0, end);
   range(0, std::min(w.sinks, end));
   range(recent, end);
-}
-
-// The zeros that pad a tile.
-inline const float* zero_row() {
-  alignas(64) static const float zeros[kMaxHeadDim] = {};
-  return zeros;
 }
 
 // Where the keys of a tile are stored (of the first KV head of a task), and in which table entry.
