@@ -67,6 +67,10 @@ def bench(
     """
     for name, special in _OF_A_MODEL.items():
         if names and name in names:
+            idle = {"--list": list_, "--backend": backend, "--baseline": baseline, "--csv": csv}
+            idle |= {"--cache": cache != "both", "--events": events, "--smoke": smoke}
+            if given := [option for option, value in idle.items() if value]:
+                raise _fail(f"{name} takes no {', '.join(given)}: it times a model, not cases")
             with runner.threads(threads):
                 return special(_Asked(name, names, model, device, dtype, seed, quick, json, plot))
     try:

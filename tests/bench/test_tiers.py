@@ -74,3 +74,5 @@ def test_the_command(tmp_path, monkeypatch):
     assert "ms a chunk" in got.output and "time to first token" in got.output
     got = CliRunner().invoke(app, ["tiers", "--plot", "a.png"])
     assert got.exit_code == 2 and "no picture" in got.output
+    got = CliRunner().invoke(app, ["tiers", "--csv", "a.csv", "--smoke", "--cache", "cold"])
+    assert got.exit_code == 2 and "takes no --csv, --cache, --smoke" in got.output
