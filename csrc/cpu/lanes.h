@@ -6,7 +6,7 @@
 #include "cpu/rows.h"
 #include "cpu/simd.h"
 
-#if defined(__AVX512F__)
+#if defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
@@ -16,9 +16,19 @@ namespace VICO_ISA {
 VICO_INLINE Lanes<kLanes>::F load_lanes(const float* at) { return load<Lanes<kLanes>::F>(at); }
 
 VICO_INLINE Lanes<kLanes>::F load_lanes(const BFloat16* at) {
-  typedef uint16_t Shorts __attribute__((vector_size(kLanes * 2)));
   using Unsigned = Lanes<kLanes>::U;
-  return (Lanes<kLanes>::F)(__builtin_convertvector(load<Shorts>(at), Unsigned) << 16);
+#if defined(__AVX512F__)
+  // GCC widens halves and puts them together. The mask of all lanes: as for Half below.
+  const __m256i packed = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at));
+  const Unsigned wide = (Unsigned)_mm512_maskz_cvtepu16_epi32(static_cast<__mmask16>(~0), packed);
+#elif defined(__AVX2__)
+  const __m128i packed = _mm_loadu_si128(reinterpret_cast<const __m128i*>(at));
+  const Unsigned wide = (Unsigned)_mm256_cvtepu16_epi32(packed);
+#else
+  typedef uint16_t Shorts __attribute__((vector_size(kLanes * 2)));
+  const Unsigned wide = __builtin_convertvector(load<Shorts>(at), Unsigned);
+#endif
+  return (Lanes<kLanes>::F)(wide << 16);
 }
 
 VICO_INLINE Lanes<kLanes>::F load_lanes(const Half* at) {

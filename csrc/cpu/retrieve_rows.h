@@ -69,20 +69,6 @@ VICO_INLINE void sums_of(const F (&v)[4], float* out) {
 }
 #endif
 
-// Whether any lane of a comparison holds.
-VICO_INLINE bool any_of(Lanes<kLanes>::I found) {
-#if defined(__AVX512F__)
-  return _mm512_test_epi32_mask((__m512i)found, (__m512i)found) != 0;
-#elif defined(__AVX2__)
-  return _mm256_testz_si256((__m256i)found, (__m256i)found) == 0;
-#else
-  uint64_t words[kLanes / 2], any = 0;
-  std::memcpy(words, &found, sizeof(words));
-  for (const uint64_t word : words) any |= word;
-  return any != 0;
-#endif
-}
-
 inline float sum_of(F v) {
   float out[4];
   sums_of({v, v, v, v}, out);
@@ -111,10 +97,6 @@ struct RowShape {
   int64_t segments, d;
   int64_t query_row() const { return segments * padded(d); }
 };
-
-// Memory is asked for this many floats ahead, a page of it: a summary's rows lie one after the
-// other.
-constexpr int64_t kAhead = 1024;
 
 // Brings bytes nearer that are read a few thousand cycles later; the address may be any.
 template <size_t kBytes>
@@ -198,41 +180,79 @@ void dots_of_four(const T* row, int64_t stride, int64_t step, const RowShape& sh
   store_sums(even, out);
 }
 
-// The largest dot product of a key between low and high with each query row. Rows that are merged
-// from several heads come as sums of their negative and of their positive parts, and give no number
-// where a zero meets an infinite bound. Returns whether any channel has its minimum above its
-// maximum: a part without tokens.
-template <int N, bool kMerged>
-bool bounds(RowView low, RowView high, const RowShape& shape, const float* query,
-            const float* positive, float* out) {
+// Whether any channel was seen with its minimum above its maximum.
+class Crossed {
+ public:
+#if defined(__AVX512F__)
+  VICO_INLINE void look(F low, F high) {
+    seen_ |= _mm512_cmp_ps_mask((__m512)low, (__m512)high, _CMP_GT_OQ);
+  }
+  VICO_INLINE bool any() const { return seen_ != 0; }
+
+ private:
+  __mmask16 seen_ = 0;
+#else
+  VICO_INLINE void look(F low, F high) { seen_ |= low > high; }
+  VICO_INLINE bool any() const { return lanes_of(seen_) != 0; }
+
+ private:
+  Lanes<kLanes>::I seen_{};
+#endif
+};
+
+// The same row of blocks `step` apart.
+template <typename T>
+struct BlockRows {
+  const T* at;
+  int64_t stride, step;  // between segments and blocks
+};
+
+// out[b][i]: the largest dot product of a key between the low and the high row of block b with
+// query row i, for two blocks. Query rows come as their negative and their positive parts: two
+// products a channel take less than a comparison, a choice and a product. No number where the zero
+// of one part meets an infinite bound. `crossed`: whether a channel has its minimum above its
+// maximum. What lies `ahead` is asked for meanwhile.
+template <int N, typename T>
+void bounds_of_two(BlockRows<T> low, BlockRows<T> high, int64_t ahead, const RowShape& shape,
+                   const float* negative, const float* positive, bool (&crossed)[2],
+                   float (&out)[2][N]) {
   const int64_t d = shape.d, wide = shape.query_row();
-  F sum[N] = {};
-  Lanes<kLanes>::I crossed{};
-  for (int64_t s = 0; s < shape.segments; ++s, query += padded(d), positive += padded(d)) {
-    const float *k0 = low.at + s * low.stride, *k1 = high.at + s * high.stride;
+  F first[N] = {}, second[N] = {};
+  Crossed seen[2];
+  for (int64_t s = 0; s < shape.segments; ++s, negative += padded(d), positive += padded(d)) {
+    const T *k0 = low.at + s * low.stride, *k1 = high.at + s * high.stride;
     int64_t c = 0;
-    const auto add = [&](F bottom, F top) {
-      crossed |= bottom > top;
-      if constexpr (kMerged) {
-        add_products(sum, bottom, query + c, wide);
-        add_products(sum, top, positive + c, wide);
-      } else {
+    const auto add = [&](F low0, F high0, F low1, F high1) {
+      seen[0].look(low0, high0);
+      seen[1].look(low1, high1);
 #pragma GCC unroll 4
-        for (int i = 0; i < N; ++i) {
-          const F q = load<F>(query + c + i * wide);
-          sum[i] += q * (q >= 0.0f ? top : bottom);
-        }
+      for (int i = 0; i < N; ++i) {
+        const F q = load<F>(negative + c + i * wide);
+        first[i] += q * low0;
+        second[i] += q * low1;
+      }
+#pragma GCC unroll 4
+      for (int i = 0; i < N; ++i) {
+        const F q = load<F>(positive + c + i * wide);
+        first[i] += q * high0;
+        second[i] += q * high1;
       }
     };
     for (; c + kLanes <= d; c += kLanes) {
-      ask_for<kLanes * sizeof(float)>(k0 + c + kAhead);
-      ask_for<kLanes * sizeof(float)>(k1 + c + kAhead);
-      add(load<F>(k0 + c), load<F>(k1 + c));
+      const T *a = k0 + c, *b = k1 + c;
+      ask_for<kLanes * sizeof(T)>(a + ahead * low.step);
+      ask_for<kLanes * sizeof(T)>(a + (ahead + 1) * low.step);
+      ask_for<kLanes * sizeof(T)>(b + ahead * high.step);
+      ask_for<kLanes * sizeof(T)>(b + (ahead + 1) * high.step);
+      add(load_lanes(a), load_lanes(b), load_lanes(a + low.step), load_lanes(b + high.step));
     }
-    if (c < d) add(load_part(k0 + c, d - c), load_part(k1 + c, d - c));
+    if (c < d)
+      add(load_up_to(k0 + c, d - c), load_up_to(k1 + c, d - c),
+          load_up_to(k0 + low.step + c, d - c), load_up_to(k1 + high.step + c, d - c));
   }
-  store_sums(sum, out);
-  return any_of(crossed);
+  store_sums(first, out[0]);
+  store_sums(second, out[1]);
+  for (int b = 0; b < 2; ++b) crossed[b] = seen[b].any();
 }
 
 // Calls pass(first, count as a constant) for all of n query rows, up to four at a time.
