@@ -20,6 +20,7 @@ constexpr int64_t kLogitFloats = 1 << 23;  // of one pass, where softmax needs t
 constexpr int64_t kSmallWork = 1 << 15;    // multiplications that are not worth a second thread
 constexpr int64_t kTile = 16;              // blocks whose scores are written together
 constexpr int64_t kTilesAtOnce = 4;  // that a thread takes: what is asked for ahead is its own
+constexpr int64_t kBlocksAhead = 8;  // that memory is asked for: measured, cold
 constexpr float kInf = std::numeric_limits<float>::infinity();
 constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 
@@ -97,7 +98,8 @@ void bound_tile(const ScoreArgs& a, const Plan& plan, const Queries& q, int64_t 
           if (pair == 1) low.step = high.step = 0;  // the last one of an odd number goes twice
           bool crossed[2];
           float out[2][count];
-          bounds_of_two<count>(low, high, kTile, plan.shape, negative, positive, crossed, out);
+          bounds_of_two<count>(low, high, kBlocksAhead, plan.shape, negative, positive, crossed,
+                               out);
           for (int64_t j = 0; j < pair; ++j, low.at += low.step, high.at += high.step) {
             empty[b + j] |= crossed[j];
             for (int k = 0; k < count; ++k) {
