@@ -92,6 +92,7 @@ class Case:
         outputs: ``(inputs, result) -> outputs``: what a provider returned and what it wrote.
         baseline: the provider that ratios and the error yardstick refer to.
         smoke: small enough for tests and for compute-sanitizer.
+        reads: it writes next to nothing: its ceiling is the bandwidth of reading alone.
         heavy: a call takes seconds on a CPU: few rounds there, and no second cache state.
         devices: device types the case makes sense on.
     """
@@ -109,6 +110,7 @@ class Case:
     outputs: Callable[[Inputs, Any], Outputs]
     baseline: str = "torch"
     smoke: bool = False
+    reads: bool = False
     heavy: bool = False
     devices: tuple[str, ...] = ("cpu", "cuda")
     tolerance: Tolerance | None = field(default=None)

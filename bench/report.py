@@ -65,9 +65,12 @@ def headline(document: Document) -> str:
     facts, roof = document.environment, document.roofline
     commit = (facts.get("commit") or "no commit")[:12] + (" dirty" if facts.get("dirty") else "")
     rates = ", ".join(f"{k} {v:g}" for k, v in roof.get("matmul_tflop_s", {}).items())
+    reads = roof.get("read_gb_s") or {}
+    read = f"read {reads[max(reads, key=int)]} GB/s, " if reads else ""
     return (
         f"{facts.get('device_name')}, {facts.get('threads')} threads, torch {facts.get('torch')}, "
-        f"commit {commit}; measured here: copy {roof.get('copy_gb_s')} GB/s, matmul TFLOP/s {rates}"
+        f"commit {commit}; measured here: copy {roof.get('copy_gb_s')} GB/s, "
+        f"{read}matmul TFLOP/s {rates}"
     )
 
 

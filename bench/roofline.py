@@ -1,4 +1,4 @@
-"""What this device can do at best, measured: copy bandwidth and matrix-product rate.
+"""What this device can do at best, measured: copy and read bandwidth, and matrix-product rate.
 
 The floor of a case is ``max(bytes / bandwidth, flops / rate)``; no implementation runs much faster.
 """
@@ -22,14 +22,18 @@ class Roofline:
 
     Attributes:
         bandwidth: bytes/s (read + written) of a copy far larger than any cache.
-        rates: flop/s of a square matrix product, by dtype.
         quick: shorter measurements, for a smoke run.
+        memory: bytes that are far larger than any cache.
+        rates: flop/s of a square matrix product, by dtype.
+        reads: bytes/s of reading alone, by the size of what is read.
     """
 
     device: torch.device
     bandwidth: float
     quick: bool = False
+    memory: int = 1024 * _MIB
     rates: dict[torch.dtype, float] = field(default_factory=dict)
+    reads: dict[int, float] = field(default_factory=dict)
     _cached: dict[int, float] = field(default_factory=dict)
 
     @staticmethod
@@ -39,14 +43,26 @@ class Roofline:
             size = (256 if quick else 1024) * _MIB
         else:
             size = min(8 * last_level_cache_bytes(), (256 if quick else 1024) * _MIB)
-        return Roofline(device, copy_bandwidth(device, size, repeats=5 if quick else 11), quick)
+        copied = copy_bandwidth(device, size, repeats=5 if quick else 11)
+        return Roofline(device, copied, quick, size)
 
-    def bandwidth_at(self, moved_bytes: int, *, cold: bool) -> float:
+    def bandwidth_at(self, moved_bytes: int, *, cold: bool, reads: bool = False) -> float:
         """Bytes/s of a copy: from memory when cold, else of as many bytes as the case moves.
 
         A working set that stays in cache is not bound by memory, so its ceiling is a copy of its
-        own size, repeated.
+        own size, repeated. Work that ``reads`` and writes next to nothing may be faster than a
+        copy: the larger of a copy and of reading alone then.
         """
+        copied = self._copied(moved_bytes, cold)
+        return max(copied, self._read(moved_bytes, cold)) if reads else copied
+
+    def _read(self, moved_bytes: int, cold: bool) -> float:
+        size = self.memory if cold else max(4096, 1 << (moved_bytes - 1).bit_length())
+        if size not in self.reads:
+            self.reads[size] = read_bandwidth(self.device, size, repeats=5 if self.quick else 11)
+        return self.reads[size]
+
+    def _copied(self, moved_bytes: int, cold: bool) -> float:
         if cold:
             return self.bandwidth
         size = max(4096, 1 << (max(2, moved_bytes) // 2 - 1).bit_length())
@@ -60,9 +76,11 @@ class Roofline:
             self.rates[dtype] = matmul_rate(self.device, dtype, quick=self.quick)
         return self.rates[dtype]
 
-    def floor_us(self, moved_bytes: int, flops: int, dtype: torch.dtype, *, cold: bool) -> float:
+    def floor_us(
+        self, moved_bytes: int, flops: int, dtype: torch.dtype, *, cold: bool, reads: bool = False
+    ) -> float:
         """Microseconds below which no implementation of this work can be."""
-        moving = moved_bytes / self.bandwidth_at(moved_bytes, cold=cold)
+        moving = moved_bytes / self.bandwidth_at(moved_bytes, cold=cold, reads=reads)
         return 1e6 * max(moving, flops / self.rate(dtype))
 
     def facts(self) -> dict[str, object]:
@@ -72,6 +90,7 @@ class Roofline:
             "cached_copy_gb_s": {
                 str(k): round(v / 1e9, 2) for k, v in sorted(self._cached.items())
             },
+            "read_gb_s": {str(k): round(v / 1e9, 2) for k, v in sorted(self.reads.items())},
             "matmul_tflop_s": {
                 str(dtype).removeprefix("torch."): round(rate / 1e12, 4)
                 for dtype, rate in self.rates.items()
@@ -85,6 +104,15 @@ def copy_bandwidth(device: torch.device, size: int, *, repeats: int) -> float:
     target = torch.zeros_like(source)
     size = source.nbytes
     return 2 * size / _seconds(lambda: target.copy_(source), device, repeats)
+
+
+def read_bandwidth(device: torch.device, size: int, *, repeats: int) -> float:
+    """Bytes/s of reading a buffer of ``size`` bytes: torch's fastest pass that writes no more than
+    a number."""
+    buffer = torch.ones(size // 8 * 2, device=device)
+    one, other = buffer.view(2, -1)  # two streams at once may be faster than one
+    passes = (buffer.sum, buffer.amax, lambda: torch.dot(one, other))
+    return buffer.nbytes / min(_seconds(run, device, repeats) for run in passes)
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype, *, quick: bool = False) -> float:

@@ -184,7 +184,9 @@ def _row(
         return row
     taken = samples.nanoseconds[provider.name]
     times = timing(taken)
-    floor = roofline.floor_us(case.bytes, case.flops, case.dtype, cold=cache == "cold")
+    floor = roofline.floor_us(
+        case.bytes, case.flops, case.dtype, cold=cache == "cold", reads=case.reads
+    )
     ratio: Ratio = paired_ratio(samples.nanoseconds[baseline], taken)
     row.method, row.samples = samples.method, times.samples
     row.p20_us, row.p50_us, row.p80_us = times.p20, times.p50, times.p80

@@ -86,6 +86,7 @@ def _dot_case(
         reference=_truth,
         outputs=_chosen_scores,
         smoke=smoke,
+        reads=True,
     )
 
 
@@ -150,6 +151,7 @@ def _bound_case(
         reference=_truth,
         outputs=_chosen_scores,
         smoke=smoke,
+        reads=True,
     )
 
 

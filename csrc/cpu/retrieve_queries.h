@@ -60,7 +60,7 @@ struct Queries {
   int64_t tokens = 0;
   Floats heads;      // [tokens, H, d]
   Floats rows;       // [units, tokens, rows of a unit, segments, padded d]
-  Floats positives;  // the same for bounds of merged heads; `rows` has the negative parts then
+  Floats positives;  // the same for bounds; `rows` has the negative parts then
   Floats norms;      // [units, tokens, rows of a unit]
 
   int64_t per_unit(const Plan& plan) const { return tokens * plan.rows; }
@@ -68,7 +68,7 @@ struct Queries {
   void pack(const Plan& plan, Score score) {
     const int64_t wide = plan.shape.query_row(), all = plan.units * per_unit(plan);
     rows.assign(all * wide, 0.0f);
-    const bool split = score == Score::kBound && plan.merged > 1;
+    const bool split = score == Score::kBound;
     if (split) positives.assign(all * wide, 0.0f);
     norms.assign(all, 0.0f);
     for (int64_t u = 0, at = 0; u < plan.units; ++u)

@@ -10,8 +10,7 @@
 #include <cstring>
 #include <type_traits>
 
-#include "cpu/rows.h"
-#include "cpu/simd.h"
+#include "cpu/lanes.h"
 
 #if defined(__AVX2__)
 #include <immintrin.h>
@@ -38,6 +37,12 @@ inline F load_part(const float* from, int64_t n) {
 
 inline F load_some(const float* from, int64_t n) {
   return n >= kLanes ? load<F>(from) : load_part(from, n);
+}
+
+inline F load_up_to(const float* from, int64_t n) { return load_some(from, n); }
+template <typename T>
+F load_up_to(const T* from, int64_t n) {
+  return load_lanes(from, n);
 }
 
 // The sum of each vector, in one order: halves are added until eight lanes are left, then
@@ -93,8 +98,13 @@ struct RowShape {
   int64_t query_row() const { return segments * padded(d); }
 };
 
-// Memory is asked for this many floats ahead: a summary's rows lie one after the other.
-constexpr int64_t kAhead = 128;
+// Brings bytes nearer that are read a few thousand cycles later; the address may be any.
+template <size_t kBytes>
+VICO_INLINE void ask_for(const void* at) {
+#pragma GCC unroll 4
+  for (size_t i = 0; i < kBytes; i += 64)
+    __builtin_prefetch(reinterpret_cast<const char*>(reinterpret_cast<uintptr_t>(at) + i), 0, 2);
+}
 
 // sum[i] += k * the channels of query row i. Unrolled: an array is in registers only when every
 // index is a constant.
@@ -135,29 +145,34 @@ void dots(RowView row, const RowShape& shape, const float* query, float* out) {
   store_sums(even, out);
 }
 
-// out[r] = row r . query for four rows `step` floats apart, which memory delivers side by side;
-// each sum as in dots<1>.
-inline void dots_of_four(RowView row, int64_t step, const RowShape& shape, const float* query,
-                         float* out) {
+// out[r] = row r . query for four rows `step` elements apart, which memory delivers side by side;
+// each sum as in dots<1>. The four rows that follow are asked for meanwhile: where a row crosses
+// pages, the hardware alone asks too late.
+template <typename T>
+void dots_of_four(const T* row, int64_t stride, int64_t step, const RowShape& shape,
+                  const float* query, float* out) {
   const int64_t d = shape.d;
   F even[4] = {}, odd[4] = {};
   for (int64_t s = 0; s < shape.segments; ++s, query += padded(d)) {
-    const float* key = row.at + s * row.stride;
+    const T* key = row + s * stride;
     int64_t c = 0;
     for (; c + 2 * kLanes <= d; c += 2 * kLanes) {
       const F q0 = load<F>(query + c), q1 = load<F>(query + c + kLanes);
 #pragma GCC unroll 4
       for (int r = 0; r < 4; ++r) {
-        even[r] += load<F>(key + r * step + c) * q0;
-        odd[r] += load<F>(key + r * step + c + kLanes) * q1;
+        const T* at = key + r * step + c;
+        ask_for<2 * kLanes * sizeof(T)>(at + 4 * step);
+        even[r] += load_lanes(at) * q0;
+        odd[r] += load_lanes(at + kLanes) * q1;
       }
     }
+    if (c == d) continue;
 #pragma GCC unroll 4
     for (int r = 0; r < 4; ++r) {
-      const float* rest = key + r * step + c;
-      if (c < d) even[r] += load_some(rest, d - c) * load<F>(query + c);
+      const T* rest = key + r * step + c;
+      even[r] += load_up_to(rest, d - c) * load<F>(query + c);
       if (c + kLanes < d)
-        odd[r] += load_part(rest + kLanes, d - c - kLanes) * load<F>(query + c + kLanes);
+        odd[r] += load_up_to(rest + kLanes, d - c - kLanes) * load<F>(query + c + kLanes);
     }
   }
 #pragma GCC unroll 4
@@ -165,44 +180,79 @@ inline void dots_of_four(RowView row, int64_t step, const RowShape& shape, const
   store_sums(even, out);
 }
 
-// The largest dot product of a key between low and high with each query row. Rows that are merged
-// from several heads come as sums of their negative and of their positive parts, and give no number
-// where a zero meets an infinite bound. Returns whether any channel has its minimum above its
-// maximum: a part without tokens.
-template <int N, bool kMerged>
-bool bounds(RowView low, RowView high, const RowShape& shape, const float* query,
-            const float* positive, float* out) {
+// Whether any channel was seen with its minimum above its maximum.
+class Crossed {
+ public:
+#if defined(__AVX512F__)
+  VICO_INLINE void look(F low, F high) {
+    seen_ |= _mm512_cmp_ps_mask((__m512)low, (__m512)high, _CMP_GT_OQ);
+  }
+  VICO_INLINE bool any() const { return seen_ != 0; }
+
+ private:
+  __mmask16 seen_ = 0;
+#else
+  VICO_INLINE void look(F low, F high) { seen_ |= low > high; }
+  VICO_INLINE bool any() const { return lanes_of(seen_) != 0; }
+
+ private:
+  Lanes<kLanes>::I seen_{};
+#endif
+};
+
+// The same row of blocks `step` apart.
+template <typename T>
+struct BlockRows {
+  const T* at;
+  int64_t stride, step;  // between segments and blocks
+};
+
+// out[b][i]: the largest dot product of a key between the low and the high row of block b with
+// query row i, for two blocks. Query rows come as their negative and their positive parts: two
+// products a channel take less than a comparison, a choice and a product. No number where the zero
+// of one part meets an infinite bound. `crossed`: whether a channel has its minimum above its
+// maximum. What lies `ahead` is asked for meanwhile.
+template <int N, typename T>
+void bounds_of_two(BlockRows<T> low, BlockRows<T> high, int64_t ahead, const RowShape& shape,
+                   const float* negative, const float* positive, bool (&crossed)[2],
+                   float (&out)[2][N]) {
   const int64_t d = shape.d, wide = shape.query_row();
-  F sum[N] = {};
-  Lanes<kLanes>::I crossed{};
-  for (int64_t s = 0; s < shape.segments; ++s, query += padded(d), positive += padded(d)) {
-    const float *k0 = low.at + s * low.stride, *k1 = high.at + s * high.stride;
+  F first[N] = {}, second[N] = {};
+  Crossed seen[2];
+  for (int64_t s = 0; s < shape.segments; ++s, negative += padded(d), positive += padded(d)) {
+    const T *k0 = low.at + s * low.stride, *k1 = high.at + s * high.stride;
     int64_t c = 0;
-    const auto add = [&](F bottom, F top) {
-      crossed |= bottom > top;
-      if constexpr (kMerged) {
-        add_products(sum, bottom, query + c, wide);
-        add_products(sum, top, positive + c, wide);
-      } else {
+    const auto add = [&](F low0, F high0, F low1, F high1) {
+      seen[0].look(low0, high0);
+      seen[1].look(low1, high1);
 #pragma GCC unroll 4
-        for (int i = 0; i < N; ++i) {
-          const F q = load<F>(query + c + i * wide);
-          sum[i] += q * (q >= 0.0f ? top : bottom);
-        }
+      for (int i = 0; i < N; ++i) {
+        const F q = load<F>(negative + c + i * wide);
+        first[i] += q * low0;
+        second[i] += q * low1;
+      }
+#pragma GCC unroll 4
+      for (int i = 0; i < N; ++i) {
+        const F q = load<F>(positive + c + i * wide);
+        first[i] += q * high0;
+        second[i] += q * high1;
       }
     };
     for (; c + kLanes <= d; c += kLanes) {
-      __builtin_prefetch(k0 + c + kAhead);
-      __builtin_prefetch(k1 + c + kAhead);
-      add(load<F>(k0 + c), load<F>(k1 + c));
+      const T *a = k0 + c, *b = k1 + c;
+      ask_for<kLanes * sizeof(T)>(a + ahead * low.step);
+      ask_for<kLanes * sizeof(T)>(a + (ahead + 1) * low.step);
+      ask_for<kLanes * sizeof(T)>(b + ahead * high.step);
+      ask_for<kLanes * sizeof(T)>(b + (ahead + 1) * high.step);
+      add(load_lanes(a), load_lanes(b), load_lanes(a + low.step), load_lanes(b + high.step));
     }
-    if (c < d) add(load_part(k0 + c, d - c), load_part(k1 + c, d - c));
+    if (c < d)
+      add(load_up_to(k0 + c, d - c), load_up_to(k1 + c, d - c),
+          load_up_to(k0 + low.step + c, d - c), load_up_to(k1 + high.step + c, d - c));
   }
-  store_sums(sum, out);
-  int32_t lane[kLanes], any = 0;
-  store(lane, crossed);
-  for (const int32_t x : lane) any |= x;
-  return any != 0;
+  store_sums(first, out[0]);
+  store_sums(second, out[1]);
+  for (int b = 0; b < 2; ++b) crossed[b] = seen[b].any();
 }
 
 // Calls pass(first, count as a constant) for all of n query rows, up to four at a time.
@@ -214,13 +264,14 @@ void in_fours(int64_t n, Pass pass) {
   if (n & 1) pass(i + (n & 2), std::integral_constant<int, 1>{});
 }
 
-inline float sum_of_squares(RowView row, const RowShape& shape) {
+template <typename T>
+float sum_of_squares(const T* row, int64_t stride, const RowShape& shape) {
   F sum[2] = {};
   for (int64_t s = 0; s < shape.segments; ++s) {
-    const float* key = row.at + s * row.stride;
+    const T* key = row + s * stride;
     int odd = 0;
     for (int64_t c = 0; c < shape.d; c += kLanes, odd ^= 1) {
-      const F k = load_some(key + c, shape.d - c);
+      const F k = load_up_to(key + c, shape.d - c);
       sum[odd] += k * k;
     }
   }

@@ -19,16 +19,21 @@ constexpr int64_t kQueryFloats = 1 << 18;  // of one pass over the summaries: wh
 constexpr int64_t kLogitFloats = 1 << 23;  // of one pass, where softmax needs them all at once
 constexpr int64_t kSmallWork = 1 << 15;    // multiplications that are not worth a second thread
 constexpr int64_t kTile = 16;              // blocks whose scores are written together
+constexpr int64_t kTilesAtOnce = 4;  // that a thread takes: what is asked for ahead is its own
+constexpr int64_t kBlocksAhead = 8;  // that memory is asked for: measured, cold
 constexpr float kInf = std::numeric_limits<float>::infinity();
 constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 
 // What one thread needs beside the inputs.
 struct Buffers {
-  explicit Buffers(const Plan& plan, int64_t scores)
-      : low(plan.shape.segments * plan.d), high(low.size()), part(scores), tile(kTile * scores) {}
+  Buffers(const ScoreArgs& a, const Plan& plan, int64_t scores)
+      : low(plan.shape.segments * plan.d),
+        high(a.score == Score::kBound ? plan.d : 0),
+        tile(kTile * scores),
+        part(a.sub > 1 ? kTile * scores : 0) {}
   std::vector<float> low, high;  // rows that had to be converted
-  std::vector<float> part;       // scores of one part of a block
   std::vector<float> tile;       // [kTile, scores of a block]
+  std::vector<float> part;       // the same for one part of each block
 };
 
 // Row `unit` in fp32: in place, or converted and (a running sum) divided by its count.
@@ -49,60 +54,79 @@ RowView view(const Plan& plan, const void* base, int64_t at, int64_t stride, con
 }
 
 // The bound as defined, head by head, for rows where a zero met an infinite bound.
-float exact_bound(const Plan& plan, const Queries& q, RowView low, RowView high, int64_t u,
-                  int64_t row) {
+template <typename T>
+float exact_bound(const Plan& plan, const Queries& q, BlockRows<T> low, BlockRows<T> high,
+                  int64_t u, int64_t row, Buffers& buffers) {
   const int64_t t = row / plan.rows, r = row % plan.rows;
   float total = 0.0f;
-  for (int64_t s = 0; s < plan.shape.segments; ++s)
+  for (int64_t s = 0; s < plan.shape.segments; ++s) {
+    load_any(low.at + s * low.stride, buffers.low.data(), plan.d);
+    load_any(high.at + s * high.stride, buffers.high.data(), plan.d);
     for (int64_t i = 0; i < plan.merged; ++i) {
       const float* query = &q.heads[(t * plan.heads + plan.head(u, r, s, i)) * plan.d];
       for (int64_t c = 0; c < plan.d; ++c)
-        total += query[c] *
-                 (query[c] >= 0.0f ? high.at[s * high.stride + c] : low.at[s * low.stride + c]);
+        total += query[c] * (query[c] >= 0.0f ? buffers.high[c] : buffers.low[c]);
     }
+  }
   return total;
 }
 
-// best[unit, token, row] of one block: the bound, the largest over its parts.
+// best[block, unit, token, row] of a tile: the bound, the largest over the parts of a block. Unit
+// by unit, so that its query rows stay in the nearest cache.
 template <typename T>
-void bound_block(const ScoreArgs& a, const Plan& plan, const Queries& q, int64_t stream,
-                 int64_t block, Buffers& buffers, float* best) {
-  const int64_t n = q.per_unit(plan), wide = plan.shape.query_row();
-  bool any = false;
-  const size_t all = buffers.part.size();
-  std::fill(best, best + all, -kInf);
+void bound_tile(const ScoreArgs& a, const Plan& plan, const Queries& q, int64_t stream,
+                int64_t block, int64_t blocks, Buffers& buffers, float* best) {
+  const int64_t n = q.per_unit(plan), all = plan.units * n, wide = plan.shape.query_row();
+  const bool parts = a.sub > 1;
+  float* const found = parts ? buffers.part.data() : best;
+  if (parts) std::fill(best, best + blocks * all, -kInf);
+  bool any[kTile] = {};
   for (int64_t part = 0; part < a.sub; ++part) {
-    bool empty = false;
-    for (int64_t u = 0; u < plan.units && !empty; ++u) {
-      const int64_t at = stream * a.sum_stream + block * a.sum_block + part * a.sum_sub;
-      const int64_t top = stream * a.max_stream + block * a.max_block + part * a.max_sub;
-      const RowView low =
-          view<T>(plan, a.summary, at + u * a.sum_kv, a.sum_kv, nullptr, buffers.low);
-      const RowView high =
-          view<T>(plan, a.summary_max, top + u * a.max_kv, a.max_kv, nullptr, buffers.high);
+    bool empty[kTile] = {};
+    const T* low_at = static_cast<const T*>(a.summary) + stream * a.sum_stream +
+                      block * a.sum_block + part * a.sum_sub;
+    const T* high_at = static_cast<const T*>(a.summary_max) + stream * a.max_stream +
+                       block * a.max_block + part * a.max_sub;
+    for (int64_t u = 0; u < plan.units; ++u)
       in_fours(n, [&](int64_t i, auto count) {
-        float* out = &buffers.part[u * n + i];
-        const int64_t row = (u * n + i) * wide;
-        if (plan.merged == 1) {
-          empty |= bounds<count, false>(low, high, plan.shape, &q.rows[row], &q.rows[row], out);
-          return;
+        const float* negative = &q.rows[(u * n + i) * wide];
+        const float* positive = &q.positives[(u * n + i) * wide];
+        for (int64_t b = 0; b < blocks; b += 2) {
+          const int64_t pair = std::min<int64_t>(2, blocks - b);
+          BlockRows<T> low{low_at + u * a.sum_kv + b * a.sum_block, a.sum_kv, a.sum_block};
+          BlockRows<T> high{high_at + u * a.max_kv + b * a.max_block, a.max_kv, a.max_block};
+          if (pair == 1) low.step = high.step = 0;  // the last one of an odd number goes twice
+          bool crossed[2];
+          float out[2][count];
+          bounds_of_two<count>(low, high, kBlocksAhead, plan.shape, negative, positive, crossed,
+                               out);
+          for (int64_t j = 0; j < pair; ++j, low.at += low.step, high.at += high.step) {
+            empty[b + j] |= crossed[j];
+            for (int k = 0; k < count; ++k) {
+              if (!crossed[j] && !std::isfinite(out[j][k]))
+                out[j][k] = exact_bound(plan, q, low, high, u, i + k, buffers);
+              found[(b + j) * all + u * n + i + k] = out[j][k];
+            }
+          }
         }
-        empty |= bounds<count, true>(low, high, plan.shape, &q.rows[row], &q.positives[row], out);
-        for (int j = 0; j < count && !empty; ++j)
-          if (!std::isfinite(out[j])) out[j] = exact_bound(plan, q, low, high, u, i + j);
       });
+    for (int64_t b = 0; b < blocks; ++b) {
+      if (empty[b]) continue;
+      any[b] = true;
+      for (int64_t i = b * all; parts && i < (b + 1) * all; ++i)
+        best[i] = bound_max(best[i], found[i]);
     }
-    if (empty) continue;
-    any = true;
-    for (size_t i = 0; i < all; ++i) best[i] = bound_max(best[i], buffers.part[i]);
   }
-  if (!any) std::fill(best, best + all, kNaN);
+  for (int64_t b = 0; b < blocks; ++b)
+    if (!any[b]) std::fill(best + b * all, best + (b + 1) * all, kNaN);
 }
 
-void divide_by_norms(const Plan& plan, RowView row, const float* q_norms, int64_t n, float* out) {
+template <typename T>
+void divide_by_norms(const Plan& plan, const T* row, int64_t stride, const float* q_norms,
+                     int64_t n, float* out) {
   // The heads of a row that share a KV head repeat its key.
   const float repeats = static_cast<float>(plan.merged);
-  const float norm = std::sqrt(repeats * sum_of_squares(row, plan.shape));
+  const float norm = std::sqrt(repeats * sum_of_squares(row, stride, plan.shape));
   for (int64_t i = 0; i < n; ++i)
     out[i] /= (q_norms[i] < kCosineEps ? kCosineEps : q_norms[i]) *
               (norm < kCosineEps ? kCosineEps : norm);  // NaN stays
@@ -120,24 +144,25 @@ void dot_block(const ScoreArgs& a, const Plan& plan, const Queries& q, int64_t s
     in_fours(n, [&](int64_t i, auto some) {
       dots<some>(row, plan.shape, &q.rows[(u * n + i) * wide], out + i);
     });
-    if (a.score == Score::kCosine) divide_by_norms(plan, row, &q.norms[u * n], n, out);
+    if (a.score == Score::kCosine)
+      divide_by_norms(plan, row.at, row.stride, &q.norms[u * n], n, out);
   }
 }
 
-// Four blocks with one query row a unit, whose summary is read where it lies.
+// Four blocks with one query row a unit.
+template <typename T>
 void dot_four_blocks(const ScoreArgs& a, const Plan& plan, const Queries& q, int64_t stream,
                      int64_t block, float* best) {
   for (int64_t u = 0; u < plan.units; ++u) {
-    const float* at = static_cast<const float*>(a.summary) + stream * a.sum_stream +
-                      block * a.sum_block + u * a.sum_kv;
+    const T* at = static_cast<const T*>(a.summary) + stream * a.sum_stream + block * a.sum_block +
+                  u * a.sum_kv;
     float found[4];
-    dots_of_four({at, a.sum_kv}, a.sum_block, plan.shape, &q.rows[u * plan.shape.query_row()],
-                 found);
+    dots_of_four(at, a.sum_kv, a.sum_block, plan.shape, &q.rows[u * plan.shape.query_row()], found);
     for (int64_t i = 0; i < 4; ++i) {
       float* out = best + i * plan.units + u;
       *out = found[i];
       if (a.score == Score::kCosine)
-        divide_by_norms(plan, {at + i * a.sum_block, a.sum_kv}, &q.norms[u], 1, out);
+        divide_by_norms(plan, at + i * a.sum_block, a.sum_kv, &q.norms[u], 1, out);
     }
   }
 }
@@ -243,25 +268,24 @@ void score_stream(const ScoreArgs& a, const Plan& plan, int64_t stream, int n_th
     const int64_t rows = plan.units * q.per_unit(plan);
     if (softmax) logits.resize(rows * blocks);
     const bool first_pass = first == begin;
-    const bool four = std::is_same_v<T, float> && a.count == nullptr && a.score != Score::kBound &&
-                      q.per_unit(plan) == 1;
+    const bool four = a.count == nullptr && a.score != Score::kBound && q.per_unit(plan) == 1;
     const bool share_out = blocks * rows * plan.shape.query_row() > kSmallWork;
 #pragma omp parallel num_threads(n_threads) if (share_out)
     {
-      Buffers buffers(plan, rows);
-#pragma omp for schedule(static)
+      Buffers buffers(a, plan, rows);
+// Guided: a sleeping thread comes late, and the first one need not wait for half of the work then.
+#pragma omp for schedule(guided, kTilesAtOnce)
       for (int64_t from = 0; from < blocks; from += kTile) {
         const int64_t together = std::min(kTile, blocks - from);
         int64_t i = 0;
-        for (; four && i + 4 <= together; i += 4)
-          dot_four_blocks(a, plan, q, stream, from + i, &buffers.tile[i * rows]);
-        for (; i < together; ++i) {
-          float* best = &buffers.tile[i * rows];
-          if (a.score == Score::kBound)
-            bound_block<T>(a, plan, q, stream, from + i, buffers, best);
-          else
-            dot_block<T>(a, plan, q, stream, from + i, buffers, best);
+        if (a.score == Score::kBound) {
+          bound_tile<T>(a, plan, q, stream, from, together, buffers, buffers.tile.data());
+          i = together;
         }
+        for (; four && i + 4 <= together; i += 4)
+          dot_four_blocks<T>(a, plan, q, stream, from + i, &buffers.tile[i * rows]);
+        for (; i < together; ++i)
+          dot_block<T>(a, plan, q, stream, from + i, buffers, &buffers.tile[i * rows]);
         keep(a, plan, q, stream, from, together, first_pass, buffers.tile.data(), logits.data(),
              blocks);
       }

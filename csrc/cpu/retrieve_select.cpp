@@ -25,13 +25,11 @@ using U = Lanes<kLanes>::U;
 template <typename Visit>
 void for_each_above(const std::vector<uint32_t>& keys, const uint32_t& least, Visit visit) {
   for (size_t i = 0; i < keys.size(); i += kLanes) {
-    const auto above = load<U>(&keys[i]) > (U{} + least);
-    uint64_t words[kLanes / 2], any = 0;
-    std::memcpy(words, &above, sizeof(words));
-    for (const uint64_t word : words) any |= word;
-    if (any == 0) continue;
-    for (int lane = 0; lane < kLanes; ++lane)
-      if (keys[i + lane] > least) visit(static_cast<uint32_t>(i + lane));
+    uint32_t above = lanes_of(load<U>(&keys[i]) > (U{} + least));
+    for (; above != 0; above &= above - 1) {
+      const uint32_t at = static_cast<uint32_t>(i) + __builtin_ctz(above);
+      if (keys[at] > least) visit(at);
+    }
   }
 }
 
@@ -203,7 +201,7 @@ void select_blocks(const SelectArgs& a, int n_threads) {
   {
     std::vector<uint32_t> keys;
     std::vector<uint64_t> best;
-#pragma omp for schedule(static)
+#pragma omp for schedule(dynamic)  // a sleeping thread comes late
     for (int64_t row = 0; row < rows; ++row) Row(a, row).choose(keys, best);
   }
 }

@@ -6,6 +6,10 @@
 
 #include "vico/macros.h"
 
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
 namespace vico {
 namespace VICO_ISA {
 
@@ -53,6 +57,23 @@ VICO_INLINE V load(const void* from) {
 template <typename V>
 VICO_INLINE void store(void* to, V v) {
   std::memcpy(to, &v, sizeof(v));
+}
+
+// Bit i: lane i of a comparison holds.
+VICO_INLINE uint32_t lanes_of(Lanes<kLanes>::I found) {
+#if defined(__AVX512F__)
+  return _mm512_test_epi32_mask((__m512i)found, (__m512i)found);
+#elif defined(__AVX2__)
+  return static_cast<uint32_t>(_mm256_movemask_ps((__m256)found));
+#else
+  uint64_t words[kLanes / 2], any = 0;
+  std::memcpy(words, &found, sizeof(words));
+  for (const uint64_t word : words) any |= word;
+  if (any == 0) return 0;
+  uint32_t bits = 0;
+  for (int i = 0; i < kLanes; ++i) bits |= static_cast<uint32_t>(found[i] & 1) << i;
+  return bits;
+#endif
 }
 
 }  // namespace VICO_ISA

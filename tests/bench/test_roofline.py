@@ -5,7 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vicostream_kernels.bench.roofline import Roofline, copy_bandwidth, matmul_rate
+from vicostream_kernels.bench.roofline import (
+    Roofline,
+    copy_bandwidth,
+    matmul_rate,
+    read_bandwidth,
+)
 
 CPU = torch.device("cpu")
 
@@ -29,8 +34,29 @@ def test_a_cached_working_set_has_the_ceiling_of_a_cached_copy(known):
     assert known.floor_us(moved, 0, torch.float32, cold=False) == pytest.approx(cold / 4)
 
 
+@pytest.mark.parametrize("read,ceiling", [(20e9, 20e9), (8e9, 10e9)])
+def test_what_only_reads_has_the_faster_of_reading_and_copying(known, read, ceiling):
+    known.reads[known.memory] = read
+    reading = known.floor_us(10_000, 0, torch.float32, cold=True, reads=True)
+    assert reading == pytest.approx(1e6 * 10_000 / ceiling)
+    assert known.floor_us(10_000, 0, torch.float32, cold=True) == pytest.approx(1.0)
+
+
+def test_reading_is_measured_once_for_each_size(known, monkeypatch):
+    sizes = []
+    monkeypatch.setattr(
+        "vicostream_kernels.bench.roofline.read_bandwidth",
+        lambda device, size, **_: sizes.append(size) or 50e9,
+    )
+    for cold in (True, False, True, False):
+        assert known.bandwidth_at(128 << 10, cold=cold, reads=True) == 50e9
+    assert sizes == [known.memory, 128 << 10]
+    assert known.facts()["read_gb_s"] == {"131072": 50.0, str(known.memory): 50.0}
+
+
 def test_measured_ceilings_are_physical():
     assert 1e6 < copy_bandwidth(CPU, 1 << 20, repeats=3) < 1e13
+    assert 1e6 < read_bandwidth(CPU, 1 << 20, repeats=3) < 1e13
     assert 1e6 < matmul_rate(CPU, torch.float32, quick=True) < 1e15
 
 
@@ -38,6 +64,7 @@ def test_facts_name_what_was_measured(known):
     assert known.facts() == {
         "copy_gb_s": 10.0,
         "cached_copy_gb_s": {"65536": 40.0},
+        "read_gb_s": {},
         "matmul_tflop_s": {"float32": 1.0},
     }
 
