@@ -123,6 +123,33 @@ def sink_window_attention_cpu(
     native()[0].sink_window_attention_cpu(layout, addresses, torch.get_num_threads())
 
 
+def _prepare_sink_window(
+    q, k_pages, v_pages, page_table, cu_seqlens_q, out, lse, kv_len, page_fill, sink_tokens, window,
+    window_start, sm_scale, sink_logits, page_shift, inv_freq, mrope_section, max_seqlen_q,
+) -> Any:  # fmt: skip
+    """The same for all calls with tensors laid out like these, which takes the tensors in the order
+    of ``_prepare``'s addresses. None: where one must be copied."""
+    rows = (q, k_pages, v_pages, *(() if page_shift is None else (inv_freq,)))
+    if any(_dense(x) is not x for x in rows):
+        return None
+    if sink_logits is not None and sink_logits.float().contiguous() is not sink_logits:
+        return None
+    layout, _addresses, _kept = _prepare(
+        q, k_pages, v_pages, page_table, cu_seqlens_q, out, lse, kv_len, page_fill, sink_tokens,
+        window, window_start, sm_scale, sink_logits, page_shift, inv_freq, mrope_section,
+    )  # fmt: skip
+    attend = native()[0].sink_window_attention_cpu
+
+    def run(*tensors: torch.Tensor | None) -> None:
+        addresses = [0 if x is None else x.data_ptr() for x in tensors]
+        attend(layout, addresses, torch.get_num_threads())
+
+    return run
+
+
+sink_window_attention_cpu.prepare = _prepare_sink_window
+
+
 #: Query rows of a stream that the CUDA kernels are made for; with more they would read the keys
 #: once for every 16 rows of a KV head.
 DECODE_ROWS = 16
@@ -208,6 +235,34 @@ def varlen_attention_cpu(
     )  # fmt: skip
     native()[0].varlen_attention_cpu(layout, addresses, torch.get_num_threads())
     return out
+
+
+def _prepare_varlen(
+    q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, sm_scale
+) -> Any:  # fmt: skip
+    """The same for all calls with tensors laid out like these; None: where one must be copied."""
+    if any(_dense(x) is not x for x in (q, k, v)):
+        return None
+    like = torch.empty(q.shape, dtype=q.dtype)
+    layout = _varlen_layout(
+        q.dtype, q.shape, k.shape[0], cu_seqlens_q.shape[0] - 1, sm_scale, q.stride(), k.stride(),
+        v.stride(), like.stride(), (cu_seqlens_q.stride(0), cu_seqlens_k.stride(0)),
+    )  # fmt: skip
+    attend = native()[0].varlen_attention_cpu
+
+    def run(q, k, v, cu_seqlens_q, cu_seqlens_k):
+        out = torch.empty(q.shape, dtype=q.dtype)
+        addresses = (
+            q.data_ptr(), k.data_ptr(), v.data_ptr(), cu_seqlens_q.data_ptr(),
+            cu_seqlens_k.data_ptr(), out.data_ptr(),
+        )  # fmt: skip
+        attend(layout, addresses, torch.get_num_threads())
+        return out
+
+    return run
+
+
+varlen_attention_cpu.prepare = _prepare_varlen
 
 
 def merge_states_cpu(out_a, lse_a, out_b, lse_b) -> tuple[torch.Tensor, torch.Tensor]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -134,6 +136,18 @@ def _check_sink_window_values(q, k_pages, page_table, cu_seqlens_q, kv_len, page
                 )
 
 
+@checks.remember
+def _serve_sink_window(*args: Any) -> tuple[Callable[..., None], Callable[..., None] | None]:
+    """What serves calls like this one: with all arguments, and what is prepared for them."""
+    *given, backend = args
+    _check_sink_window(*given)
+    q, max_seqlen_q = given[0], given[-1]
+    refused = not_decode(q.shape[0], max_seqlen_q)
+    run = backends.resolve(_SINK_WINDOW, backend, q, refused)
+    prepare = getattr(run, "prepare", None)
+    return run, prepare and prepare(*given)
+
+
 def _run_sink_window(
     q, k_pages, v_pages, page_table, cu_seqlens_q, out, lse=None, kv_len=None, page_fill=None,
     sink_tokens=0, window=None, window_start=None, sm_scale=None, sink_logits=None,
@@ -144,11 +158,15 @@ def _run_sink_window(
         window, window_start, sm_scale, sink_logits, page_shift, inv_freq, mrope_section,
         max_seqlen_q,
     )  # fmt: skip
-    _check_sink_window(*args)
+    run, prepared = _serve_sink_window(*args, backend)
     if checks.CHECK_VALUES:
         _check_sink_window_values(q, k_pages, page_table, cu_seqlens_q, kv_len, page_fill)
-    refused = not_decode(q.shape[0], max_seqlen_q)
-    backends.resolve(_SINK_WINDOW, backend, q, refused)(*args)
+    if prepared is None:
+        return run(*args)
+    prepared(
+        q, k_pages, v_pages, page_table, cu_seqlens_q, kv_len, page_fill, window_start, sink_logits,
+        page_shift, inv_freq, out, lse,
+    )  # fmt: skip
 
 
 def _fake_sink_window(
@@ -196,11 +214,19 @@ def _check_varlen(
     _check_scale(op, sm_scale)
 
 
+@checks.remember
+def _serve_varlen(*args: Any) -> Callable[..., torch.Tensor]:
+    """What serves calls like this one; takes the tensors only."""
+    *given, backend = args
+    _check_varlen(*given)
+    return backends.prepared("varlen_attention", backend, given[0], given[:5], *given[5:])
+
+
 def _run_varlen(
     q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, sm_scale=None, backend="auto"
 ):  # fmt: skip
-    args = (q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, sm_scale)
-    _check_varlen(*args)
+    tensors = (q, k, v, cu_seqlens_q, cu_seqlens_k)
+    run = _serve_varlen(*tensors, max_seqlen_q, max_seqlen_k, sm_scale, backend)
     if checks.CHECK_VALUES:
         for name, cu, rows, most in (
             ("q", cu_seqlens_q, q.shape[0], max_seqlen_q),
@@ -213,7 +239,7 @@ def _run_varlen(
                     f"varlen_attention: max_seqlen_{name}={most} is below the longest window, "
                     f"{longest}"
                 )
-    return backends.resolve("varlen_attention", backend, q)(*args)
+    return run(*tensors)
 
 
 def _fake_varlen(

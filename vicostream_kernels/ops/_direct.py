@@ -15,8 +15,12 @@ import torch
 from torch.autograd import forward_ad
 
 _C = torch._C
-_thread_keys, _tensor_keys = _C._dispatch_tls_local_include_set, _C._dispatch_keys
-_function_modes, _profiler = _C._len_torch_function_stack, _C._autograd._profiler_enabled
+_PRIVATE = ("_dispatch_tls_local_include_set", "_dispatch_keys", "_len_torch_function_stack")
+#: A torch without one of these names: every call goes through the dispatcher.
+_KNOWN = all(hasattr(_C, name) for name in _PRIVATE) and hasattr(_C._autograd, "_profiler_enabled")
+if _KNOWN:
+    _thread_keys, _tensor_keys, _function_modes = (getattr(_C, name) for name in _PRIVATE)
+    _profiler = _C._autograd._profiler_enabled
 _TENSORS = (torch.Tensor, torch.nn.Parameter)
 _PLAIN = {
     "int": (int,),
@@ -53,6 +57,8 @@ def direct(
     ``written``: the places of the arguments that ``run`` writes. Autograd refuses to use what it
     saved of a tensor that was written since, and the kernels write behind its back.
     """
+    if not _KNOWN:
+        return overload
     takes = [_types(argument) for argument in overload._schema.arguments]
     places_of: dict[tuple[type, ...], tuple[int, ...]] = {}
 
