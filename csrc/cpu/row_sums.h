@@ -5,8 +5,7 @@
 #include <cstring>
 #include <type_traits>
 
-#include "cpu/rows.h"
-#include "cpu/simd.h"
+#include "cpu/lanes.h"
 
 namespace vico {
 namespace VICO_ISA {
@@ -20,37 +19,6 @@ constexpr int64_t kElementsPerThread = 1 << 15;
 inline int worthwhile_threads(int64_t elements, int n_threads) {
   const int64_t most = elements / kElementsPerThread + 1;
   return most < n_threads ? static_cast<int>(most) : n_threads;
-}
-
-VICO_INLINE Floats load_lanes(const float* at) { return load<Floats>(at); }
-
-VICO_INLINE Floats load_lanes(const BFloat16* at) {
-  typedef uint16_t Shorts __attribute__((vector_size(kLanes * 2)));
-  using Unsigned = Lanes<kLanes>::U;
-  return (Floats)(__builtin_convertvector(load<Shorts>(at), Unsigned) << 16);
-}
-
-VICO_INLINE Floats load_lanes(const Half* at) {
-#if defined(__AVX512F__)
-  // The mask of all lanes: the plain intrinsic warns of its own undefined operand in GCC 12.
-  const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at));
-  return (Floats)_mm512_maskz_cvtph_ps(static_cast<__mmask16>(0xffff), halves);
-#else
-  alignas(64) float wide[8];
-  static_assert(kLanes <= 8, "");
-  load_row(at, wide, kLanes);
-  return load<Floats>(wide);
-#endif
-}
-
-// The next kLanes elements of a row, or the last `left` of them with zeros behind.
-template <typename T>
-VICO_INLINE Floats load_lanes(const T* at, int64_t left) {
-  if (left >= kLanes) return load_lanes(at);
-  T padded[kLanes];
-  std::memset(padded, 0, sizeof(padded));
-  std::memcpy(padded, at, left * sizeof(T));
-  return load_lanes(padded);
 }
 
 // The upper half is added to the lower one until one lane is left.
