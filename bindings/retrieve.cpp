@@ -87,6 +87,27 @@ SelectArgs select_args(int rule, double amount, const std::array<Address, 5>& at
   return a;
 }
 
+// Scoring and choice in one call; addresses are filled in per call, so that one layout serves many.
+struct TopkLayout {
+  ScoreArgs score;
+  SelectArgs select;
+};
+
+// query, summary, summary_max, count, cu_seqlens, num_blocks, block_tokens, scores, index, chosen.
+TopkLayout with_addresses(TopkLayout a, const std::array<Address, 10>& at) {
+  a.score.query = pointer<void>(at[0]);
+  a.score.summary = pointer<void>(at[1]);
+  a.score.summary_max = pointer<void>(at[2]);
+  a.score.count = pointer<int32_t>(at[3]);
+  a.score.cu_seqlens = pointer<int32_t>(at[4]);
+  a.score.num_blocks = a.select.num_blocks = pointer<int32_t>(at[5]);
+  a.select.block_tokens = pointer<int32_t>(at[6]);
+  a.score.scores = a.select.scores = pointer<float>(at[7]);
+  a.select.index = pointer<int32_t>(at[8]);
+  a.select.chosen = pointer<int32_t>(at[9]);
+  return a;
+}
+
 // block_index, block_pages, sink_pages, recent_pages, page_table; streams, rows, chosen, blocks,
 // width, sinks, recent.
 PagesArgs pages_args(const std::array<Address, 5>& at, const Sizes<7>& sizes) {
@@ -210,6 +231,27 @@ void bind_retrieve(py::module_& m) {
       },
       py::arg("rule"), py::arg("amount"), py::arg("addresses"), py::arg("sizes"),
       py::arg("n_threads"));
+  py::class_<TopkLayout>(m, "TopkLayout")
+      .def(py::init([](const std::array<int, 5>& kinds, float sm_scale,
+                       const std::array<Address, 7>& addresses, const Sizes<7>& sizes,
+                       const Sizes<2>& query, const Sizes<4>& summary, const Sizes<4>& summary_max,
+                       int64_t count_stream, int rule, double amount, const Sizes<9>& choice) {
+             return TopkLayout{score_args(kinds, sm_scale, addresses, sizes, query, summary,
+                                          summary_max, count_stream),
+                               select_args(rule, amount, {}, choice)};
+           }),
+           py::arg("kinds"), py::arg("sm_scale"), py::arg("addresses"), py::arg("sizes"),
+           py::arg("query"), py::arg("summary"), py::arg("summary_max"), py::arg("count_stream"),
+           py::arg("rule"), py::arg("amount"), py::arg("choice"));
+  m.def(
+      "topk_blocks_cpu",
+      [](const TopkLayout& layout, const std::array<Address, 10>& addresses, int n_threads) {
+        const TopkLayout args = with_addresses(layout, addresses);
+        py::gil_scoped_release release;
+        cpu::score_blocks(args.score, n_threads);
+        cpu::select_blocks(args.select, n_threads);
+      },
+      py::arg("layout"), py::arg("addresses"), py::arg("n_threads"));
   m.def(
       "select_pages_cpu",
       [](const std::array<Address, 5>& addresses, const Sizes<7>& sizes, int n_threads) {

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache, lru_cache
 from importlib.util import find_spec
@@ -185,8 +185,24 @@ def resolve(
     op_name: str, backend: str, tensor: torch.Tensor, cuda_refuses: str | None = None
 ) -> Callable[..., Any]:
     """The function that serves ``op_name`` for tensors like ``tensor``."""
-    device_type, dtype = tensor.device.type, tensor.dtype
+    device_type = "cpu" if tensor.is_cpu else tensor.device.type  # the name takes half a us
+    dtype = tensor.dtype
     return _load(op_name, choose(op_name, backend, device_type, dtype, cuda_refuses))
+
+
+def prepared(
+    op_name: str, backend: str, tensor: torch.Tensor, tensors: Sequence[Any], *options: Any,
+    cuda_refuses: str | None = None, **more: Any,
+) -> Callable[..., Any]:  # fmt: skip
+    """Like ``resolve``, with everything but the tensors settled: the result takes these only.
+
+    An implementation with a ``prepare`` is asked, once for all calls with such tensors, for a
+    function that has sizes, strides and options worked out; None from it: nothing is gained.
+    """
+    run = resolve(op_name, backend, tensor, cuda_refuses)
+    prepare = getattr(run, "prepare", None)
+    made = None if prepare is None else prepare(*tensors, *options, **more)
+    return made or (lambda *given: run(*given, *options, **more))
 
 
 def table(device_type: str) -> list[dict[str, Any]]:

@@ -6,6 +6,7 @@ import operator
 import os
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from functools import cache, wraps
+from typing import Any
 
 import torch
 
@@ -23,56 +24,69 @@ def short(dtype: torch.dtype) -> str:
 
 #: A model calls an op with a handful of shapes, again and again; past this the memory starts anew.
 _MOST_REMEMBERED = 4096
+#: What is its own key; asked for by type, since ``isinstance`` takes longer to say no.
+_VALUES = frozenset({int, float, bool, str})
 
 
-def remember(check: Callable[..., None]) -> Callable[..., None]:
+def remember(check: Callable[..., Any]) -> Callable[..., Any]:
     """Skips ``check(*args)`` for layouts that passed before: a key costs less than the checks.
 
     The key holds what a check may look at: shape, strides, dtype and device of each tensor, and
-    every other argument's value. Symbolic sizes (torch.compile) are always checked.
+    every other argument's value. What the check returned is returned again. Symbolic sizes
+    (torch.compile) are always checked.
     """
-
-    def key(args: tuple[object, ...]) -> Hashable:
-        return tuple(  # of a list: a generator takes half as long again
-            [
-                (a.shape, a.stride(), a.dtype, a.device)
-                if isinstance(a, torch.Tensor)
-                else (tuple(a) if isinstance(a, list) else a)
-                for a in args
-            ]
-        )
-
-    return _remembering(check, key)
-
-
-def remember_shapes(check: Callable[..., None]) -> Callable[..., None]:
-    """`remember` for checks of tensors and None that look at no strides: half the key."""
-
-    def key(args: tuple[object, ...]) -> Hashable:
-        return tuple([None if a is None else (a.shape, a.dtype, a.device) for a in args])
-
-    return _remembering(check, key)
-
-
-def _remembering(
-    check: Callable[..., None], key: Callable[[tuple[object, ...]], Hashable]
-) -> Callable[..., None]:
-    passed: set[Hashable] = set()
+    passed: dict[Hashable, Any] = {}
 
     @wraps(check)
-    def remembering(*args: object) -> None:
+    def remembering(*args: object) -> Any:
         try:
-            known = key(args)
-            if known in passed:
-                return
+            key = tuple(  # of a list: a generator takes half as long again
+                [
+                    a
+                    if a is None or type(a) in _VALUES
+                    else (a.shape, a.stride(), a.dtype, a.is_cpu or a.device)
+                    if isinstance(a, torch.Tensor)
+                    else (tuple(a) if isinstance(a, list) else a)
+                    for a in args
+                ]
+            )
+            return passed[key]
+        except KeyError:
+            return _passing(check, args, passed, key)
         except (TypeError, RuntimeError, AttributeError):  # symbolic sizes have no hash
             return check(*args)
-        check(*args)
-        if len(passed) >= _MOST_REMEMBERED:
-            passed.clear()
-        passed.add(known)
 
     return remembering
+
+
+def remember_shapes(check: Callable[..., Any]) -> Callable[..., Any]:
+    """`remember` for checks that look at no strides, of tensors, None and strings: half the key."""
+    passed: dict[Hashable, Any] = {}
+
+    @wraps(check)
+    def remembering(*args: object) -> Any:
+        try:
+            key = tuple(
+                [
+                    a if a is None or type(a) is str else (a.shape, a.dtype, a.is_cpu or a.device)
+                    for a in args
+                ]
+            )
+            return passed[key]
+        except KeyError:
+            return _passing(check, args, passed, key)
+        except (TypeError, RuntimeError, AttributeError):
+            return check(*args)
+
+    return remembering
+
+
+def _passing(check, args: tuple[object, ...], passed: dict[Hashable, Any], key: Hashable) -> Any:
+    result = check(*args)
+    if len(passed) >= _MOST_REMEMBERED:
+        passed.clear()
+    passed[key] = result
+    return result
 
 
 @cache

@@ -10,8 +10,7 @@
 #include <cstring>
 #include <type_traits>
 
-#include "cpu/rows.h"
-#include "cpu/simd.h"
+#include "cpu/lanes.h"
 
 #if defined(__AVX2__)
 #include <immintrin.h>
@@ -40,6 +39,12 @@ inline F load_some(const float* from, int64_t n) {
   return n >= kLanes ? load<F>(from) : load_part(from, n);
 }
 
+inline F load_up_to(const float* from, int64_t n) { return load_some(from, n); }
+template <typename T>
+F load_up_to(const T* from, int64_t n) {
+  return load_lanes(from, n);
+}
+
 // The sum of each vector, in one order: halves are added until eight lanes are left, then
 // neighbours, then pairs, then quads.
 #if defined(__AVX2__)
@@ -63,6 +68,20 @@ VICO_INLINE void sums_of(const F (&v)[4], float* out) {
   for (int i = 0; i < 4; ++i) out[i] = (v[i][0] + v[i][1]) + (v[i][2] + v[i][3]);
 }
 #endif
+
+// Whether any lane of a comparison holds.
+VICO_INLINE bool any_of(Lanes<kLanes>::I found) {
+#if defined(__AVX512F__)
+  return _mm512_test_epi32_mask((__m512i)found, (__m512i)found) != 0;
+#elif defined(__AVX2__)
+  return _mm256_testz_si256((__m256i)found, (__m256i)found) == 0;
+#else
+  uint64_t words[kLanes / 2], any = 0;
+  std::memcpy(words, &found, sizeof(words));
+  for (const uint64_t word : words) any |= word;
+  return any != 0;
+#endif
+}
 
 inline float sum_of(F v) {
   float out[4];
@@ -93,8 +112,17 @@ struct RowShape {
   int64_t query_row() const { return segments * padded(d); }
 };
 
-// Memory is asked for this many floats ahead: a summary's rows lie one after the other.
-constexpr int64_t kAhead = 128;
+// Memory is asked for this many floats ahead, a page of it: a summary's rows lie one after the
+// other.
+constexpr int64_t kAhead = 1024;
+
+// Brings bytes nearer that are read a few thousand cycles later; the address may be any.
+template <size_t kBytes>
+VICO_INLINE void ask_for(const void* at) {
+#pragma GCC unroll 4
+  for (size_t i = 0; i < kBytes; i += 64)
+    __builtin_prefetch(reinterpret_cast<const char*>(reinterpret_cast<uintptr_t>(at) + i), 0, 2);
+}
 
 // sum[i] += k * the channels of query row i. Unrolled: an array is in registers only when every
 // index is a constant.
@@ -135,29 +163,34 @@ void dots(RowView row, const RowShape& shape, const float* query, float* out) {
   store_sums(even, out);
 }
 
-// out[r] = row r . query for four rows `step` floats apart, which memory delivers side by side;
-// each sum as in dots<1>.
-inline void dots_of_four(RowView row, int64_t step, const RowShape& shape, const float* query,
-                         float* out) {
+// out[r] = row r . query for four rows `step` elements apart, which memory delivers side by side;
+// each sum as in dots<1>. The four rows that follow are asked for meanwhile: where a row crosses
+// pages, the hardware alone asks too late.
+template <typename T>
+void dots_of_four(const T* row, int64_t stride, int64_t step, const RowShape& shape,
+                  const float* query, float* out) {
   const int64_t d = shape.d;
   F even[4] = {}, odd[4] = {};
   for (int64_t s = 0; s < shape.segments; ++s, query += padded(d)) {
-    const float* key = row.at + s * row.stride;
+    const T* key = row + s * stride;
     int64_t c = 0;
     for (; c + 2 * kLanes <= d; c += 2 * kLanes) {
       const F q0 = load<F>(query + c), q1 = load<F>(query + c + kLanes);
 #pragma GCC unroll 4
       for (int r = 0; r < 4; ++r) {
-        even[r] += load<F>(key + r * step + c) * q0;
-        odd[r] += load<F>(key + r * step + c + kLanes) * q1;
+        const T* at = key + r * step + c;
+        ask_for<2 * kLanes * sizeof(T)>(at + 4 * step);
+        even[r] += load_lanes(at) * q0;
+        odd[r] += load_lanes(at + kLanes) * q1;
       }
     }
+    if (c == d) continue;
 #pragma GCC unroll 4
     for (int r = 0; r < 4; ++r) {
-      const float* rest = key + r * step + c;
-      if (c < d) even[r] += load_some(rest, d - c) * load<F>(query + c);
+      const T* rest = key + r * step + c;
+      even[r] += load_up_to(rest, d - c) * load<F>(query + c);
       if (c + kLanes < d)
-        odd[r] += load_part(rest + kLanes, d - c - kLanes) * load<F>(query + c + kLanes);
+        odd[r] += load_up_to(rest + kLanes, d - c - kLanes) * load<F>(query + c + kLanes);
     }
   }
 #pragma GCC unroll 4
@@ -192,17 +225,14 @@ bool bounds(RowView low, RowView high, const RowShape& shape, const float* query
       }
     };
     for (; c + kLanes <= d; c += kLanes) {
-      __builtin_prefetch(k0 + c + kAhead);
-      __builtin_prefetch(k1 + c + kAhead);
+      ask_for<kLanes * sizeof(float)>(k0 + c + kAhead);
+      ask_for<kLanes * sizeof(float)>(k1 + c + kAhead);
       add(load<F>(k0 + c), load<F>(k1 + c));
     }
     if (c < d) add(load_part(k0 + c, d - c), load_part(k1 + c, d - c));
   }
   store_sums(sum, out);
-  int32_t lane[kLanes], any = 0;
-  store(lane, crossed);
-  for (const int32_t x : lane) any |= x;
-  return any != 0;
+  return any_of(crossed);
 }
 
 // Calls pass(first, count as a constant) for all of n query rows, up to four at a time.
@@ -214,13 +244,14 @@ void in_fours(int64_t n, Pass pass) {
   if (n & 1) pass(i + (n & 2), std::integral_constant<int, 1>{});
 }
 
-inline float sum_of_squares(RowView row, const RowShape& shape) {
+template <typename T>
+float sum_of_squares(const T* row, int64_t stride, const RowShape& shape) {
   F sum[2] = {};
   for (int64_t s = 0; s < shape.segments; ++s) {
-    const float* key = row.at + s * row.stride;
+    const T* key = row + s * stride;
     int odd = 0;
     for (int64_t c = 0; c < shape.d; c += kLanes, odd ^= 1) {
-      const F k = load_some(key + c, shape.d - c);
+      const F k = load_up_to(key + c, shape.d - c);
       sum[odd] += k * k;
     }
   }

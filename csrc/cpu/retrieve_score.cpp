@@ -99,10 +99,12 @@ void bound_block(const ScoreArgs& a, const Plan& plan, const Queries& q, int64_t
   if (!any) std::fill(best, best + all, kNaN);
 }
 
-void divide_by_norms(const Plan& plan, RowView row, const float* q_norms, int64_t n, float* out) {
+template <typename T>
+void divide_by_norms(const Plan& plan, const T* row, int64_t stride, const float* q_norms,
+                     int64_t n, float* out) {
   // The heads of a row that share a KV head repeat its key.
   const float repeats = static_cast<float>(plan.merged);
-  const float norm = std::sqrt(repeats * sum_of_squares(row, plan.shape));
+  const float norm = std::sqrt(repeats * sum_of_squares(row, stride, plan.shape));
   for (int64_t i = 0; i < n; ++i)
     out[i] /= (q_norms[i] < kCosineEps ? kCosineEps : q_norms[i]) *
               (norm < kCosineEps ? kCosineEps : norm);  // NaN stays
@@ -120,24 +122,25 @@ void dot_block(const ScoreArgs& a, const Plan& plan, const Queries& q, int64_t s
     in_fours(n, [&](int64_t i, auto some) {
       dots<some>(row, plan.shape, &q.rows[(u * n + i) * wide], out + i);
     });
-    if (a.score == Score::kCosine) divide_by_norms(plan, row, &q.norms[u * n], n, out);
+    if (a.score == Score::kCosine)
+      divide_by_norms(plan, row.at, row.stride, &q.norms[u * n], n, out);
   }
 }
 
-// Four blocks with one query row a unit, whose summary is read where it lies.
+// Four blocks with one query row a unit.
+template <typename T>
 void dot_four_blocks(const ScoreArgs& a, const Plan& plan, const Queries& q, int64_t stream,
                      int64_t block, float* best) {
   for (int64_t u = 0; u < plan.units; ++u) {
-    const float* at = static_cast<const float*>(a.summary) + stream * a.sum_stream +
-                      block * a.sum_block + u * a.sum_kv;
+    const T* at = static_cast<const T*>(a.summary) + stream * a.sum_stream + block * a.sum_block +
+                  u * a.sum_kv;
     float found[4];
-    dots_of_four({at, a.sum_kv}, a.sum_block, plan.shape, &q.rows[u * plan.shape.query_row()],
-                 found);
+    dots_of_four(at, a.sum_kv, a.sum_block, plan.shape, &q.rows[u * plan.shape.query_row()], found);
     for (int64_t i = 0; i < 4; ++i) {
       float* out = best + i * plan.units + u;
       *out = found[i];
       if (a.score == Score::kCosine)
-        divide_by_norms(plan, {at + i * a.sum_block, a.sum_kv}, &q.norms[u], 1, out);
+        divide_by_norms(plan, at + i * a.sum_block, a.sum_kv, &q.norms[u], 1, out);
     }
   }
 }
@@ -243,8 +246,7 @@ void score_stream(const ScoreArgs& a, const Plan& plan, int64_t stream, int n_th
     const int64_t rows = plan.units * q.per_unit(plan);
     if (softmax) logits.resize(rows * blocks);
     const bool first_pass = first == begin;
-    const bool four = std::is_same_v<T, float> && a.count == nullptr && a.score != Score::kBound &&
-                      q.per_unit(plan) == 1;
+    const bool four = a.count == nullptr && a.score != Score::kBound && q.per_unit(plan) == 1;
     const bool share_out = blocks * rows * plan.shape.query_row() > kSmallWork;
 #pragma omp parallel num_threads(n_threads) if (share_out)
     {
@@ -254,7 +256,7 @@ void score_stream(const ScoreArgs& a, const Plan& plan, int64_t stream, int n_th
         const int64_t together = std::min(kTile, blocks - from);
         int64_t i = 0;
         for (; four && i + 4 <= together; i += 4)
-          dot_four_blocks(a, plan, q, stream, from + i, &buffers.tile[i * rows]);
+          dot_four_blocks<T>(a, plan, q, stream, from + i, &buffers.tile[i * rows]);
         for (; i < together; ++i) {
           float* best = &buffers.tile[i * rows];
           if (a.score == Score::kBound)

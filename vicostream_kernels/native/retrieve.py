@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -110,6 +111,19 @@ def _score(
     return call, scores, (query, summary, summary_max, summary_count, cu_seqlens)
 
 
+def _rule(
+    block_tokens, k, ratio, mass, token_budget, tokens_per_block
+) -> tuple[int, float, int]:  # fmt: skip
+    """Rule, amount and target as C++ has them."""
+    if ratio is not None:
+        return 1, ratio, 0
+    if mass is not None:
+        return 2, mass, 0
+    if block_tokens is not None:
+        return 3, 0.0, token_budget
+    return 0, 0.0, k if k is not None else token_budget // tokens_per_block
+
+
 def _topk(
     cuda, query, summary, summary_max, summary_count, cu_seqlens, num_blocks, external_score,
     block_tokens, score, pool, scope, sm_scale, *, k, ratio, mass, token_budget, tokens_per_block,
@@ -135,14 +149,7 @@ def _topk(
         scores = torch.empty(external_score.shape, **like).copy_(external_score)
         scores = scores[:, None] if scope == "stream" else scores
     streams, rows, blocks = scores.shape
-    if ratio is not None:
-        rule, amount, target = 1, ratio, 0
-    elif mass is not None:
-        rule, amount, target = 2, mass, 0
-    elif block_tokens is not None:
-        rule, amount, target = 3, 0.0, token_budget
-    else:
-        rule, amount, target = 0, 0.0, k if k is not None else token_budget // tokens_per_block
+    rule, amount, target = _rule(block_tokens, k, ratio, mass, token_budget, tokens_per_block)
     index = torch.empty((streams, rows, capacity), dtype=torch.int32, device=scores.device)
     count = torch.empty((streams, rows), dtype=torch.int32, device=scores.device)
     call = (
@@ -171,6 +178,52 @@ def _topk(
 def topk_blocks_cpu(*args: Any, **options: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """See ``vicostream_kernels.topk_blocks``; ``torch.get_num_threads()`` threads."""
     return _topk(None, *args, **options)
+
+
+def _prepare_topk(
+    query, summary, summary_max, summary_count, cu_seqlens, num_blocks, external_score,
+    block_tokens, score, pool, scope, sm_scale, *, k, ratio, mass, token_budget, tokens_per_block,
+    min_k, group, force_first, force_last, capacity,
+) -> Any:  # fmt: skip
+    """The same for all calls with tensors laid out like these, in one native call; None: where a
+    tensor must be copied or scores are given."""
+    vectors = (cu_seqlens, num_blocks, block_tokens)
+    rows = (query, summary, summary_max, summary_count)
+    if external_score is not None or any(x is not None and _dense(x) is not x for x in rows):
+        return None
+    if any(x is not None and not x.is_contiguous() for x in vectors):
+        return None
+    call, like, _kept = _score(
+        query, summary, summary_max, summary_count, cu_seqlens, num_blocks, score, pool, scope,
+        sm_scale,
+    )  # fmt: skip
+    streams, rows, blocks = like.shape
+    rule = _rule(block_tokens, k, ratio, mass, token_budget, tokens_per_block)
+    sizes = (
+        streams, rows, blocks, capacity, rule[2], min_k, group,
+        min(force_first, blocks), min(force_last, blocks),
+    )  # fmt: skip
+    module = native()[0]
+    layout, choose = module.TopkLayout(*call, *rule[:2], sizes), module.topk_blocks_cpu
+    outer = (streams,) if scope == "stream" else (streams, rows)
+    on = {"device": torch.device("cpu")}
+
+    def run(query, summary, summary_max, summary_count, cu_seqlens, num_blocks, _, block_tokens):
+        index = torch.empty(*outer, capacity, dtype=torch.int32, **on)
+        count = torch.empty(*outer, dtype=torch.int32, **on)
+        scores = torch.empty(*outer, blocks, dtype=torch.float32, **on)
+        addresses = (
+            query.data_ptr(), summary.data_ptr(), _address(summary_max), _address(summary_count),
+            _address(cu_seqlens), _address(num_blocks), _address(block_tokens), scores.data_ptr(),
+            index.data_ptr(), count.data_ptr(),
+        )  # fmt: skip
+        choose(layout, addresses, torch.get_num_threads())
+        return index, count, scores
+
+    return run
+
+
+topk_blocks_cpu.prepare = _prepare_topk
 
 
 def topk_blocks_cuda(*args: Any, **options: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -219,9 +272,40 @@ def select_pages_cpu(
     recent_pages: torch.Tensor | None,
 ) -> torch.Tensor:
     """See ``vicostream_kernels.select_pages``; ``torch.get_num_threads()`` threads."""
-    addresses, sizes, table, _kept = _pages(block_index, block_pages, sink_pages, recent_pages)
-    native()[0].select_pages_cpu(addresses, sizes, torch.get_num_threads())
-    return table
+    run = _prepare_select_pages(block_index, block_pages, sink_pages, recent_pages)
+    return run(block_index, block_pages, sink_pages, recent_pages)
+
+
+def _prepare_select_pages(
+    block_index: torch.Tensor,
+    block_pages: torch.Tensor,
+    sink_pages: torch.Tensor | None,
+    recent_pages: torch.Tensor | None,
+) -> Callable[..., torch.Tensor]:
+    """The same for all calls with tensors of these shapes."""
+    _, sizes, table, _kept = _pages(block_index, block_pages, sink_pages, recent_pages)
+    shape, select = tuple(table.shape), native()[0].select_pages_cpu
+
+    def run(block_index, block_pages, sink_pages, recent_pages):
+        block_index, block_pages = block_index.contiguous(), block_pages.contiguous()
+        sinks = recent = 0
+        if sink_pages is not None:
+            sink_pages = sink_pages.contiguous()
+            sinks = sink_pages.data_ptr()
+        if recent_pages is not None:
+            recent_pages = recent_pages.contiguous()
+            recent = recent_pages.data_ptr()
+        table = block_index.new_empty(*shape)  # half the time of torch.empty
+        addresses = (
+            block_index.data_ptr(), block_pages.data_ptr(), sinks, recent, table.data_ptr(),
+        )  # fmt: skip
+        select(addresses, sizes, torch.get_num_threads())
+        return table
+
+    return run
+
+
+select_pages_cpu.prepare = _prepare_select_pages
 
 
 def select_pages_cuda(

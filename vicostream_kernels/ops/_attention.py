@@ -163,7 +163,7 @@ def _fake_sink_window(
     )  # fmt: skip
 
 
-register(
+sink_window_attention = register(
     "sink_window_attention(Tensor q, Tensor k_pages, Tensor v_pages, Tensor page_table, "
     "Tensor cu_seqlens_q, Tensor(a!) out, Tensor(b!)? lse=None, Tensor? kv_len=None, "
     "Tensor? page_fill=None, SymInt sink_tokens=0, SymInt? window=None, "
@@ -223,7 +223,7 @@ def _fake_varlen(
     return torch.empty(q.shape, dtype=q.dtype, device=q.device)
 
 
-register(
+varlen_attention = register(
     "varlen_attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, "
     "SymInt max_seqlen_q, SymInt max_seqlen_k, float? sm_scale=None, "
     'str backend="auto") -> Tensor',
@@ -256,7 +256,7 @@ def _fake_merge(out_a, lse_a, out_b, lse_b, backend="auto"):
     )
 
 
-register(
+merge_states = register(
     "merge_states(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b, "
     'str backend="auto") -> (Tensor, Tensor)',
     _run_merge,

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 
+from vicostream_kernels.ops._direct import direct
+
 NAMESPACE = "vicostream"
 _LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 
@@ -18,7 +20,7 @@ _LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 def register(
     schema: str, run: Callable[..., Any], fake: Callable[..., Any], *, integral: bool = False
 ) -> Any:
-    """Defines ``vicostream::<schema>`` and returns its overload.
+    """Defines ``vicostream::<schema>``; returns what the public function calls, by position.
 
     ``run`` checks its arguments, picks a backend and computes; ``fake`` gives shapes and dtypes
     only (and runs the same checks). An op either returns fresh tensors or writes into arguments
@@ -31,15 +33,16 @@ def register(
     for key in ("CPU", "CUDA"):
         _LIBRARY.impl(name, run, key)
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_LIBRARY)
-    above = torch.library.fallthrough_kernel if integral else _refuse_autograd(name, overload)
-    _LIBRARY.impl(name, above, "Autograd")
-    return overload
-
-
-def _refuse_autograd(name: str, overload: Any) -> Callable[..., Any]:
     arguments = overload._schema.arguments
     written = [i for i, a in enumerate(arguments) if a.alias_info and a.alias_info.is_write]
+    above = (
+        torch.library.fallthrough_kernel if integral else _refuse_autograd(name, overload, written)
+    )
+    _LIBRARY.impl(name, above, "Autograd")
+    return direct(overload, run, written, integral)
 
+
+def _refuse_autograd(name: str, overload: Any, written: list[int]) -> Callable[..., Any]:
     def refuse() -> None:
         raise RuntimeError(
             f"{name} has no backward: an input requires grad. Call it under "

@@ -242,7 +242,6 @@ def _warn_of_nan(scores: torch.Tensor, summary_count: torch.Tensor | None) -> No
         )
 
 
-@checks.remember_shapes
 def _check_select_pages(block_index, block_pages, sink_pages, recent_pages) -> None:
     op = "select_pages"
     dims = checks.Dims(op)
@@ -256,6 +255,13 @@ def _check_select_pages(block_index, block_pages, sink_pages, recent_pages) -> N
         dims.bind("sink_pages", sink_pages, "S Ms", torch.int32, device)
     if recent_pages is not None:
         dims.bind("recent_pages", recent_pages, "S Mr", torch.int32, device)
+
+
+@checks.remember_shapes
+def _serve_select_pages(block_index, block_pages, sink_pages, recent_pages, backend):
+    tensors = (block_index, block_pages, sink_pages, recent_pages)
+    _check_select_pages(*tensors)
+    return backends.prepared("select_pages", backend, block_index, tensors)
 
 
 def _check_index_values(op: str, name: str, index: torch.Tensor, size: int) -> None:
@@ -287,34 +293,54 @@ def _fake_summarize(k_pages, block_pages, page_fill, kind="mean", sub=1, backend
     return tuple(k_pages.new_empty(shape, dtype=torch.float32) for _ in range(2))
 
 
+@checks.remember
+def _serve_topk(
+    query, summary, summary_max, summary_count, cu_seqlens, num_blocks, external_score,
+    block_tokens, score, pool, scope, sm_scale, k, ratio, mass, token_budget, tokens_per_block,
+    max_blocks, min_k, group, force_first, force_last, backend,
+):  # fmt: skip
+    """Checks; returns what takes the tensors."""
+    tensors = (
+        query, summary, summary_max, summary_count, cu_seqlens, num_blocks, external_score,
+        block_tokens,
+    )  # fmt: skip
+    dims = _check_topk(
+        *tensors, score, pool, scope, sm_scale, k, ratio, mass, token_budget, tokens_per_block,
+        max_blocks, min_k, group, force_first, force_last,
+    )  # fmt: skip
+    return backends.prepared(
+        "topk_blocks",
+        backend,
+        query if external_score is None else external_score,
+        tensors,
+        score, pool, scope, sm_scale,
+        cuda_refuses=no_cuda_choice(pool if external_score is None else "mean", mass),
+        k=k, ratio=ratio, mass=mass, token_budget=token_budget, tokens_per_block=tokens_per_block,
+        min_k=min_k, group=group, force_first=force_first, force_last=force_last,
+        capacity=_capacity(
+            dims["NB"], k, ratio, mass, token_budget, tokens_per_block, max_blocks, min_k, group,
+            force_first, force_last,
+        ),
+    )  # fmt: skip
+
+
 def _run_topk(
     query, summary, summary_max=None, summary_count=None, cu_seqlens=None, num_blocks=None,
     external_score=None, block_tokens=None, score="dot", pool="mean", scope="stream",
     sm_scale=None, k=None, ratio=None, mass=None, token_budget=None, tokens_per_block=None,
     max_blocks=None, min_k=1, group=1, force_first=0, force_last=0, backend="auto",
 ):  # fmt: skip
-    dims = _check_topk(
+    run = _serve_topk(
         query, summary, summary_max, summary_count, cu_seqlens, num_blocks, external_score,
         block_tokens, score, pool, scope, sm_scale, k, ratio, mass, token_budget,
-        tokens_per_block, max_blocks, min_k, group, force_first, force_last,
+        tokens_per_block, max_blocks, min_k, group, force_first, force_last, backend,
     )  # fmt: skip
     if checks.CHECK_VALUES:
-        _check_topk_values(query, cu_seqlens, num_blocks, block_tokens, dims["NB"])
-    run = backends.resolve(
-        "topk_blocks",
-        backend,
-        query if external_score is None else external_score,
-        no_cuda_choice(pool if external_score is None else "mean", mass),
-    )
+        blocks = summary.shape[1] if external_score is None else external_score.shape[-1]
+        _check_topk_values(query, cu_seqlens, num_blocks, block_tokens, blocks)
     index, count, scores = run(
         query, summary, summary_max, summary_count, cu_seqlens, num_blocks, external_score,
-        block_tokens, score, pool, scope, sm_scale, k=k, ratio=ratio, mass=mass,
-        token_budget=token_budget, tokens_per_block=tokens_per_block, min_k=min_k, group=group,
-        force_first=force_first, force_last=force_last,
-        capacity=_capacity(
-            dims["NB"], k, ratio, mass, token_budget, tokens_per_block, max_blocks, min_k, group,
-            force_first, force_last,
-        ),
+        block_tokens,
     )  # fmt: skip
     if checks.CHECK_VALUES:
         _warn_of_nan(scores, summary_count)
@@ -348,11 +374,10 @@ def _fake_topk(
 def _run_select_pages(
     block_index, block_pages, sink_pages=None, recent_pages=None, backend="auto"
 ):  # fmt: skip
-    _check_select_pages(block_index, block_pages, sink_pages, recent_pages)
+    run = _serve_select_pages(block_index, block_pages, sink_pages, recent_pages, backend)
     if checks.CHECK_VALUES:
         blocks = block_pages.shape[1]
         _check_index_values("select_pages", "block_index", block_index, blocks)
-    run = backends.resolve("select_pages", backend, block_index)
     return run(block_index, block_pages, sink_pages, recent_pages)
 
 
@@ -366,13 +391,13 @@ def _fake_select_pages(
     return block_index.new_empty((*block_index.shape[:-1], length), dtype=torch.int32)
 
 
-register(
+summarize_blocks = register(
     "summarize_blocks(Tensor k_pages, Tensor block_pages, Tensor page_fill, "
     'str kind="mean", int sub=1, str backend="auto") -> (Tensor, Tensor)',
     _run_summarize,
     _fake_summarize,
 )
-register(
+topk_blocks = register(
     "topk_blocks(Tensor? query, Tensor? summary, Tensor? summary_max=None, "
     "Tensor? summary_count=None, Tensor? cu_seqlens=None, Tensor? num_blocks=None, "
     'Tensor? external_score=None, Tensor? block_tokens=None, str score="dot", '
@@ -383,7 +408,7 @@ register(
     _run_topk,
     _fake_topk,
 )
-register(
+select_pages = register(
     "select_pages(Tensor block_index, Tensor block_pages, Tensor? sink_pages=None, "
     'Tensor? recent_pages=None, str backend="auto") -> Tensor',
     _run_select_pages,

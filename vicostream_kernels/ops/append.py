@@ -141,7 +141,7 @@ def rope_append(
     )  # fmt: skip
     checks.check_choice("rope_append", "summary.source", parts.source, ("rotated", "raw"))
     q_out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    torch.ops.vicostream.rope_append(
+    _rope_append(
         q,
         k,
         v,
@@ -258,4 +258,4 @@ def _fake(
     )  # fmt: skip
 
 
-register(_SCHEMA, _run, _fake)
+_rope_append = register(_SCHEMA, _run, _fake)

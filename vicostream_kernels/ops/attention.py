@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from vicostream_kernels import checks
-from vicostream_kernels.ops import _attention  # noqa: F401  (registers the raw ops)
+from vicostream_kernels.ops import _attention
 
 
 def sink_window_attention(
@@ -106,7 +106,7 @@ def sink_window_attention(
     )  # fmt: skip
     result = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
     lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device) if return_lse else None
-    torch.ops.vicostream.sink_window_attention(
+    _attention.sink_window_attention(
         q,
         k_pages,
         v_pages,
@@ -172,7 +172,7 @@ def varlen_attention(
     checks.check_tensors(
         "varlen_attention", q=q, k=k, v=v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k
     )
-    return torch.ops.vicostream.varlen_attention(
+    return _attention.varlen_attention(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, sm_scale, backend
     )
 
@@ -210,4 +210,4 @@ def merge_states(
     merge (arXiv 2501.01005, section 2.2).
     """
     checks.check_tensors("merge_states", out_a=out_a, lse_a=lse_a, out_b=out_b, lse_b=lse_b)
-    return torch.ops.vicostream.merge_states(out_a, lse_a, out_b, lse_b, backend)
+    return _attention.merge_states(out_a, lse_a, out_b, lse_b, backend)

@@ -134,7 +134,7 @@ def prune_tokens(
     index = torch.empty((capacity,), dtype=torch.int32, device=x.device)
     cu_count = torch.empty((segments + 1,), dtype=torch.int32, device=x.device)
     mask = torch.empty(x.shape[:-1], dtype=torch.bool, device=x.device)
-    torch.ops.vicostream.prune_tokens(
+    _prune_tokens(
         x,
         positions,
         rule.text(),
@@ -292,4 +292,4 @@ def _fake(
     )  # fmt: skip
 
 
-register(_SCHEMA, _run, _fake)
+_prune_tokens = register(_SCHEMA, _run, _fake)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from vicostream_kernels.ops import _retrieve  # noqa: F401  (registers the raw ops)
+from vicostream_kernels.ops import _retrieve
 from vicostream_kernels.ops.append import KeySummary
 
 Summary = torch.Tensor | tuple[torch.Tensor, torch.Tensor] | KeySummary
@@ -69,9 +69,7 @@ def summarize_blocks(
     2406.10774), parts of a page as in LServe (arXiv 2502.14866).
     """
     _check_types("summarize_blocks", k_pages=k_pages, block_pages=block_pages, page_fill=page_fill)
-    first, second = torch.ops.vicostream.summarize_blocks(
-        k_pages, block_pages, page_fill, kind, sub, backend
-    )
+    first, second = _retrieve.summarize_blocks(k_pages, block_pages, page_fill, kind, sub, backend)
     return first if kind == "mean" else (first, second)
 
 
@@ -203,36 +201,19 @@ def topk_blocks(
     first, second, count = _summary_tensors(summary, score)
     whole = block_tokens if isinstance(block_tokens, int) else None
     sizes = None if whole is not None else block_tokens
-    _check_types(
-        "topk_blocks", query=query, summary=first, kmax=second, num_blocks=num_blocks,
-        cu_seqlens=cu_seqlens, external_score=external_score, block_tokens=sizes,
-    )  # fmt: skip
-    index, chosen, scores = torch.ops.vicostream.topk_blocks(
-        query,
-        first,
-        second,
-        count,
-        cu_seqlens,
-        num_blocks,
-        external_score,
-        sizes,
-        score,
-        pool,
-        scope,
-        sm_scale,
-        k,
-        ratio,
-        mass,
-        token_budget,
-        whole,
-        max_blocks,
-        min_k,
-        group,
-        force_first,
-        force_last,
-        backend,
-    )
-    return TopBlocks(index, chosen, scores)
+    try:
+        found = _retrieve.topk_blocks(
+            query, first, second, count, cu_seqlens, num_blocks, external_score, sizes, score, pool,
+            scope, sm_scale, k, ratio, mass, token_budget, whole, max_blocks, min_k, group,
+            force_first, force_last, backend,
+        )  # fmt: skip
+    except (TypeError, RuntimeError):  # looked at when something is wrong only: it takes its time
+        _check_types(
+            "topk_blocks", query=query, summary=first, kmax=second, num_blocks=num_blocks,
+            cu_seqlens=cu_seqlens, external_score=external_score, block_tokens=sizes,
+        )  # fmt: skip
+        raise
+    return TopBlocks(*found)
 
 
 def select_pages(
@@ -266,13 +247,10 @@ def select_pages(
         BackendUnavailable: the backend asked for can't serve this; the message says what can.
     """
     try:
-        return _SELECT_PAGES(block_index, block_pages, sink_pages, recent_pages, backend)
+        return _retrieve.select_pages(block_index, block_pages, sink_pages, recent_pages, backend)
     except (TypeError, RuntimeError):  # looked at when something is wrong only: it takes its time
         _check_types(
             "select_pages", block_index=block_index, block_pages=block_pages,
             sink_pages=sink_pages, recent_pages=recent_pages,
         )  # fmt: skip
         raise
-
-
-_SELECT_PAGES = torch.ops.vicostream.select_pages.default

@@ -103,9 +103,7 @@ def select_changed(
     if capacity is None:
         capacity = k if threshold is None else places
     return Changed(
-        *torch.ops.vicostream.select_changed(
-            feature, reference, k, threshold, capacity, metric, force, backend
-        )
+        *_select_changed(feature, reference, k, threshold, capacity, metric, force, backend)
     )
 
 
@@ -126,7 +124,7 @@ def gather_rows(x: torch.Tensor, index: torch.Tensor, *, backend: str = "auto") 
         BackendUnavailable: the backend asked for can't serve this; the message says what can.
         RuntimeError: an input requires grad (there is no backward).
     """
-    return torch.ops.vicostream.gather_rows(x, index, backend)
+    return _gather_rows(x, index, backend)
 
 
 def merge_rows(
@@ -158,7 +156,7 @@ def merge_rows(
 
     Source: the scatter of STC-Cacher (arXiv 2512.00891) into the reference frame's branch output.
     """
-    return torch.ops.vicostream.merge_rows(base, rows, index, residual, backend)
+    return _merge_rows(base, rows, index, residual, backend)
 
 
 def _refuse_empty(op: str, **tensors: torch.Tensor) -> None:
@@ -262,14 +260,16 @@ def _merge_fake(base, rows, index, residual=None, backend="auto") -> torch.Tenso
     return base.new_empty((rows.shape[0], *base.shape[-2:]))
 
 
-register(
+_select_changed = register(
     "select_changed(Tensor feature, Tensor reference, SymInt k, float? threshold, SymInt capacity, "
     'str metric="cosine", Tensor? force=None, str backend="auto") -> (Tensor, Tensor, Tensor)',
     _select,
     _select_fake,
 )
-register('gather_rows(Tensor x, Tensor index, str backend="auto") -> Tensor', _gather, _gather_fake)
-register(
+_gather_rows = register(
+    'gather_rows(Tensor x, Tensor index, str backend="auto") -> Tensor', _gather, _gather_fake
+)
+_merge_rows = register(
     "merge_rows(Tensor base, Tensor rows, Tensor index, Tensor? residual=None, "
     'str backend="auto") -> Tensor',
     _merge,
