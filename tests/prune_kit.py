@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from kit import tensors
@@ -52,3 +54,37 @@ def assert_compacted(out: PrunedTokens, x, positions):
     assert_same_bits(out.tokens[:used], x.reshape(-1, x.shape[-1])[kept], name="tokens")
     assert_same_bits(out.positions[:, :used], positions.reshape(3, -1)[:, kept], name="positions")
     assert (out.tokens[used:] == 0).all() and (out.positions[:, used:] == 0).all()
+
+
+def cosine(a, b):
+    """Of two lists of floats."""
+    dot = sum(p * q for p, q in zip(a, b))
+    return dot / math.sqrt(sum(p * p for p in a) * sum(q * q for q in b))
+
+
+def rows(x):
+    """Nested lists of a tensor, in float64."""
+    return x.double().tolist()
+
+
+def smallest(values, k):
+    """Indices of the k smallest, ties to the lowest index."""
+    return set(sorted(range(len(values)), key=lambda i: (values[i], i))[:k])
+
+
+def video_patches(frames, height, width, seed=0):
+    """Raw RGB frames [F, 28 * height, 28 * width, 3] in [0, 1], and their patches as the
+    preprocessor orders them, normalised."""
+    generator = torch.Generator().manual_seed(seed)
+    raw = torch.rand(1, height, width, 3, generator=generator).repeat(frames, 1, 1, 1)
+    for f in range(1, frames):
+        changed = torch.rand(height, width, generator=generator) < 0.4
+        raw[f:, changed] = torch.rand(int(changed.sum()), 3, generator=generator)
+    raw = raw.repeat_interleave(28, 1).repeat_interleave(28, 2)
+    raw = (raw + 0.05 * torch.rand(raw.shape, generator=generator)).clamp(0, 1)
+    mean, std = (0.48, 0.45, 0.40), (0.26, 0.25, 0.27)
+    x = (raw - torch.tensor(mean)) / torch.tensor(std)
+    # [t, temporal, gh, merge, 14, gw, merge, 14, c] -> [t, gh, gw, merge, merge, c, temporal, ...]
+    x = x.view(frames // 2, 2, height, 2, 14, width, 2, 14, 3)
+    patches = x.permute(0, 2, 5, 3, 6, 8, 1, 4, 7).reshape(-1, 3 * 2 * 14 * 14)
+    return raw, patches, mean, std

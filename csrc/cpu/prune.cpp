@@ -6,6 +6,8 @@
 
 #include "vico/prune.h"
 
+#include <omp.h>
+
 #include "cpu/prune_decide.h"
 #include "cpu/prune_score.h"
 #include "cpu/stream.h"
@@ -48,69 +50,75 @@ void update_state(const PruneArgs& a, const Segment<T>& s, const Judged& judged)
   }
 }
 
-// One kept token: where it came from, in the call and in memory.
+// The row of the output that is each token's to write: kept tokens have theirs in order, dropped
+// ones those behind. Lists of what is kept are written on the way; returns how many that is.
 template <typename T>
-struct Kept {
-  const T* token;
-  const int32_t* positions;
-  int64_t row;
-};
-
-// Padding, which nobody reads: it goes around the cache.
-void clear_row(void* row, int64_t bytes) {
-  if (!can_stream(row, bytes)) {
-    std::memset(row, 0, bytes);
-    return;
-  }
-  float* at = static_cast<float*>(row);
-  for (int64_t i = 0; i < bytes / int64_t{sizeof(float)}; i += kLanes) stream(at + i, Floats{});
-}
-
-template <typename T>
-void compact(const PruneArgs& a, const std::vector<Segment<T>>& segments, const Judged& judged,
-             int n_threads) {
-  std::vector<Kept<T>> kept;
-  kept.reserve(std::min(a.capacity, a.total));
-  int64_t count = 0;
+int64_t list_kept(const PruneArgs& a, const std::vector<Segment<T>>& segments, const Judged& judged,
+                  std::vector<int32_t>* rows) {
+  int64_t count = 0, dropped = std::count(judged.keep.begin(), judged.keep.end(), uint8_t{1});
   a.cu_count[0] = 0;
   for (const Segment<T>& s : segments) {
     const int64_t positions_step = a.packed ? s.places : a.positions_step;
     const int64_t mask_step = a.packed ? s.places : a.mask_step;
+    const int64_t from = a.packed ? s.start : 0;
     for (int64_t t = 0; t < s.steps; ++t) {
-      const int64_t row = s.at(t, 0);
-      const int64_t from = a.packed ? s.start : 0;
+      const int32_t* positions = a.positions + from + t * positions_step;
       for (int64_t n = 0; n < s.places; ++n) {
-        const bool stays = judged.keep[row + n];
+        const int64_t token = s.at(t, n);
+        const bool stays = judged.keep[token];
         a.mask[from + t * mask_step + n] = stays;
-        if (!stays) continue;
-        if (count++ < a.capacity)
-          kept.push_back({s.token(t, n), a.positions + from + t * positions_step + n, row + n});
+        (*rows)[token] = static_cast<int32_t>(stays ? count : dropped);
+        if (stays && count < a.capacity) {
+          a.index[count] = static_cast<int32_t>(token);
+          for (int axis = 0; axis < 3; ++axis)
+            a.out_positions[axis * a.out_positions_axis + count] =
+                positions[axis * a.positions_axis + n];
+        }
+        ++(stays ? count : dropped);
       }
     }
     a.cu_count[s.number + 1] = static_cast<int32_t>(count);
   }
-  const int64_t filled = static_cast<int64_t>(kept.size());
-  for (int64_t i = 0; i < filled; ++i) {
-    a.index[i] = static_cast<int32_t>(kept[i].row);
-    for (int axis = 0; axis < 3; ++axis)
-      a.out_positions[axis * a.out_positions_axis + i] = kept[i].positions[axis * a.positions_axis];
-  }
+  const int64_t filled = std::min(count, a.capacity);
   std::fill(a.index + filled, a.index + a.capacity, -1);
   for (int axis = 0; axis < 3; ++axis)
     std::fill(a.out_positions + axis * a.out_positions_axis + filled,
               a.out_positions + axis * a.out_positions_axis + a.capacity, 0);
+  return count;
+}
+
+// Each thread writes the rows of the tokens that it has scored, the last first: these are still in
+// its cache. With a row of padding for each dropped token all threads write alike much.
+template <typename T>
+void compact(const PruneArgs& a, const std::vector<Segment<T>>& segments, const Judged& judged,
+             int n_threads) {
+  std::vector<int32_t> rows(a.total);
+  const int64_t count = list_kept(a, segments, judged, &rows);
+  const int64_t bytes = a.width * int64_t{sizeof(T)};
+  const bool streamed = a.capacity * bytes >= kStreamedBytes;
+  const auto row_at = [&](int64_t row) { return static_cast<T*>(a.tokens) + row * a.tokens_row; };
   const int workers = worthwhile_threads(a.capacity * a.width, n_threads);
 #pragma omp parallel num_threads(workers)
   {
-#pragma omp for schedule(static) nowait
-    for (int64_t i = 0; i < a.capacity; ++i) {
-      T* out = static_cast<T*>(a.tokens) + i * a.tokens_row;
-      if (i < filled) {
-        std::memcpy(out, kept[i].token, a.width * sizeof(T));
-      } else {
-        clear_row(out, a.width * sizeof(T));
+    const int thread = omp_get_thread_num(), threads = omp_get_num_threads();
+    for (size_t i = segments.size(); i-- > 0;) {
+      const Segment<T>& s = segments[i];
+      const Share own = share_of(s.places, thread, threads);
+      for (int64_t n = own.end; n-- > own.begin;) {
+        for (int64_t t = s.steps; t-- > 0;) {
+          const int64_t row = rows[s.at(t, n)];
+          if (row >= a.capacity) continue;
+          if (row < count) {
+            copy_row(row_at(row), s.token(t, n), bytes, streamed);
+          } else {
+            clear_row(row_at(row), bytes, true);  // nobody reads it
+          }
+        }
       }
     }
+    const Share beyond = share_of(a.capacity - a.total, thread, threads);
+    for (int64_t row = beyond.begin; row < beyond.end; ++row)
+      clear_row(row_at(a.total + row), bytes, true);
     end_stream();
   }
 }

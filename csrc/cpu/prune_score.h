@@ -2,9 +2,12 @@
 // choice of channels need a pass of their own before.
 #pragma once
 
+#include <omp.h>
+
 #include <memory>
 
 #include "cpu/prune_means.h"
+#include "cpu/stream.h"
 
 namespace vico {
 namespace VICO_ISA {
@@ -199,8 +202,11 @@ class Scorer {
   // All steps of a place, one after another: the step before is still in cache.
   template <typename Channels>
   void walk(Channels channels) {
-#pragma omp parallel for num_threads(threads_) schedule(static)
-    for (int64_t n = 0; n < s_.places; ++n) walk_place(n, channels);
+#pragma omp parallel num_threads(threads_)
+    {
+      const Share own = share_of(s_.places, omp_get_thread_num(), omp_get_num_threads());
+      for (int64_t n = own.begin; n < own.end; ++n) walk_place(n, channels);
+    }
   }
 
   template <typename Channels>
@@ -225,6 +231,9 @@ class Scorer {
     for (int64_t t = 0; t < s_.steps; ++t) {
       const int64_t at = s_.at(t, n);
       const T* token = s_.token(t, n);
+      if (t + 1 < s_.steps || n + 1 < s_.places)
+        prefetch_row(t + 1 < s_.steps ? s_.token(t + 1, n) : s_.token(0, n + 1),
+                     a_.width * sizeof(T));
       float score = a_.external_score == nullptr ? 0.0f : a_.external_score[at] * rule_.external;
       bool squares_known = squares_known_ || rule_.terms == 0;
       for (int k = 0; k < rule_.terms; ++k) {

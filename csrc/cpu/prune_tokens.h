@@ -35,6 +35,15 @@ std::vector<Segment<T>> segments_of(const PruneArgs& a) {
   return made;
 }
 
+// What one of `threads` works on, of `size` places or rows.
+struct Share {
+  int64_t begin, end;
+};
+
+inline Share share_of(int64_t size, int thread, int threads) {
+  return {size * thread / threads, size * (thread + 1) / threads};
+}
+
 // A token that must stay, or that may not: known before its score is.
 enum Mark : uint8_t { kFirstStep = 1, kBroken = 2, kMaskedIn = 4, kMaskedOut = 8 };
 constexpr uint8_t kMust = kFirstStep | kBroken | kMaskedIn;

@@ -9,6 +9,7 @@
 #include <cmath>
 #include <vector>
 
+#include "cpu/pack.h"
 #include "cpu/row_sums.h"
 #include "cpu/stream.h"
 #include "vico/similarity.h"
@@ -41,6 +42,9 @@ void compare_place(const ChangedArgs& s, int64_t place) {
   float squares = 0.0f;
   for (int64_t f = 0; f < s.frames; ++f) {
     const T* other = reference + f * s.reference_frame;
+    const T* next =
+        f + 1 < s.frames ? feature + (f + 1) * s.feature_frame : feature + s.feature_row;
+    if (f + 1 < s.frames || place + 1 < s.places) prefetch_row(next, s.width * sizeof(T));
     if (s.metric == Likeness::kCosine && (f == 0 || s.reference_frame != 0))
       squares = squares_of(other, s.width);
     s.similarity[f * s.places + place] = likeness(feature + f * s.feature_frame, other, squares, s);
@@ -94,49 +98,45 @@ void select(const ChangedArgs& s, int n_threads) {
 template <typename T>
 void gather(const GatherArgs& g, int n_threads) {
   const int64_t total = g.frames * g.rows, bytes = g.width * int64_t{sizeof(T)};
+  const bool streamed = total * bytes >= kStreamedBytes;
   const int workers = worthwhile_threads(total * g.width, n_threads);
-#pragma omp parallel for num_threads(workers) schedule(static)
-  for (int64_t i = 0; i < total; ++i) {
-    const int64_t f = i / g.rows, row = g.index[f * g.index_frame + i % g.rows];
-    T* out = static_cast<T*>(g.out) + i * g.width;
-    if (row < 0 || row >= g.places) {
-      std::memset(out, 0, bytes);
-    } else {
-      std::memcpy(out, static_cast<const T*>(g.x) + f * g.x_frame + row * g.x_row, bytes);
+#pragma omp parallel num_threads(workers)
+  {
+#pragma omp for schedule(static) nowait
+    for (int64_t i = 0; i < total; ++i) {
+      const int64_t f = i / g.rows, row = g.index[f * g.index_frame + i % g.rows];
+      T* out = static_cast<T*>(g.out) + i * g.width;
+      if (row < 0 || row >= g.places) {
+        clear_row(out, bytes, streamed);
+      } else {
+        copy_row(out, static_cast<const T*>(g.x) + f * g.x_frame + row * g.x_row, bytes, streamed);
+      }
     }
+    end_stream();
   }
 }
 
-// From here on the output is written around the cache: reading it first, as a plain store does,
-// costs more than the next op saves by finding the end of it there (1.6 x at 11 MB).
-constexpr int64_t kStreamedBytes = 4 << 20;
-
-void add_rows(const float* a, const float* b, float* out, int64_t n, bool streamed) {
-  if (streamed && can_stream(out, n * sizeof(float))) {
-    for (int64_t i = 0; i < n; i += kLanes) stream(out + i, load_lanes(a + i) + load_lanes(b + i));
-    return;
+template <typename T, bool kStreamed>
+void add_lanes(const T* a, const T* b, T* out, int64_t n) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    const auto sum = pack_lanes<T>(load_lanes(a + i) + load_lanes(b + i));
+    if constexpr (kStreamed) {
+      stream(out + i, sum);
+    } else {
+      store(out + i, sum);
+    }
   }
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) out[i] = a[i] + b[i];
+  if (i == n) return;
+  const auto sum = pack_lanes<T>(load_lanes(a + i, n - i) + load_lanes(b + i, n - i));
+  std::memcpy(out + i, &sum, (n - i) * sizeof(T));
 }
 
 // Added in fp32, rounded once.
 template <typename T>
-void add_rows(const T* a, const T* b, T* out, int64_t n, bool) {
-  alignas(64) float first[8], second[8], sum[8];
-  int64_t i = 0;
-  for (; i + 8 <= n; i += 8) {
-    load_row(a + i, first, 8);
-    load_row(b + i, second, 8);
-    for (int j = 0; j < 8; ++j) sum[j] = first[j] + second[j];
-    store_row(sum, out + i, 8);
-  }
-  if (i == n) return;
-  T padded[3][8] = {};
-  std::memcpy(padded[0], a + i, (n - i) * sizeof(T));
-  std::memcpy(padded[1], b + i, (n - i) * sizeof(T));
-  add_rows(padded[0], padded[1], padded[2], 8, false);
-  std::memcpy(out + i, padded[2], (n - i) * sizeof(T));
+void add_rows(const T* a, const T* b, T* out, int64_t n, bool streamed) {
+  if (streamed && can_stream(out, n * sizeof(T))) return add_lanes<T, true>(a, b, out, n);
+  add_lanes<T, false>(a, b, out, n);
 }
 
 template <typename T>
@@ -161,7 +161,7 @@ void merge(const MergeRowsArgs& m, int n_threads) {
                          : static_cast<const T*>(m.base) + f * m.base_frame + place * m.base_row;
       T* out = static_cast<T*>(m.out) + i * m.width;
       if (m.residual == nullptr) {
-        std::memcpy(out, source, bytes);
+        copy_row(out, source, bytes, streamed);
         continue;
       }
       const T* residual =

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
@@ -71,10 +72,6 @@ def _quotas(k: tuple[int, ...]) -> torch.Tensor:
     return torch.tensor(k, dtype=torch.int32)
 
 
-def _address(x: torch.Tensor | None) -> int:
-    return 0 if x is None else x.data_ptr()
-
-
 def _dense(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
@@ -96,13 +93,25 @@ def prune_tokens_cpu(
         external_mask = external_mask.contiguous()
     if group_ids is not None:
         group_ids = group_ids.contiguous()
-    if group_k is None and isinstance(rule.k, tuple):
-        group_k = _quotas(rule.k)
-    groups = per_unit = 0
     if group_k is not None:
         group_k = group_k.contiguous()
-        groups = group_k.shape[-1]
-        per_unit = groups if group_k.dim() == 2 else 0
+    tensors = (
+        tokens, out_positions, index, cu_count, mask, steps, previous, last_kept, mean, mean_count,
+        external_score, external_mask, group_ids, group_k,
+    )  # fmt: skip
+    _run_for(x, positions, rule, shapes, *tensors)(x, positions, *tensors)
+
+
+def _run_for(
+    x, positions, rule, shapes, tokens, out_positions, index, cu_count, mask, steps, previous,
+    last_kept, mean, mean_count, external_score, external_mask, group_ids, group_k,
+) -> Callable[..., None]:  # fmt: skip
+    """The same for all calls with tensors laid out like these, none of which must be copied."""
+    quotas = _quotas(rule.k) if group_k is None and isinstance(rule.k, tuple) else None
+    if quotas is not None:
+        group_k = quotas
+    groups = 0 if group_k is None else group_k.shape[-1]
+    per_unit = groups if group_k is not None and group_k.dim() == 2 else 0
     packed = shapes is not None
     if not packed:
         shapes = x.shape[:2]
@@ -110,22 +119,39 @@ def prune_tokens_cpu(
         mask_step = mask.stride(0)
     else:
         by_step, mask_step = (0, x.stride(0), positions.stride(0), 0), 0
-    width = x.shape[-1]
     layout = _layout(
         x.dtype,
         rule,
         tuple(shapes),
         packed,
-        (width, index.shape[0], x.shape[:-1].numel()),
+        (x.shape[-1], index.shape[0], x.shape[:-1].numel()),
         (
             *by_step, mask_step, tokens.stride(0), out_positions.stride(0), *_rows(previous),
             *_rows(last_kept), 0 if mean is None else mean.stride(0), groups, per_unit,
         ),
     )  # fmt: skip
-    addresses = (
-        x.data_ptr(), positions.data_ptr(), tokens.data_ptr(), out_positions.data_ptr(),
-        index.data_ptr(), cu_count.data_ptr(), mask.data_ptr(), _address(steps),
-        _address(previous), _address(last_kept), _address(mean), _address(mean_count),
-        _address(external_score), _address(external_mask), _address(group_ids), _address(group_k),
-    )  # fmt: skip
-    native()[0].prune_tokens_cpu(layout, addresses, torch.get_num_threads())
+    prune = native()[0].prune_tokens_cpu
+
+    def run(*tensors: torch.Tensor | None) -> None:
+        """In the order of PruneArgs."""
+        addresses = [0 if x is None else x.data_ptr() for x in tensors]
+        if quotas is not None:
+            addresses[-1] = quotas.data_ptr()
+        prune(layout, addresses, torch.get_num_threads())
+
+    return run
+
+
+def _prepare(x, positions, rule, shapes, *tensors) -> Callable[..., None] | None:
+    external_score, external_mask, group_ids, group_k = tensors[-4:]
+    whole = [t for t in (external_score, external_mask, group_ids, group_k) if t is not None]
+    if _dense(x) is not x or _dense(positions) is not positions:
+        return None
+    if not all(t.is_contiguous() for t in whole):
+        return None
+    if external_score is not None and external_score.dtype != torch.float32:
+        return None
+    return _run_for(x, positions, rule, shapes, *tensors)
+
+
+prune_tokens_cpu.prepare = _prepare

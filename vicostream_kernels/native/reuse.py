@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -32,47 +34,58 @@ def select_changed_cpu(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """See ``vicostream_kernels.select_changed``; ``torch.get_num_threads()`` threads."""
     feature, reference = _dense(feature), _dense(reference)
-    frames, places, width = feature.shape
-    index = torch.empty((frames, capacity), dtype=torch.int32)
-    count = torch.empty((frames,), dtype=torch.int32)
-    similarity = torch.empty((frames, places), dtype=torch.float32)
     if force is not None:
         force = _dense(force)
-    native()[0].select_changed_cpu(
-        _DTYPES[feature.dtype],
-        _METRICS[metric],
-        math.nan if threshold is None else threshold,
-        (
-            frames, places, width, k, capacity, *_frames(feature), *_frames(reference),
-            force.stride(0) if force is not None and force.dim() == 2 else 0,
-        ),
-        (
+    run = _select_run(feature, reference, k, threshold, capacity, metric, force)
+    return run(feature, reference, force)
+
+
+def _select_run(
+    feature, reference, k, threshold, capacity, metric, force=None
+) -> Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """The same for all calls with dense tensors laid out like these."""
+    frames, places, width = feature.shape
+    sizes = (
+        frames, places, width, k, capacity, *_frames(feature), *_frames(reference),
+        force.stride(0) if force is not None and force.dim() == 2 else 0,
+    )  # fmt: skip
+    dtype, likeness = _DTYPES[feature.dtype], _METRICS[metric]
+    threshold = math.nan if threshold is None else threshold
+    select, int32 = native()[0].select_changed_cpu, torch.int32
+
+    def run(feature, reference, force=None):
+        index = feature.new_empty((frames, capacity), dtype=int32)
+        count = feature.new_empty(frames, dtype=int32)
+        similarity = feature.new_empty((frames, places), dtype=torch.float32)
+        addresses = (
             feature.data_ptr(), reference.data_ptr(), 0 if force is None else force.data_ptr(),
             index.data_ptr(), count.data_ptr(), similarity.data_ptr(),
-        ),
-        torch.get_num_threads(),
-    )  # fmt: skip
-    return index, count, similarity
+        )  # fmt: skip
+        select(dtype, likeness, threshold, sizes, addresses, torch.get_num_threads())
+        return index, count, similarity
+
+    return run
 
 
 def gather_rows_cpu(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     """See ``vicostream_kernels.gather_rows``; ``torch.get_num_threads()`` threads."""
-    (frame, row, inner), (listed, entry) = x.stride(), index.stride()
-    if inner != 1:
-        x = x.contiguous()
-        frame, row, _ = x.stride()
-    if entry != 1:
-        index = index.contiguous()
-        listed = index.stride(0)
+    x, index = _dense(x), _dense(index)
+    return _gather_run(x, index)(x, index)
+
+
+def _gather_run(x: torch.Tensor, index: torch.Tensor) -> Callable[..., torch.Tensor]:
+    """The same for all calls with dense tensors laid out like these."""
     (frames, places, width), rows = x.shape, index.shape[1]
-    out = x.new_empty((frames, rows, width))
-    native()[0].gather_rows_cpu(
-        _DTYPES[x.dtype],
-        (frames, places, width, rows, frame, row, listed),
-        (x.data_ptr(), index.data_ptr(), out.data_ptr()),
-        torch.get_num_threads(),
-    )
-    return out
+    sizes = (frames, places, width, rows, *_frames(x), index.stride(0))
+    dtype, shape, gather = _DTYPES[x.dtype], (frames, rows, width), native()[0].gather_rows_cpu
+
+    def run(x, index):
+        out = x.new_empty(shape)
+        addresses = (x.data_ptr(), index.data_ptr(), out.data_ptr())
+        gather(dtype, sizes, addresses, torch.get_num_threads())
+        return out
+
+    return run
 
 
 def merge_rows_cpu(
@@ -85,19 +98,40 @@ def merge_rows_cpu(
     base, rows, index = _dense(base), _dense(rows), _dense(index)
     if residual is not None:
         residual = _dense(residual)
-    frames, replaced, width = rows.shape
-    places = base.shape[-2]
-    out = torch.empty((frames, places, width), dtype=base.dtype)
-    native()[0].merge_rows_cpu(
-        _DTYPES[base.dtype],
-        (
-            frames, places, width, replaced, *_frames(base), *_frames(rows), index.stride(0),
-            *((0, 0) if residual is None else _frames(residual)),
-        ),
-        (
+    return _merge_run(base, rows, index, residual)(base, rows, index, residual)
+
+
+def _merge_run(base, rows, index, residual) -> Callable[..., torch.Tensor]:
+    """The same for all calls with dense tensors laid out like these."""
+    (frames, replaced, width), places = rows.shape, base.shape[-2]
+    sizes = (
+        frames, places, width, replaced, *_frames(base), *_frames(rows), index.stride(0),
+        *((0, 0) if residual is None else _frames(residual)),
+    )  # fmt: skip
+    dtype, shape, merge = _DTYPES[base.dtype], (frames, places, width), native()[0].merge_rows_cpu
+
+    def run(base, rows, index, residual):
+        out = base.new_empty(shape)
+        addresses = (
             base.data_ptr(), rows.data_ptr(), index.data_ptr(),
             0 if residual is None else residual.data_ptr(), out.data_ptr(),
-        ),
-        torch.get_num_threads(),
-    )  # fmt: skip
-    return out
+        )  # fmt: skip
+        merge(dtype, sizes, addresses, torch.get_num_threads())
+        return out
+
+    return run
+
+
+def _prepare(run_for: Callable[..., Any]) -> Callable[..., Any]:
+    """``run_for`` where no tensor must be copied first, else None."""
+
+    def prepare(*given: Any) -> Callable[..., Any] | None:
+        tensors = [x for x in given if isinstance(x, torch.Tensor)]
+        return run_for(*given) if all(x.stride(-1) == 1 for x in tensors) else None
+
+    return prepare
+
+
+select_changed_cpu.prepare = _prepare(_select_run)
+gather_rows_cpu.prepare = _prepare(_gather_run)
+merge_rows_cpu.prepare = _prepare(_merge_run)

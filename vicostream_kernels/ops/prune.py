@@ -129,11 +129,11 @@ def prune_tokens(
         raise ValueError(f"{_OP}: capacity={capacity} must be at least 1")
     pairs = None if shapes is None else _flat_shapes(shapes)
     segments = 1 if pairs is None else len(pairs) // 2
-    tokens = torch.empty((capacity, x.shape[-1]), dtype=x.dtype, device=x.device)
-    kept_positions = torch.empty((3, capacity), dtype=torch.int32, device=x.device)
-    index = torch.empty((capacity,), dtype=torch.int32, device=x.device)
-    cu_count = torch.empty((segments + 1,), dtype=torch.int32, device=x.device)
-    mask = torch.empty(x.shape[:-1], dtype=torch.bool, device=x.device)
+    tokens = x.new_empty((capacity, x.shape[-1]))
+    kept_positions = x.new_empty((3, capacity), dtype=torch.int32)
+    index = x.new_empty(capacity, dtype=torch.int32)
+    cu_count = x.new_empty(segments + 1, dtype=torch.int32)
+    mask = x.new_empty(x.shape[:-1], dtype=torch.bool)
     _prune_tokens(
         x,
         positions,
@@ -151,7 +151,8 @@ def prune_tokens(
         group_k,
         backend,
     )
-    return PrunedTokens(tokens, kept_positions, index, cu_count[segments], mask, cu_count)
+    count = cu_count.select(0, segments)
+    return PrunedTokens(tokens, kept_positions, index, count, mask, cu_count)
 
 
 def _flat_shapes(shapes: Sequence[tuple[int, int]]) -> list[int]:
@@ -164,7 +165,6 @@ def _tensors_of(state: PruneState) -> tuple[torch.Tensor | None, ...]:
     return state.steps, state.previous, state.last_kept, state.mean, state.mean_count
 
 
-@checks.remember
 def _check(
     x, positions, rule, shapes, tokens, out_positions, index, cu_count, mask, steps, previous,
     last_kept, mean, mean_count, external_score, external_mask, group_ids, group_k,
@@ -265,20 +265,28 @@ def _check_groups(dims, x, rule: PruneRule, chunks, rows, group_ids, group_k) ->
         raise ValueError(f"{_OP}: group_k has shape {tuple(group_k.shape)}, needs a group")
 
 
+@checks.remember
+def _serve(x, positions, rule, shapes, *rest):
+    """Checks; returns what takes the tensors. ``rest``: the other tensors and the backend."""
+    *tensors, backend = rest
+    _check(x, positions, rule, shapes, *tensors)
+    parsed, shapes = PruneRule.parse(rule), None if shapes is None else list(shapes)
+    run = backends.resolve(_OP, backend, x)
+    prepare = getattr(run, "prepare", None)
+    made = None if prepare is None else prepare(x, positions, parsed, shapes, *tensors)
+    return made or (lambda x, positions, *given: run(x, positions, parsed, shapes, *given))
+
+
 def _run(
     x, positions, rule, shapes, tokens, out_positions, index, cu_count, mask, steps=None,
     previous=None, last_kept=None, mean=None, mean_count=None, external_score=None,
     external_mask=None, group_ids=None, group_k=None, backend="auto",
 ) -> None:  # fmt: skip
-    _check(
-        x, positions, rule, shapes, tokens, out_positions, index, cu_count, mask, steps, previous,
-        last_kept, mean, mean_count, external_score, external_mask, group_ids, group_k,
+    rest = (
+        tokens, out_positions, index, cu_count, mask, steps, previous, last_kept, mean, mean_count,
+        external_score, external_mask, group_ids, group_k,
     )  # fmt: skip
-    backends.resolve(_OP, backend, x)(
-        x, positions, PruneRule.parse(rule), shapes, tokens, out_positions, index, cu_count, mask,
-        steps, previous, last_kept, mean, mean_count, external_score, external_mask, group_ids,
-        group_k,
-    )  # fmt: skip
+    _serve(x, positions, rule, shapes, *rest, backend)(x, positions, *rest)
 
 
 def _fake(

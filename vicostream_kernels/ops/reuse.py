@@ -176,7 +176,6 @@ def _check_index(op: str, index: torch.Tensor, places: int, unique: bool) -> Non
         raise ValueError(f"{op}: index holds the same row twice in a frame, allowed: each once")
 
 
-@checks.remember
 def _check_select(feature, reference, k, threshold, capacity, metric, force) -> None:
     op = "select_changed"
     checks.check_choice(op, "metric", metric, METRICS)
@@ -194,13 +193,22 @@ def _check_select(feature, reference, k, threshold, capacity, metric, force) -> 
         checks.check_range(op, "threshold", threshold, *SIMILARITY_RANGE[metric])
 
 
+@checks.remember
+def _serve_select(feature, reference, k, threshold, capacity, metric, force, backend):
+    """Checks; returns what takes the tensors."""
+    _check_select(feature, reference, k, threshold, capacity, metric, force)
+    op, settled = "select_changed", (k, threshold, capacity, metric)
+    if force is None:
+        return backends.prepared(op, backend, feature, (feature, reference), *settled)
+    run = backends.resolve(op, backend, feature)
+    return lambda feature, reference, force: run(feature, reference, *settled, force)
+
+
 def _select(
     feature, reference, k, threshold, capacity, metric="cosine", force=None, backend="auto"
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    _check_select(feature, reference, k, threshold, capacity, metric, force)
-    return backends.resolve("select_changed", backend, feature)(
-        feature, reference, k, threshold, capacity, metric, force
-    )
+    run = _serve_select(feature, reference, k, threshold, capacity, metric, force, backend)
+    return run(feature, reference) if force is None else run(feature, reference, force)
 
 
 def _select_fake(
@@ -215,7 +223,6 @@ def _select_fake(
     )
 
 
-@checks.remember
 def _check_gather(x, index) -> None:
     dims = checks.Dims("gather_rows")
     dims.bind("x", x, "F N C", checks.FLOAT_DTYPES)
@@ -223,11 +230,17 @@ def _check_gather(x, index) -> None:
     _refuse_empty("gather_rows", x=x, index=index)
 
 
-def _gather(x, index, backend="auto") -> torch.Tensor:
+@checks.remember
+def _serve_gather(x, index, backend):
     _check_gather(x, index)
+    return backends.prepared("gather_rows", backend, x, (x, index))
+
+
+def _gather(x, index, backend="auto") -> torch.Tensor:
+    run = _serve_gather(x, index, backend)
     if checks.CHECK_VALUES:
         _check_index("gather_rows", index, x.shape[1], unique=False)
-    return backends.resolve("gather_rows", backend, x)(x, index)
+    return run(x, index)
 
 
 def _gather_fake(x, index, backend="auto") -> torch.Tensor:
@@ -235,7 +248,6 @@ def _gather_fake(x, index, backend="auto") -> torch.Tensor:
     return x.new_empty((*index.shape, x.shape[-1]))
 
 
-@checks.remember
 def _check_merge(base, rows, index, residual) -> None:
     op = "merge_rows"
     dims = checks.Dims(op)
@@ -248,11 +260,17 @@ def _check_merge(base, rows, index, residual) -> None:
     _refuse_empty(op, base=base, rows=rows)
 
 
-def _merge(base, rows, index, residual=None, backend="auto") -> torch.Tensor:
+@checks.remember
+def _serve_merge(base, rows, index, residual, backend):
     _check_merge(base, rows, index, residual)
+    return backends.prepared("merge_rows", backend, base, (base, rows, index, residual))
+
+
+def _merge(base, rows, index, residual=None, backend="auto") -> torch.Tensor:
+    run = _serve_merge(base, rows, index, residual, backend)
     if checks.CHECK_VALUES:
         _check_index("merge_rows", index, base.shape[-2], unique=True)
-    return backends.resolve("merge_rows", backend, base)(base, rows, index, residual)
+    return run(base, rows, index, residual)
 
 
 def _merge_fake(base, rows, index, residual=None, backend="auto") -> torch.Tensor:
