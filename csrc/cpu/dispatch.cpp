@@ -6,6 +6,7 @@
 #include <string>
 
 #if defined(VICO_AMX)
+#include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -14,10 +15,13 @@ namespace vico {
 namespace {
 
 #if defined(VICO_AMX)
-// Linux gives a process the tile registers when it asks for them.
+// Linux gives a process the tile registers when it asks for them; one that knows nothing of them
+// refuses. Not every compiler has names for these features.
 bool may_use_tiles() {
+  constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;       // CPUID 7.0 EDX
   constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XTILEDATA
-  return __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") &&
+  unsigned a, b, c, d;
+  return __get_cpuid_count(7, 0, &a, &b, &c, &d) != 0 && (d & kBf16) && (d & kTile) &&
          syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 }
 #endif
