@@ -49,13 +49,27 @@ def test_windows_and_sinks_across_splits(window, sinks):
     check(case.changed(window=window, sink_tokens=sinks, sink_logits=torch.arange(6.0)), CPU)
 
 
+@pytest.mark.parametrize("keys", (31, 63, 64, 65, 127, 128, 129, 300))
+@pytest.mark.parametrize(("queries", "head_dim"), [(1, 80), (2, 24), (3, 96), (7, 128), (29, 40)])
+def test_bf16_around_the_borders_of_tiles(keys, queries, head_dim):
+    """Tiles of 64 and of 128 keys, blocks of 8, 16 and 32 rows, columns of 32 and what is left."""
+    options = {"head_dim": head_dim, "dtype": torch.bfloat16, "page_size": 16}
+    case = long_case(keys, queries, **options)
+    check(case, CPU)
+    check(case.changed(window=70, sink_tokens=9, sink_logits=torch.arange(6.0)), CPU)
+    moves = tensors.ints((1, case.page_table.shape[1], 3), -500, 500, seed=keys)
+    check(case.changed(page_shift=moves, inv_freq=inverse_frequencies(head_dim)), CPU)
+
+
 @pytest.mark.parametrize(
     ("queries", "kv_heads", "group"),
     [(1, 40, 5), (1, 1, 40), (7, 3, 5), (33, 2, 8), (130, 1, 1), (300, 1, 3)],
 )
-def test_rows_beyond_one_task(queries, kv_heads, group):
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=lambda d: str(d)[6:])
+def test_rows_beyond_one_task(queries, kv_heads, group, dtype):
     """Several KV heads a task, several row groups a stream, splits of several lengths."""
-    check(long_case(1100, queries, kv_heads=kv_heads, group=group, head_dim=8), CPU)
+    case = long_case(1100, queries, kv_heads=kv_heads, group=group, head_dim=8, dtype=dtype)
+    check(case, CPU)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
