@@ -7,13 +7,13 @@
 #include "cuda/append.h"
 
 #include "cuda/launch.h"
+#include "cuda/warp.h"
 #include "vico/rotary.h"
 
 namespace vico {
 namespace {
 
 constexpr int kThreads = 128;
-constexpr int kWarp = 32;
 
 template <typename T, int kWidth>
 struct alignas(sizeof(T) * kWidth) Vector {

@@ -1,15 +1,11 @@
 // How decode finds its keys: a table's entries -> logical keys -> pages and offsets.
 #pragma once
 
-#include <cuda_runtime.h>
-
+#include "cuda/warp.h"
 #include "vico/attention.h"
 #include "vico/decode.h"
 
 namespace vico {
-
-constexpr int kWarp = 32;
-constexpr unsigned kAllLanes = 0xffffffffu;
 
 struct Entry {
   int page, fill;  // -1, 0 where the entry lists nothing
@@ -23,15 +19,6 @@ __device__ __forceinline__ Entry entry_at(const AttentionArgs& a, const int32_t*
   if (a.page_fill == nullptr) return {page, size};
   const int fill = a.page_fill[page * a.fill_stride];
   return {page, fill < 0 ? 0 : fill < size ? fill : size};
-}
-
-__device__ __forceinline__ int inclusive_sum(int x, int lane) {
-#pragma unroll
-  for (int step = 1; step < kWarp; step *= 2) {
-    const int other = __shfl_up_sync(kAllLanes, x, step);
-    if (lane >= step) x += other;
-  }
-  return x;
 }
 
 // Where a logical key lies, at or before it: an entry and the first logical key of that entry.

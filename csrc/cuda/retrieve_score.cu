@@ -11,15 +11,14 @@
 #include "cuda/launch.h"
 #include "cuda/ptx.h"
 #include "cuda/retrieve.h"
+#include "cuda/warp.h"
 #include "vico/append.h"
 
 namespace vico {
 namespace {
 
-constexpr int kWarp = 32;
 constexpr int kWarps = 8;
 constexpr int kThreads = kWarps * kWarp;
-constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr int kRows = 4;                          // query rows, likewise
 constexpr int kVector = 4;                        // channels a lane reads at a time
 constexpr int64_t kSharedFloats = 40 * 1024 / 4;  // of query rows in shared memory

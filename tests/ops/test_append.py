@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from append_kit import Call
 
 import vicostream_kernels as vk
-from kit import tensors
 from kit.backends import backends_of
 from kit.compare import assert_matches, assert_same_bits
 from kit.ops import check_fullgraph, check_op, check_refuses_grad
@@ -19,67 +19,6 @@ from vicostream_kernels.reference._precision import accumulate_in
 BACKENDS = backends_of("rope_append")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 assert reference is not None
-
-
-class Call:
-    """One call's arguments, odd and gapped, on a device."""
-
-    def __init__(
-        self, n=7, h=4, g=2, d=16, pages=5, page_size=3, dtype=torch.float32, device="cpu", *,
-        kind="both", sub=2, source="rotated", raw=True, seed=0, sections=True, top=10_000_000,
-    ):  # fmt: skip
-        if backends.INTERPRET and dtype == torch.bfloat16:
-            pytest.skip("Triton's interpreter computes bf16 wrongly")
-        self.q = tensors.randn((n, h, d), dtype, seed=seed, device=device)
-        self.k = tensors.randn((n, g, d), dtype, seed=seed + 1, device=device)
-        self.v = tensors.randn((n, g, d), dtype, seed=seed + 2, device=device)
-        self.positions = tensors.ints((3, n), 0, top, seed=seed + 3, device=device)
-        self.inv_freq = (1e4 ** (-torch.arange(0, d, 2) / d)).to(device)
-        half = d // 2
-        quarter = half // 4
-        self.mrope_section = (
-            [quarter, (half - quarter) // 2, half - quarter - (half - quarter) // 2]
-            if sections
-            else None
-        )
-        self.k_pages = tensors.randn((pages, page_size, g, d), dtype, seed=seed + 4, device=device)
-        self.v_pages = tensors.randn((pages, page_size, g, d), dtype, seed=seed + 5, device=device)
-        self.raw_k_pages = (
-            tensors.randn((pages, page_size, g, d), dtype, seed=seed + 6, device=device)
-            if raw
-            else None
-        )
-        generator = torch.Generator().manual_seed(seed + 7)
-        order = torch.randperm(pages * page_size, generator=generator)[:n].int()
-        order[n // 2] = -1
-        self.slots = order.to(device)
-        self.summary = (
-            KeySummary.empty(3, g, d, kind=kind, sub=sub, source=source, device=device)
-            if kind
-            else None
-        )
-        self.block_of_page = (
-            torch.tensor([(p * 2) % 5 - 1 for p in range(pages)], dtype=torch.int32, device=device)
-            if kind
-            else None
-        )
-
-    def run(self, backend):
-        return vk.rope_append(
-            self.q, self.k, self.v, self.positions, self.inv_freq, self.mrope_section,
-            self.k_pages, self.v_pages, self.slots, raw_k_pages=self.raw_k_pages,
-            summary=self.summary, block_of_page=self.block_of_page, backend=backend,
-        )  # fmt: skip
-
-    def written(self):
-        parts = {"k_pages": self.k_pages, "v_pages": self.v_pages, "raw": self.raw_k_pages}
-        if self.summary is not None:
-            for name in ("sum", "count", "kmin", "kmax"):
-                parts[name] = getattr(self.summary, name)
-        return {name: t for name, t in parts.items() if t is not None}
-
-    def snapshot(self):
-        return {name: t.clone() for name, t in self.written().items()}
 
 
 def truth_of(call, dtype=torch.float64):
@@ -297,116 +236,6 @@ def test_compiles_without_a_graph_break():
     check_fullgraph(step, call.q, call.k, call.v, call.k_pages, call.v_pages)
 
 
-BAD = {
-    "q of two dimensions": (dict(q=lambda x: x[0]), ValueError, "q must have 3 dimensions"),
-    "float64": (dict(q=lambda x: x.double()), TypeError, "q has dtype float64"),
-    "head dim 12": (dict(q=lambda x: x[..., :12]), ValueError, "head dim 12"),
-    "k of another length": (dict(k=lambda x: x[:-1]), ValueError, r"k has shape .* expected \[N=7"),
-    "v of another dtype": (dict(v=lambda x: x.half()), TypeError, "v has dtype float16"),
-    "positions of int64": (dict(positions=lambda x: x.long()), TypeError, "positions has dtype"),
-    "positions of one row": (dict(positions=lambda x: x[:1]), ValueError, "positions has shape"),
-    "inv_freq too short": (dict(inv_freq=lambda x: x[:-1]), ValueError, "inv_freq has shape"),
-    "sections that do not add up": (
-        dict(mrope_section=lambda x: [1, 2, 3]),
-        ValueError,
-        "mrope_section",
-    ),
-    "pages of other heads": (dict(k_pages=lambda x: x[:, :, :1]), ValueError, "k_pages has shape"),
-    "pages not dense": (
-        dict(v_pages=lambda x: torch.zeros(5, 3, 2, 32)[..., ::2]),
-        ValueError,
-        "v_pages is written in place",
-    ),
-    "slots of floats": (dict(slots=lambda x: x.float()), TypeError, "slots has dtype"),
-    "summary without its rows": (dict(block_of_page=lambda x: None), ValueError, "go together"),
-    "rows without a summary": (dict(summary=lambda x: None), ValueError, "go together"),
-    "half a summary": (
-        dict(summary=lambda x: KeySummary(sum=x.sum)),
-        ValueError,
-        "sum with count",
-    ),
-    "unknown source": (
-        dict(summary=lambda x: KeySummary(x.sum, x.count, source="both")),
-        ValueError,
-        "summary.source='both' is not one of 'rotated', 'raw'",
-    ),
-    "no tensor": (dict(q=lambda x: x.numpy()), TypeError, "q must be a tensor, got ndarray"),
-    "slots in a list": (dict(slots=lambda x: x.tolist()), TypeError, "slots must be a tensor"),
-    "sections of floats": (
-        dict(mrope_section=lambda x: [2.0, 3.0, 3.0]),
-        TypeError,
-        "mrope_section=.* must be a sequence of ints",
-    ),
-    "a summary of another type": (
-        dict(summary=lambda x: (x.sum, x.count)),
-        TypeError,
-        "summary must be a KeySummary or None, got tuple",
-    ),
-    "pages expanded": (
-        dict(k_pages=lambda x: x[:1].expand(5, 3, 2, 16)),
-        ValueError,
-        "k_pages is written in place and can't be an expanded tensor",
-    ),
-    "sums expanded": (
-        dict(summary=lambda x: KeySummary(x.sum[:1].expand(3, 2, 16), x.count)),
-        ValueError,
-        "sum is written in place and can't be an expanded tensor",
-    ),
-    "bounds without parts": (
-        dict(summary=lambda x: KeySummary(kmin=x.kmin[:, :0], kmax=x.kmax[:, :0])),
-        ValueError,
-        "sub=0 parts a block, allowed: 1 or more",
-    ),
-    "no KV heads": (
-        dict.fromkeys(("k", "v", "k_pages", "v_pages", "raw_k_pages"), lambda x: x[..., :0, :])
-        | dict(summary=lambda x: KeySummary(x.sum[:, :0], x.count)),
-        ValueError,
-        "k has 0 heads, allowed: 1 or more",
-    ),
-}
-
-
-@pytest.mark.skipif(backends.INTERPRET, reason="runs in the main process")
-@pytest.mark.parametrize("what", BAD)
-def test_bad_input_raises_before_anything_is_written(what):
-    changes, error, message = BAD[what]
-    call = Call()
-    before = call.snapshot()
-    kept = call.written()
-    for name, change in changes.items():
-        setattr(call, name, change(getattr(call, name)))
-    with pytest.raises(error, match=message):
-        call.run("auto")
-    for name, tensor in kept.items():
-        assert_same_bits(tensor, before[name], name=name)
-
-
-@pytest.mark.skipif(backends.INTERPRET, reason="runs in the main process")
-def test_memory_that_is_written_twice_is_refused():
-    """Also when a call of the same layout has passed before."""
-    call = Call()
-    call.run("auto")
-    before = call.snapshot()
-    kept = call.written()
-    for first, second in (("k_pages", "v_pages"), ("v_pages", "raw_k_pages")):
-        wrong = Call()
-        wrong.__dict__.update(call.__dict__)
-        setattr(wrong, second, getattr(call, first))
-        with pytest.raises(ValueError, match=f"{first} and {second} are the same memory"):
-            wrong.run("auto")
-    for name, tensor in kept.items():
-        assert_same_bits(tensor, before[name], name=name)
-
-    pool = torch.zeros(5, 2, 3, 2, 16)  # K and V of a page side by side
-    call.k_pages, call.v_pages = pool[:, 0], pool[:, 1]
-    call.run("auto")
-    wanted = Call()
-    wanted.k_pages, wanted.v_pages = torch.zeros(5, 3, 2, 16), torch.zeros(5, 3, 2, 16)
-    wanted.run("auto")
-    assert_same_bits(call.k_pages, wanted.k_pages)
-    assert_same_bits(call.v_pages, wanted.v_pages)
-
-
 def test_an_empty_summary_is_float32_whatever_the_default():
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
@@ -419,18 +248,6 @@ def test_an_empty_summary_is_float32_whatever_the_default():
 
 
 @pytest.mark.skipif(backends.INTERPRET, reason="runs in the main process")
-def test_forward_mode_is_refused():
-    """A tangent that got lost would be a derivative of zero."""
-    call = Call()
-    with pytest.raises(RuntimeError, match="no backward"):
-        torch.func.jvp(lambda x: vars(call).update(q=x) or call.run("auto"), (call.q,), (call.q,))
-    call = Call()
-    with torch.autograd.forward_ad.dual_level(), pytest.raises(RuntimeError, match="no backward"):
-        call.q = torch.autograd.forward_ad.make_dual(call.q, torch.ones_like(call.q))
-        call.run("auto")
-
-
-@pytest.mark.skipif(backends.INTERPRET, reason="runs in the main process")
 @pytest.mark.parametrize("backend", ["reference", "auto"])
 def test_autograd_notices_that_the_pages_were_written(backend):
     call = Call()
@@ -439,20 +256,6 @@ def test_autograd_notices_that_the_pages_were_written(backend):
     call.run(backend)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
-
-
-@pytest.mark.skipif(backends.INTERPRET, reason="runs in the main process")
-def test_check_mode_refuses_bad_slots(monkeypatch):
-    from vicostream_kernels import checks
-
-    monkeypatch.setattr(checks, "CHECK_VALUES", True)
-    call = Call()
-    call.slots[1] = call.slots[0]
-    with pytest.raises(ValueError, match="same slot twice"):
-        call.run("auto")
-    call.slots[1] = 15
-    with pytest.raises(ValueError, match="slots reach 15, allowed: -1 or below"):
-        call.run("auto")
 
 
 @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
@@ -490,17 +293,3 @@ print(backends.native()[0].build_info()["isa"])
     assert done.returncode == 0, done.stderr
     if done.stdout.strip() != isa:
         pytest.skip(f"this processor has {done.stdout.strip()} at most")
-
-
-def test_an_unknown_instruction_set_is_refused(tmp_path):
-    import os
-    import subprocess
-    import sys
-
-    if backends.why_not("rope_append", "cpu", "cpu"):
-        pytest.skip(backends.why_not("rope_append", "cpu", "cpu"))
-    done = subprocess.run(
-        [sys.executable, "-c", "from vicostream_kernels import backends as b; b.info()"],
-        env={**os.environ, "VICO_ISA": "AVX2"}, capture_output=True, text=True, cwd=tmp_path,
-    )  # fmt: skip
-    assert "ValueError: VICO_ISA=AVX2 is not one of baseline, avx2, avx512" in done.stderr
