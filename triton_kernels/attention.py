@@ -69,9 +69,12 @@ def _config(rows: int, keys: int, warps: int, stages: int) -> dict[str, int]:
 
 def _prefill_config(width: int, itemsize: int, turned: bool, wgmma: bool) -> dict[str, int]:
     if itemsize == 4:
-        return _config(16 if width > 64 else 32, 32, 8, 1)
+        return _config(32 if width <= 64 or (width == 128 and not wgmma) else 16, 32, 8, 1)
     if width > 128:
-        return _config(32, 16, 4, 2) if turned and not wgmma else _config(64, 32, 8, 2)
+        if turned and not wgmma:
+            return _config(32, 16, 4, 2)
+        # parts of two widths take more registers
+        return _config(64, 16 if width < 256 and not wgmma else 32, 8, 2)
     return _config(128, 64 if wgmma and not turned else 32, 8, 2 if turned else 3)
 
 
@@ -81,13 +84,14 @@ def _decode_config(width: int, itemsize: int, wgmma: bool) -> dict[str, int]:
     return _config(16, 64 if wgmma and width in (16, 32, 64, 128) else 32, 4, 3)
 
 
-def _varlen_config(width: int, itemsize: int, wgmma: bool) -> dict[str, int]:
-    """64 rows, as the ViT's windows have."""
+def _varlen_config(width: int, itemsize: int, ragged: bool, wgmma: bool) -> dict[str, int]:
+    """64 rows, as the ViT's windows have. ``ragged``: a part is wider than its channels."""
     if itemsize == 4:
         return _config(16 if width > 64 else 32, 32, 4 if width in (80, 96) else 8, 1)
     if width > 128:
-        return _config(64, 32, 8, 2 if wgmma else 1)
-    if width == 96:  # 64 + 32: one more accumulator than four warps have registers for
+        return _config(64, 16 if width < 256 and not wgmma else 32, 8, 2 if wgmma else 1)
+    # 64 + 32: one more accumulator than four warps have registers for; or channels to be masked
+    if width == 96 or (width == 128 and ragged and not wgmma):
         return _config(64, 32, 8, 2)
     return _config(64, 64 if wgmma and width <= 80 else 32, 4, 2)
 
@@ -326,7 +330,7 @@ def varlen_attention(
         return out.zero_()
     parts = _parts(head_dim, halves=False)
     width = parts["PART_A"] + parts["PART_B"]
-    config = _varlen_config(width, q.element_size(), _has_wgmma(q.device))
+    config = _varlen_config(width, q.element_size(), width > head_dim, _has_wgmma(q.device))
     row_tiles = triton.cdiv(max(1, min(max_seqlen_q, rows)), config["BLOCK_M"])
     with _on(q):
         varlen_kernel[((windows + 1) * heads * row_tiles,)](
