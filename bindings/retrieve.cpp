@@ -108,15 +108,19 @@ TopkLayout with_addresses(TopkLayout a, const std::array<Address, 10>& at) {
   return a;
 }
 
-// block_index, block_pages, sink_pages, recent_pages, page_table; streams, rows, chosen, blocks,
-// width, sinks, recent.
-PagesArgs pages_args(const std::array<Address, 5>& at, const Sizes<7>& sizes) {
-  PagesArgs a{};
+// block_index, block_pages, sink_pages, recent_pages, page_table.
+PagesArgs with_addresses(PagesArgs a, const std::array<Address, 5>& at) {
   a.block_index = pointer<int32_t>(at[0]);
   a.block_pages = pointer<int32_t>(at[1]);
   a.sink_pages = pointer<int32_t>(at[2]);
   a.recent_pages = pointer<int32_t>(at[3]);
   a.page_table = pointer<int32_t>(at[4]);
+  return a;
+}
+
+// streams, rows, chosen, blocks, width, sinks, recent.
+PagesArgs pages_layout(const Sizes<7>& sizes) {
+  PagesArgs a{};
   std::tie(a.streams, a.rows, a.chosen, a.blocks, a.width, a.sinks, a.recent) =
       std::tuple_cat(sizes);
   return a;
@@ -177,13 +181,13 @@ void bind_retrieve_cuda(py::module_& m) {
       py::arg("workspace"), py::arg("stream"));
   m.def(
       "select_pages_workspace",
-      [](const Sizes<7>& sizes) { return select_pages_workspace(pages_args({}, sizes)); },
+      [](const Sizes<7>& sizes) { return select_pages_workspace(pages_layout(sizes)); },
       py::arg("sizes"));
   m.def(
       "select_pages_cuda",
       [](const std::array<Address, 5>& addresses, const Sizes<7>& sizes, Address workspace,
          Address stream) {
-        const PagesArgs args = pages_args(addresses, sizes);
+        const PagesArgs args = with_addresses(pages_layout(sizes), addresses);
         launched("select_pages", [&] {
           return select_pages_cuda(args, pointer<void>(workspace), pointer<void>(stream));
         });
@@ -252,14 +256,18 @@ void bind_retrieve(py::module_& m) {
         cpu::select_blocks(args.select, n_threads);
       },
       py::arg("layout"), py::arg("addresses"), py::arg("n_threads"));
+  py::class_<PagesArgs>(m, "PagesLayout").def(py::init(&pages_layout), py::arg("sizes"));
   m.def(
       "select_pages_cpu",
-      [](const std::array<Address, 5>& addresses, const Sizes<7>& sizes, int n_threads) {
-        const PagesArgs args = pages_args(addresses, sizes);
+      [](const PagesArgs& layout, Address block_index, Address block_pages, Address sink_pages,
+         Address recent_pages, Address page_table, int n_threads) {
+        const PagesArgs args = with_addresses(
+            layout, {block_index, block_pages, sink_pages, recent_pages, page_table});
         py::gil_scoped_release release;
         cpu::select_pages(args, n_threads);
       },
-      py::arg("addresses"), py::arg("sizes"), py::arg("n_threads"));
+      py::arg("layout"), py::arg("block_index"), py::arg("block_pages"), py::arg("sink_pages"),
+      py::arg("recent_pages"), py::arg("page_table"), py::arg("n_threads"));
 }
 
 }  // namespace vico

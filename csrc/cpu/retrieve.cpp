@@ -146,14 +146,23 @@ void summarize_blocks(const SummarizeArgs& a, int n_threads) {
 
 void select_pages(const PagesArgs& a, int n_threads) {
   const int64_t rows = a.streams * a.rows, length = a.sinks + a.chosen * a.width + a.recent;
-#pragma omp parallel num_threads(n_threads) if (rows > 1 && rows * length > 8192)
-  {
+  const auto list = [&](auto each_row) {
     Seen seen(length);
     std::vector<int32_t> tail;
     tail.reserve(a.recent);
-#pragma omp for schedule(static)
-    for (int64_t row = 0; row < rows; ++row) list_row(a, row, seen, tail);
+    each_row([&](int64_t row) { list_row(a, row, seen, tail); });
+  };
+  if (rows == 1 || rows * length <= 8192) {  // a team of one thread takes longer than a short list
+    list([&](auto run) {
+      for (int64_t row = 0; row < rows; ++row) run(row);
+    });
+    return;
   }
+#pragma omp parallel num_threads(n_threads)
+  list([&](auto run) {
+#pragma omp for schedule(static)
+    for (int64_t row = 0; row < rows; ++row) run(row);
+  });
 }
 
 }  // namespace VICO_ISA

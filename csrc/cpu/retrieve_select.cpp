@@ -1,11 +1,13 @@
 // The choice of topk_blocks on the CPU: compiled once per instruction set.
 //
-// Each row of scores becomes integer keys of preference (vico/ordering.h) in one pass; a second
-// finds the last key that is chosen, a third lists the chosen ones in ascending order. Linear in
-// the number of blocks; only cumulative rules sort, and only as far as they must look.
+// Each row of scores becomes integer keys of preference (vico/ordering.h); counting how many reach
+// a key finds the last one that is chosen, and a last pass lists the chosen ones in ascending
+// order. Linear in the number of blocks; only cumulative rules sort, and only as far as they must
+// look.
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <functional>
 #include <limits>
 #include <vector>
@@ -20,45 +22,73 @@ namespace {
 
 using U = Lanes<kLanes>::U;
 
-// Calls visit(i) in ascending order for keys above `least`; keys are padded with kKeyAbsent to a
-// whole number of vectors. `least` may rise meanwhile.
+// Keys are padded with kKeyAbsent to a whole number of vectors.
+using Keys = std::vector<uint32_t>;
+
+// Calls visit(i) in ascending order for keys from `least` on, which is not kKeyAbsent.
 template <typename Visit>
-void for_each_above(const std::vector<uint32_t>& keys, const uint32_t& least, Visit visit) {
+void for_each_from(const Keys& keys, uint32_t least, Visit visit) {
   for (size_t i = 0; i < keys.size(); i += kLanes) {
-    uint32_t above = lanes_of(load<U>(&keys[i]) > (U{} + least));
-    for (; above != 0; above &= above - 1) {
-      const uint32_t at = static_cast<uint32_t>(i) + __builtin_ctz(above);
-      if (keys[at] > least) visit(at);
-    }
+    uint32_t chosen = lanes_of(load<U>(&keys[i]) >= (U{} + least));
+    for (; chosen != 0; chosen &= chosen - 1)
+      visit(static_cast<uint32_t>(i) + __builtin_ctz(chosen));
   }
 }
 
-// The entry (key and index) of the target-th best of more units than that: collects whatever beats
-// the best `target` so far, which it cuts back to size each time it has twice as many.
-uint64_t last_chosen(const std::vector<uint32_t>& keys, size_t target,
-                     std::vector<uint64_t>& best) {
-  const auto cut = [&] {
-    std::nth_element(best.begin(), best.begin() + (target - 1), best.end(), std::greater<>());
-    best.resize(target);
-  };
-  const size_t most = 2 * target + 64;
-  uint32_t least = kKeyAbsent;
-  best.clear();
-  best.reserve(most);
-  for_each_above(keys, least, [&](uint32_t i) {
-    best.push_back(with_index(keys[i], i));
-    if (best.size() < most) return;
-    cut();
-    least = key_of(best.back());  // an equal key further on has a higher index and loses
-  });
-  cut();
-  return best.back();
+size_t count_from(const Keys& keys, uint32_t least) {
+  U found{};
+  for (size_t i = 0; i < keys.size(); i += kLanes)
+    found -= (U)(load<U>(&keys[i]) >= (U{} + least));  // a lane that holds is -1
+  size_t all = 0;
+  for (int lane = 0; lane < kLanes; ++lane) all += found[lane];
+  return all;
+}
+
+// A key that at least `target` keys reach, bit by bit from the top: the largest such, or a smaller
+// one that exactly `target` reach.
+uint32_t reached_by(const Keys& keys, size_t target) {
+  uint32_t least = 0;
+  for (uint32_t bit = 1u << 31; bit != 0; bit >>= 1) {
+    const size_t found = count_from(keys, least | bit);
+    if (found >= target) least |= bit;
+    if (found == target) break;
+  }
+  return least;
+}
+
+// What choosing takes beside the scores.
+struct Choosing {
+  Keys keys;
+  Keys few;  // of them, or of what they come to
+};
+
+// As `reached_by`, of many keys: only those are looked at closely that reach what `target` of the
+// maxima of groups reach. Neighbours in time are often alike: they fall into groups of their own.
+uint32_t least_chosen(Choosing& of, size_t target) {
+  const Keys& keys = of.keys;
+  const size_t groups = (2 * target + kLanes - 1) / kLanes * kLanes;
+  if (keys.size() < 4 * groups) return reached_by(keys, target);
+  Keys& few = of.few;
+  few.assign(groups, kKeyAbsent);
+  for (size_t from = 0; from < keys.size(); from += groups) {
+    const size_t some = std::min(groups, keys.size() - from);
+    for (size_t i = 0; i < some; i += kLanes) {
+      const U best = load<U>(&few[i]), key = load<U>(&keys[from + i]);
+      const U more = key > best ? key : best;
+      std::memcpy(&few[i], &more, sizeof(more));
+    }
+  }
+  const uint32_t least = reached_by(few, target);
+  few.clear();
+  for_each_from(keys, least, [&](uint32_t i) { few.push_back(keys[i]); });
+  few.resize((few.size() + kLanes - 1) / kLanes * kLanes, kKeyAbsent);
+  return std::max(least, reached_by(few, target));  // `few` lacks what is below `least`
 }
 
 // Units from the most preferred on, sorted piece by piece as they are asked for.
 class Ranking {
  public:
-  Ranking(const std::vector<uint32_t>& keys, int64_t units) : entries_(units) {
+  Ranking(const Keys& keys, int64_t units) : entries_(units) {
     for (int64_t i = 0; i < units; ++i) entries_[i] = with_index(keys[i], static_cast<uint32_t>(i));
   }
   int64_t operator[](size_t place) {
@@ -87,8 +117,10 @@ class Row {
     std::fill(scores_ + n_, scores_ + a.blocks, -std::numeric_limits<float>::infinity());
   }
 
-  void choose(std::vector<uint32_t>& keys, std::vector<uint64_t>& best) {
-    keys.assign((units_ + kLanes - 1) / kLanes * kLanes, kKeyAbsent);
+  void choose(Choosing& by) {
+    Keys& keys = by.keys;
+    keys.resize((units_ + kLanes - 1) / kLanes * kLanes);
+    std::fill(keys.begin() + units_, keys.end(), kKeyAbsent);
     if (a_.group == 1) {
       std::transform(scores_, scores_ + n_, keys.begin(), preference_key);
     } else {
@@ -101,10 +133,11 @@ class Row {
     int32_t* out = a_.index + row_ * a_.capacity;
     int64_t count = 0;
     if (target > 0) {
-      const uint64_t last = target < units_ ? last_chosen(keys, target, best) : 0;
-      const uint32_t least = last == 0 ? kKeyAbsent : key_of(last) - 1;
-      for_each_above(keys, least, [&](uint32_t unit) {
-        if (with_index(keys[unit], unit) < last) return;
+      const uint32_t least = target < units_ ? least_chosen(by, target) : kKeyNaN;
+      const size_t above = least == kKeyForced ? 0 : count_from(keys, least + 1);
+      int64_t ties = target - static_cast<int64_t>(above);  // the first ones of those at `least`
+      for_each_from(keys, least, [&](uint32_t unit) {
+        if (keys[unit] == least && ties-- <= 0) return;
         for (int64_t b = begin(unit); b < end(unit); ++b) out[count++] = static_cast<int32_t>(b);
       });
     }
@@ -127,7 +160,7 @@ class Row {
     return total / static_cast<float>(numbers);  // NaN where there is no number
   }
 
-  int64_t force(std::vector<uint32_t>& keys) const {
+  int64_t force(Keys& keys) const {
     const int64_t first = std::min(units_, (a_.force_first + a_.group - 1) / a_.group);
     const int64_t last =
         a_.force_last == 0 ? units_ : std::max<int64_t>(0, n_ - a_.force_last) / a_.group;
@@ -140,7 +173,7 @@ class Row {
     return std::max(0, a_.block_tokens[stream_ * a_.blocks + block]);
   }
 
-  int64_t wanted(const std::vector<uint32_t>& keys) const {
+  int64_t wanted(const Keys& keys) const {
     if (a_.rule == Rule::kCount) return a_.target / a_.group;
     if (a_.rule == Rule::kRatio)
       return static_cast<int64_t>(std::floor(static_cast<double>(n_) * a_.amount)) / a_.group;
@@ -156,7 +189,7 @@ class Row {
     return total;
   }
 
-  int64_t wanted_by_mass(const std::vector<uint32_t>& keys) const {
+  int64_t wanted_by_mass(const Keys& keys) const {
     double whole = 0.0;
     int64_t heavy = 0;
     for (int64_t i = 0; i < units_; ++i) {
@@ -177,7 +210,7 @@ class Row {
     return place;
   }
 
-  int64_t wanted_by_tokens(const std::vector<uint32_t>& keys) const {
+  int64_t wanted_by_tokens(const Keys& keys) const {
     Ranking order(keys, units_);
     int64_t used = 0, place = 0;
     for (; place < units_; ++place) {
@@ -199,10 +232,9 @@ void select_blocks(const SelectArgs& a, int n_threads) {
   const int64_t rows = a.streams * a.rows;
 #pragma omp parallel num_threads(n_threads) if (rows > 1 && rows * a.blocks > 8192)
   {
-    std::vector<uint32_t> keys;
-    std::vector<uint64_t> best;
+    Choosing by;
 #pragma omp for schedule(dynamic)  // a sleeping thread comes late
-    for (int64_t row = 0; row < rows; ++row) Row(a, row).choose(keys, best);
+    for (int64_t row = 0; row < rows; ++row) Row(a, row).choose(by);
   }
 }
 

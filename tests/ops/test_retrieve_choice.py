@@ -177,6 +177,38 @@ def test_nan_ranks_after_minus_infinity_and_leaves_its_group_alone(backend):
     assert chosen(k=1, force_first=1) == [0], "a forced block may score NaN"
 
 
+def _hard_to_choose() -> dict[str, torch.Tensor]:
+    rising = torch.arange(1003.0) - 500
+    few = tensors.randn((1003,), seed=5).round()
+    holes = few.clone()
+    holes[::3], holes[1::7], holes[2::11] = float("nan"), -float("inf"), float("inf")
+    only = torch.full((1003,), float("nan"))
+    only[500:507] = -1.0
+    return {
+        "rising": rising, "falling": -rising, "equal": 0 * rising, "few": few, "holes": holes,
+        "only": only,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("k", [1, 7, 40, 200, 1002])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_scores_in_order_alike_or_missing(backend, k):
+    name, device = backend
+    for what, scores in _hard_to_choose().items():
+        found = vico.topk_blocks(
+            None, None, external_score=scores[None].to(device), k=k, backend=name
+        )
+        ranked = sorted(
+            range(1003),
+            key=lambda i: (
+                bool(scores[i].isnan()),
+                -float(scores[i].nan_to_num(0, posinf=1e30, neginf=-1e30)),
+                i,
+            ),
+        )
+        assert found.block_index[0].tolist() == sorted(ranked[:k]), what
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_permuting_the_blocks_permutes_the_choice(backend):
     name, device = backend

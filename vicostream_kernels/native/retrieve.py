@@ -284,7 +284,8 @@ def _prepare_select_pages(
 ) -> Callable[..., torch.Tensor]:
     """The same for all calls with tensors of these shapes."""
     _, sizes, table, _kept = _pages(block_index, block_pages, sink_pages, recent_pages)
-    shape, select = tuple(table.shape), native()[0].select_pages_cpu
+    module, shape, threads = native()[0], tuple(table.shape), torch.get_num_threads
+    layout, select = module.PagesLayout(sizes), module.select_pages_cpu
 
     def run(block_index, block_pages, sink_pages, recent_pages):
         block_index, block_pages = block_index.contiguous(), block_pages.contiguous()
@@ -296,10 +297,10 @@ def _prepare_select_pages(
             recent_pages = recent_pages.contiguous()
             recent = recent_pages.data_ptr()
         table = block_index.new_empty(*shape)  # half the time of torch.empty
-        addresses = (
-            block_index.data_ptr(), block_pages.data_ptr(), sinks, recent, table.data_ptr(),
+        select(
+            layout, block_index.data_ptr(), block_pages.data_ptr(), sinks, recent,
+            table.data_ptr(), threads(),
         )  # fmt: skip
-        select(addresses, sizes, torch.get_num_threads())
         return table
 
     return run

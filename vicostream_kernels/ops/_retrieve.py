@@ -257,7 +257,7 @@ def _check_select_pages(block_index, block_pages, sink_pages, recent_pages) -> N
         dims.bind("recent_pages", recent_pages, "S Mr", torch.int32, device)
 
 
-@checks.remember_shapes
+@checks.remember_pages
 def _serve_select_pages(block_index, block_pages, sink_pages, recent_pages, backend):
     tensors = (block_index, block_pages, sink_pages, recent_pages)
     _check_select_pages(*tensors)
