@@ -69,7 +69,8 @@ def _config(rows: int, keys: int, warps: int, stages: int) -> dict[str, int]:
 
 def _prefill_config(width: int, itemsize: int, turned: bool, wgmma: bool) -> dict[str, int]:
     if itemsize == 4:
-        return _config(32 if width <= 64 or (width == 128 and not wgmma) else 16, 32, 8, 1)
+        rows = 32 if width <= 64 or (width == 128 and not wgmma) else 16
+        return _config(rows, 16 if width > 128 and turned and not wgmma else 32, 8, 1)
     if width > 128:
         if turned and not wgmma:
             return _config(32, 16, 4, 2)

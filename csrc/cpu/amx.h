@@ -45,7 +45,7 @@ VICO_INLINE __m512i round_pair(__m512 first, __m512 second) {
                                   reinterpret_cast<const __m512i&>(both));
 }
 
-// 2^x for x <= 0 (a little above does no harm), 0 below -200, NaN of NaN: a polynomial through the
+// 2^x for x <= 0, 0 below -200, NaN of NaN: a polynomial through the
 // Chebyshev nodes of [-1/2, 1/2], within 2.1e-7 of 2^f; weights are rounded to bf16 right after.
 VICO_INLINE __m512 exp2_nonpositive(__m512 x) {
   x = _mm512_max_ps(_mm512_set1_ps(-200.0f), x);  // the second one where either is NaN

@@ -221,6 +221,7 @@ void soften_tiles(float* s, int steps, float scale, const RowMask* mask, const R
 #pragma GCC unroll 4
         for (int i = 0; i < 4; ++i) {
           const __m512 x = _mm512_mul_ps(_mm512_load_ps(s + (j + i) * kWidth), factor);
+          _mm512_store_ps(s + (j + i) * kWidth, x);
           tops[i] = _mm512_max_ps(x, tops[i]);
         }
     }
@@ -230,17 +231,19 @@ void soften_tiles(float* s, int steps, float scale, const RowMask* mask, const R
     // -inf - -inf where a row has seen nothing yet
     const __m512 base =
         _mm512_mask_mov_ps(top, _mm512_cmp_ps_mask(top, lowest, _CMP_EQ_OQ), _mm512_setzero_ps());
-    const __m512 unit = _mm512_set1_ps(MASKED ? kLog2E : scale * kLog2E);
-    const __m512 offset = _mm512_mul_ps(base, _mm512_set1_ps(kLog2E));
+    // The difference first: a product rounded on its own would leave large scores a residue that
+    // is another one in each tile.
+    const auto weight = [&](const float* at) {
+      const __m512 x = _mm512_sub_ps(_mm512_load_ps(at), base);
+      return exp2_nonpositive(_mm512_mul_ps(x, _mm512_set1_ps(kLog2E)));
+    };
     __m512 sums[2] = {};
     for (int step = 0; step < steps; ++step) {
       __m512i r[16];
 #pragma GCC unroll 16
       for (int i = 0; i < 16; ++i) {
         const float* at = s + (step * kAmxStep + 2 * i) * kWidth;
-        const __m512 x0 = exp2_nonpositive(_mm512_fmsub_ps(_mm512_load_ps(at), unit, offset));
-        const __m512 x1 =
-            exp2_nonpositive(_mm512_fmsub_ps(_mm512_load_ps(at + kWidth), unit, offset));
+        const __m512 x0 = weight(at), x1 = weight(at + kWidth);
         sums[0] = _mm512_add_ps(sums[0], x0);
         sums[1] = _mm512_add_ps(sums[1], x1);
         r[i] = round_pair(x0, x1);

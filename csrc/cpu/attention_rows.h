@@ -48,6 +48,7 @@ struct Memory {
     }
     if (floats > size) {
       kept.reset();
+      size = 0;  // should the next line throw
       kept.reset(new float[floats]);
       size = floats;
     }

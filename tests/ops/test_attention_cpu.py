@@ -61,6 +61,24 @@ def test_bf16_around_the_borders_of_tiles(keys, queries, head_dim):
     check(case.changed(page_shift=moves, inv_freq=inverse_frequencies(head_dim)), CPU)
 
 
+@pytest.mark.parametrize("dtype", DTYPES[::2], ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("score", (5e4, 1e10))
+def test_equal_scores_weigh_the_same_in_every_tile(score, dtype):
+    """However large they are: full tiles, and one with a mask at the end."""
+    case = long_case(296, 1, dtype=dtype, sm_scale=0.7)
+    case.q[:], case.k_pages[:], case.v_pages[:] = 0, 0, 0
+    case.q[..., 0], case.k_pages[..., 0] = score**0.5, score**0.5
+    for j in range(256, 296):
+        case.v_pages[case.page_table[0, j // 64], j % 64] = 1
+    out, lse = case.run(CPU)
+    assert (out.float() - 40 / 296).abs().max() <= torch.finfo(dtype).eps * 40 / 296
+    assert lse.isfinite().all()
+
+
+def test_running_out_of_memory_leaves_the_next_call_whole(tmp_path):
+    assert run_alone(OUT_OF_MEMORY, tmp_path) == "whole"
+
+
 @pytest.mark.parametrize(
     ("queries", "kv_heads", "group"),
     [(1, 40, 5), (1, 1, 40), (7, 3, 5), (33, 2, 8), (130, 1, 1), (300, 1, 3)],
@@ -188,6 +206,33 @@ torch.testing.assert_close(run("cpu"), wanted, rtol=1e-5, atol=1e-6)
 print("untouched", flush=True)
 import os
 os._exit(0)  # before anything frees the pools
+"""
+
+
+OUT_OF_MEMORY = """
+import resource, torch, vicostream_kernels as vk
+torch.set_num_threads(1)
+def call(rows, keys):
+    q, pages = torch.randn(rows, 16, 128), torch.zeros(8, 64, 1, 128)
+    table = torch.zeros(1, keys // 64, dtype=torch.int32)
+    cu = torch.tensor([0, rows], dtype=torch.int32)
+    length = torch.tensor([keys], dtype=torch.int32)
+    return lambda: vk.sink_window_attention(q, pages, pages, table, cu, kv_len=length, backend="cpu")
+small, large = call(1, 640), call(16, 1600 * 64)
+wanted = small()
+with open("/proc/self/statm") as statm:
+    used = int(statm.read().split()[0]) * resource.getpagesize()
+_, most = resource.getrlimit(resource.RLIMIT_AS)
+resource.setrlimit(resource.RLIMIT_AS, (used + (4 << 20), most))
+try:
+    large()
+except MemoryError:
+    pass
+else:
+    raise SystemExit("there was memory")
+resource.setrlimit(resource.RLIMIT_AS, (most, most))
+assert torch.equal(small(), wanted)
+print("whole")
 """
 
 
