@@ -217,7 +217,8 @@ def call(rows, keys):
     table = torch.zeros(1, keys // 64, dtype=torch.int32)
     cu = torch.tensor([0, rows], dtype=torch.int32)
     length = torch.tensor([keys], dtype=torch.int32)
-    return lambda: vk.sink_window_attention(q, pages, pages, table, cu, kv_len=length, backend="cpu")
+    attend = vk.sink_window_attention
+    return lambda: attend(q, pages, pages, table, cu, kv_len=length, backend="cpu")
 small, large = call(1, 640), call(16, 1600 * 64)
 wanted = small()
 with open("/proc/self/statm") as statm:
