@@ -120,8 +120,9 @@ print(json.dumps({"grown": most - before, "kv": report["kv"], "live": live,
     marks=pytest.mark.slow)],
 )  # fmt: skip
 def test_memory_stays_within_the_budget(chunks, budget, start):
-    """Ten thousand chunks with 256 MiB: the process grows by no more than that and a tenth. A
-    preset that reads old chunks, which `live`, the default, may leave alone. The short run grants ``start`` besides: libraries that a first chunk loads."""
+    """Ten thousand chunks with 256 MiB: the process grows by no more than that and a tenth, with a
+    preset that reads old chunks (`live`, the default, may leave them alone). The short run grants
+    ``start`` besides: libraries that a first chunk loads."""
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, str(chunks), str(budget)], capture_output=True, text=True
     )
