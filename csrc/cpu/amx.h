@@ -14,8 +14,8 @@
 namespace vico {
 namespace VICO_ISA {
 
-// The tiles of a thread. Few rows of queries need no more rows of weights and sums: narrow() gives
-// tmm2, tmm3 and tmm7 eight.
+// The tiles of a thread, released at its end. Few rows of queries need no more rows of weights and
+// sums: `narrow` gives tmm2, tmm3 and tmm7 eight.
 struct TileSession {
   TileSession() = default;
   ~TileSession() { _tile_release(); }
@@ -45,8 +45,8 @@ VICO_INLINE __m512i round_pair(__m512 first, __m512 second) {
                                   reinterpret_cast<const __m512i&>(both));
 }
 
-// 2^x for x <= 0, 0 below -200, NaN of NaN: a polynomial through the
-// Chebyshev nodes of [-1/2, 1/2], within 2.1e-7 of 2^f; weights are rounded to bf16 right after.
+// 2^x for x <= 0, 0 below -200, NaN of NaN: a polynomial through the Chebyshev nodes of [-1/2,
+// 1/2], within 2.1e-7 of 2^f; weights are rounded to bf16 right after.
 VICO_INLINE __m512 exp2_nonpositive(__m512 x) {
   x = _mm512_max_ps(_mm512_set1_ps(-200.0f), x);  // the second one where either is NaN
   const __m512 n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);

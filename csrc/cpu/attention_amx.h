@@ -372,17 +372,15 @@ void attend_tiles(const Work& w, int units, Source& source, const TileScratch& m
   std::fill_n(all.top, units * padded, kNegInf);
   std::fill_n(all.sum, units * padded, 0.0f);
   std::fill_n(m.o, int64_t{units} * padded * columns, 0.0f);
-  Located<BFloat16, kAmxKeys> located[2];
-  const char *next_k[kAmxKeys], *next_v[kAmxKeys];
-  const bool adjacent = source.k_unit == d && source.v_unit == d;
-  const int bytes = static_cast<int>((adjacent ? units * d : d) * sizeof(BFloat16));
+  using Tile = Located<BFloat16, kAmxKeys>;
   TileKeys keys;
   RowMask mask;
   auto* p = reinterpret_cast<uint16_t*>(m.p);
   const auto* zeros = reinterpret_cast<const BFloat16*>(zero_row());
 
   const auto block = [&](auto nv, int64_t first, int n, int row, int rows, const float* q, float* o,
-                         const RowState& state, Ahead& ahead_k, Ahead& ahead_v) {
+                         const RowState& state, Upcoming<BFloat16, kAmxKeys>& upcoming) {
+    Ahead &ahead_k = upcoming.k, &ahead_v = upcoming.v;
     constexpr bool kFew = decltype(nv)::value == 0;
     constexpr int NV = kFew ? 1 : decltype(nv)::value;
     const Seen seen = look(w, first, n, kAmxStep, row, rows, 16 * NV, &mask);
@@ -400,8 +398,7 @@ void attend_tiles(const Work& w, int units, Source& source, const TileScratch& m
     ahead_k.count = ahead_v.count = 0;
   };
 
-  const auto process = [&](const Located<BFloat16, kAmxKeys>& now,
-                           const Located<BFloat16, kAmxKeys>* next) {
+  const auto process = [&](const Tile& now, const Tile* next) {
     const int count = (now.n + kAmxStep - 1) / kAmxStep * kAmxStep;
     for (int u = 0; u < units; ++u) {
       const int64_t k_at = u * source.k_unit, v_at = u * source.v_unit;
@@ -412,19 +409,7 @@ void attend_tiles(const Work& w, int units, Source& source, const TileScratch& m
         pair_values(now.v[j] + v_at, now.v[j + 1] + v_at, d, pairs);
       for (; j < count; j += 2, pairs += columns)
         pair_values(j < now.n ? now.v[j] + v_at : zeros, zeros, d, pairs);
-      Ahead ahead_k, ahead_v;
-      if (next != nullptr) {  // heads side by side: this one's share of tokens, all heads of each
-        const int from = adjacent ? u * next->n / units : 0;
-        const int to = adjacent ? (u + 1) * next->n / units : next->n;
-        for (int j = from; j < to; ++j) {
-          next_k[j] = reinterpret_cast<const char*>(next->k[j] + (adjacent ? 0 : k_at));
-          next_v[j] = reinterpret_cast<const char*>(next->v[j] + (adjacent ? 0 : v_at));
-        }
-        ahead_k.rows = next_k + from;
-        ahead_v.rows = next_v + from;
-        ahead_k.count = ahead_v.count = to - from;
-        ahead_k.bytes = ahead_v.bytes = bytes;
-      }
+      Upcoming<BFloat16, kAmxKeys> upcoming(next, u, units, source);
       const float* q = m.q + int64_t{u} * padded * depth / 2;
       for (int row = 0, width; row < w.rows; row += width, q += width * (depth / 2)) {
         width = tile_width(w.rows - row);
@@ -433,26 +418,17 @@ void attend_tiles(const Work& w, int units, Source& source, const TileScratch& m
         const RowState state = all.from(static_cast<int>(at));
         if (width == 32)
           block(std::integral_constant<int, 2>{}, now.first, now.n, row, rows, q,
-                m.o + at * columns, state, ahead_k, ahead_v);
+                m.o + at * columns, state, upcoming);
         else if (few)
           block(std::integral_constant<int, 0>{}, now.first, now.n, row, rows, q,
-                m.o + at * columns, state, ahead_k, ahead_v);
+                m.o + at * columns, state, upcoming);
         else
           block(std::integral_constant<int, 1>{}, now.first, now.n, row, rows, q,
-                m.o + at * columns, state, ahead_k, ahead_v);
+                m.o + at * columns, state, upcoming);
       }
     }
   };
-  int count = 0;  // one tile behind, so that the next one is known
-  visible_tiles(w, few ? kFewKeys : kAmxKeys, [&](int64_t first, int n) {
-    auto& next = located[count % 2];
-    next.first = first;
-    next.n = n;
-    source.locate(first, n, &next);
-    if (count > 0) process(located[(count + 1) % 2], &next);
-    ++count;
-  });
-  if (count > 0) process(located[(count + 1) % 2], nullptr);
+  walk_tiles<BFloat16, kAmxKeys>(w, few ? kFewKeys : kAmxKeys, source, process);
   order_columns(m.o, units * padded, d);
 }
 

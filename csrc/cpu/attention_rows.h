@@ -338,54 +338,79 @@ struct DotOf<BFloat16> {
 template <typename T>
 constexpr bool kHasPairs = DotOf<T>::type::kPerElement == 2;
 
-// All of it, for `units` KV heads whose rows lie one after another in scratch.q (packed), scratch.o
-// and the state. Tokens hold all their KV heads side by side, so heads go through memory together,
-// tile by tile. Source: locate(first, n, &located), key(row, entry, out) -> fp32 row, head_dim(),
-// k_unit and v_unit from one KV head to the next.
-template <typename T, typename Dot, typename Source>
-void attend(const Work& w, int units, Source& source, const Scratch& scratch) {
-  const int padded = padded_rows(w.rows), d = w.d;
-  const RowState all = scratch.state();
-  std::fill_n(all.top, units * padded, kNegInf);
-  std::fill_n(all.sum, units * padded, 0.0f);
-  std::fill_n(scratch.o, int64_t{units} * padded * d, 0.0f);
-  Located<T, kTileKeys> located[2];
-  TileRows tile;
-  const char *next_k[kTileKeys], *next_v[kTileKeys];
-  const bool adjacent = source.k_unit == d && source.v_unit == d;
-  const int bytes = static_cast<int>((adjacent ? units * d : d) * sizeof(T));
-  const auto process = [&](const Located<T, kTileKeys>& now, const Located<T, kTileKeys>* next) {
-    tile.first = now.first;
-    tile.n = now.n;
-    for (int u = 0; u < units; ++u) {
-      const int64_t k_at = u * source.k_unit, v_at = u * source.v_unit;
-      stage<Dot>(now, k_at, v_at, source, scratch, &tile);
-      tile.next_k = tile.next_v = Ahead{};
-      if (next != nullptr) {  // heads side by side: this one's share of tokens, all heads of each
-        const int from = adjacent ? u * next->n / units : 0;
-        const int to = adjacent ? (u + 1) * next->n / units : next->n;
-        for (int j = from; j < to; ++j) {
-          next_k[j] = reinterpret_cast<const char*>(next->k[j] + (adjacent ? 0 : k_at));
-          next_v[j] = reinterpret_cast<const char*>(next->v[j] + (adjacent ? 0 : v_at));
-        }
-        tile.next_k = {next_k + from, to - from, bytes};
-        tile.next_v = {next_v + from, to - from, bytes};
-      }
-      const int64_t row = int64_t{u} * padded;
-      attend_blocks<Dot>(w, tile, scratch.q + row * d, scratch.o + row * d,
-                         all.from(static_cast<int>(row)), scratch.scores);
+// What a unit asks memory for of the tile after its own: its rows, or, where a token's heads lie
+// side by side, all heads of its share of tokens.
+template <typename T, int KEYS>
+struct Upcoming {
+  Ahead k, v;
+
+  template <typename Source>
+  Upcoming(const Located<T, KEYS>* next, int unit, int units, const Source& source) {
+    if (next == nullptr) return;
+    const int d = source.head_dim();
+    const bool adjacent = source.k_unit == d && source.v_unit == d;
+    const int from = adjacent ? unit * next->n / units : 0;
+    const int to = adjacent ? (unit + 1) * next->n / units : next->n;
+    for (int j = from; j < to; ++j) {
+      k_rows_[j] =
+          reinterpret_cast<const char*>(next->k[j] + (adjacent ? 0 : unit * source.k_unit));
+      v_rows_[j] =
+          reinterpret_cast<const char*>(next->v[j] + (adjacent ? 0 : unit * source.v_unit));
     }
-  };
+    k.rows = k_rows_ + from;
+    v.rows = v_rows_ + from;
+    k.count = v.count = to - from;
+    k.bytes = v.bytes = static_cast<int>((adjacent ? units * d : d) * sizeof(T));
+  }
+  Upcoming(const Upcoming&) = delete;
+  Upcoming& operator=(const Upcoming&) = delete;
+
+ private:
+  const char *k_rows_[KEYS], *v_rows_[KEYS];
+};
+
+// Calls process(now, next) for the visible tiles of up to `keys` keys; next is null at the last.
+template <typename T, int KEYS, typename Source, typename Process>
+void walk_tiles(const Work& w, int keys, Source& source, Process process) {
+  Located<T, KEYS> located[2];
   int count = 0;  // one tile behind, so that the next one is known
-  visible_tiles(w, kTileKeys, [&](int64_t first, int n) {
-    Located<T, kTileKeys>& next = located[count % 2];
+  visible_tiles(w, keys, [&](int64_t first, int n) {
+    Located<T, KEYS>& next = located[count % 2];
     next.first = first;
     next.n = n;
     source.locate(first, n, &next);
     if (count > 0) process(located[(count + 1) % 2], &next);
     ++count;
   });
-  if (count > 0) process(located[(count + 1) % 2], nullptr);
+  if (count > 0) process(located[(count + 1) % 2], static_cast<Located<T, KEYS>*>(nullptr));
+}
+
+// All of it, for `units` KV heads whose rows lie one after another in scratch.q (packed), scratch.o
+// and the state. Tokens hold all their KV heads side by side, so heads go through memory together,
+// tile by tile. Source: locate(first, n, &located), key(row, entry, out) -> fp32 row, head_dim(),
+// k_unit and v_unit from one KV head to the next.
+template <typename T, typename Dot, typename Source>
+void attend(const Work& w, int units, Source& source, const Scratch& scratch) {
+  using Tile = Located<T, kTileKeys>;
+  const int padded = padded_rows(w.rows), d = w.d;
+  const RowState all = scratch.state();
+  std::fill_n(all.top, units * padded, kNegInf);
+  std::fill_n(all.sum, units * padded, 0.0f);
+  std::fill_n(scratch.o, int64_t{units} * padded * d, 0.0f);
+  TileRows tile;
+  walk_tiles<T, kTileKeys>(w, kTileKeys, source, [&](const Tile& now, const Tile* next) {
+    tile.first = now.first;
+    tile.n = now.n;
+    for (int u = 0; u < units; ++u) {
+      stage<Dot>(now, u * source.k_unit, u * source.v_unit, source, scratch, &tile);
+      const Upcoming<T, kTileKeys> upcoming(next, u, units, source);
+      tile.next_k = upcoming.k;
+      tile.next_v = upcoming.v;
+      const int64_t row = int64_t{u} * padded;
+      attend_blocks<Dot>(w, tile, scratch.q + row * d, scratch.o + row * d,
+                         all.from(static_cast<int>(row)), scratch.scores);
+    }
+  });
 }
 
 // The engine for any type and processor. Engines say how many rows are a group and how many keys a

@@ -14,8 +14,7 @@ namespace vico {
 namespace VICO_ISA {
 
 // Fetches a row into the second level cache while another one is worked on: each row begins a run
-// of pages of its own, which the processor's own prefetcher is late for (walks of cold rows take a
-// sixth less time).
+// of pages of its own, which the processor's own prefetcher is late for.
 VICO_INLINE void prefetch_row(const void* row, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += 64)
     __builtin_prefetch(static_cast<const char*>(row) + i, 0, 2);
