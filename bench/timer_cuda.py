@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -48,18 +49,40 @@ class CudaClock:
         torch.cuda.synchronize(self.device)
 
     def graph(self, run: Callable[[], Any]) -> Callable[[], None]:
-        """Captures ``run``; raises what capture raises."""
+        """Captures ``run``; raises what it or the capture raises."""
+        before = torch.cuda.current_stream(self.device)
         side = torch.cuda.Stream(self.device)
-        side.wait_stream(torch.cuda.current_stream(self.device))
+        side.wait_stream(before)
         with torch.cuda.stream(side):
             for _ in range(3):
                 run()
-        torch.cuda.current_stream(self.device).wait_stream(side)
+            _check_no_wait(run)
+        before.wait_stream(side)
         self.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            run()
-        return graph.replay
+        try:
+            with torch.cuda.graph(graph):
+                run()
+        except Exception:
+            torch.cuda.set_stream(before)  # a capture that fails leaves its own stream behind
+            raise
+        # A graph holds no tensor that was there before it: what `run` reads must live as long.
+        return partial(_replay, graph, run)
+
+
+def _replay(graph: torch.cuda.CUDAGraph, _reads: Any) -> None:
+    graph.replay()
+
+
+def _check_no_wait(run: Callable[[], Any]) -> None:
+    """Raises where ``run`` waits for the device. Found out before a capture: one that fails leaves
+    torch's allocator in the midst of it, and no later graph of the process could be captured."""
+    mode = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run()
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)
 
 
 def measure_cuda(

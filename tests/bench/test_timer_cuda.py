@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+from contextlib import contextmanager
+
 import pytest
 import torch
 
@@ -102,6 +106,108 @@ def test_eager_calls_on_request():
     assert "capture" not in clock.log and taken.method == "cold: events, asked for"
 
 
+class FakeCuda:
+    """Stands in for ``torch.cuda``: one current stream, graphs that are called again on replay."""
+
+    def __init__(self, monkeypatch) -> None:
+        self.current, self.mode, self.captures = "default", 0, 0
+        cuda = self
+
+        class Stream:
+            def __init__(self, *_):
+                pass
+
+            def wait_stream(self, _):
+                pass
+
+        class Graph:
+            def replay(self):
+                pass
+
+        @contextmanager
+        def stream(side):
+            before, cuda.current = cuda.current, side
+            yield
+            cuda.current = before
+
+        @contextmanager
+        def capture(graph):
+            cuda.captures += 1
+            cuda.current = "capture"
+            yield  # what fails inside leaves this stream the current one, as torch does
+            cuda.current = cuda.default
+
+        self.default = self.current = Stream()
+        for name, value in {
+            "Stream": Stream,
+            "CUDAGraph": Graph,
+            "graph": capture,
+            "stream": stream,
+            "current_stream": lambda _: cuda.current,
+            "set_stream": lambda s: setattr(cuda, "current", s),
+            "synchronize": lambda _: None,
+            "get_sync_debug_mode": lambda: cuda.mode,
+            "set_sync_debug_mode": lambda mode: setattr(cuda, "mode", mode),
+        }.items():
+            monkeypatch.setattr(torch.cuda, name, value)
+
+    def clock(self) -> CudaClock:
+        clock = object.__new__(CudaClock)
+        clock.device = torch.device("cuda")
+        return clock
+
+
+def test_what_a_graph_reads_lives_as_long_as_the_graph(monkeypatch):
+    clock = FakeCuda(monkeypatch).clock()
+    inputs = torch.zeros(3)
+    alive = weakref.ref(inputs)
+    replay = clock.graph(lambda kept=inputs: kept.add_(1))
+    del inputs
+    gc.collect()
+    assert alive() is not None
+    replay()
+    del replay
+    gc.collect()
+    assert alive() is None
+
+
+def test_a_run_that_waits_is_never_captured(monkeypatch):
+    cuda = FakeCuda(monkeypatch)
+
+    def run():
+        if cuda.mode == "error":
+            raise RuntimeError("called a synchronizing CUDA operation")
+
+    with pytest.raises(RuntimeError, match="synchronizing"):
+        cuda.clock().graph(run)
+    assert cuda.captures == 0 and cuda.mode == 0
+
+
+def test_a_failed_capture_gives_the_stream_back(monkeypatch):
+    cuda = FakeCuda(monkeypatch)
+
+    def run():
+        if cuda.current == "capture":
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    with pytest.raises(RuntimeError, match="capturing"):
+        cuda.clock().graph(run)
+    assert cuda.captures == 1 and cuda.current is cuda.default
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_on_a_device_a_run_that_waits_leaves_later_graphs_alone():
+    clock, x = CudaClock(torch.device("cuda")), torch.rand(64, device="cuda")
+    with pytest.raises(RuntimeError):
+        clock.graph(lambda: (x > 0.5).nonzero())
+    out = torch.zeros(64, device="cuda")
+    replay = clock.graph(lambda: out.copy_(x))
+    out.zero_()
+    replay()
+    assert torch.equal(out, x)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("graphs", [True, False])
@@ -113,14 +219,20 @@ def test_on_a_device_twice_the_bytes_take_about_twice_the_time(cold, graphs):
     def copy(times):
         return lambda given: [given["x"].clone() for _ in range(times)]
 
-    taken = measure_cuda(
-        {"one": copy(1), "two": copy(2)},
-        inputs,
-        cold=cold,
-        budget=Budget(1.0, 10, 20),
-        clock=CudaClock(device),
-        graphs=graphs,
-    )
-    one, two = (timing(taken.nanoseconds[name]).p50 for name in ("one", "two"))
-    assert 1.5 < two / one < 2.6
-    assert 20 < one < 10_000
+    ratio = 0.0
+    for _ in range(3):  # other tests may use the device at the same time
+        taken = measure_cuda(
+            {"one": copy(1), "two": copy(2)},
+            inputs,
+            cold=cold,
+            budget=Budget(1.0, 10, 20),
+            clock=CudaClock(device),
+            graphs=graphs,
+        )
+        one, two = (timing(taken.nanoseconds[name]).p50 for name in ("one", "two"))
+        assert 20 < one
+        ratio = two / one
+        if 1.5 < ratio < 2.6:
+            break
+    assert 1.5 < ratio < 2.6
+    assert one < 10_000
