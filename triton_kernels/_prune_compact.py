@@ -8,7 +8,20 @@ from vicostream_kernels.triton_kernels._prune_layout import segment_of, step_str
 
 
 @triton.jit(
-    do_not_specialize=["segments", "steps", "places", "tiles", "blocks", "capacity", "share"]
+    do_not_specialize=[
+        "segments",
+        "steps",
+        "places",
+        "tiles",
+        "blocks",
+        "capacity",
+        "share",
+        # By the number of tokens, or between steps: a short chunk would be compiled for anew.
+        "positions_stride_a",
+        "positions_stride_t",
+        "out_positions_stride_a",
+        "kept_stride_t",
+    ]
 )
 def compact_kernel(
     x_ptr,

@@ -27,7 +27,7 @@ def _chosen(score_ptr, chosen_ptr, i, there, threshold, KEEP: tl.constexpr):
     return chosen
 
 
-@triton.jit(do_not_specialize=["steps", "places", "tiles"])
+@triton.jit(do_not_specialize=["steps", "places", "tiles", "kept_stride_t"])
 def decide_kernel(
     score_ptr,
     marks_ptr,

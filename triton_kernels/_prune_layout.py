@@ -6,7 +6,6 @@ for others the kernels read a small table.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 import triton
@@ -16,15 +15,26 @@ import triton.language as tl
 BLOCK = 128
 
 
-@lru_cache(maxsize=64)
-def constants(values: tuple[int, ...], width: int, device: torch.device) -> torch.Tensor:
-    """Small numbers on the device, [len / width, width] int32; copied there once."""
+def constants(values: Sequence[int], width: int, device: torch.device) -> torch.Tensor:
+    """Small numbers on the device, [len / width, width] int32; no wait.
+
+    Made for each call: what is kept could be read on a stream that does not know of its copy, and
+    be let go while a captured graph still reads it.
+    """
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(
-            "prune_tokens: segments of different shapes and a k for each group need numbers on "
-            "the device; make the call once before it is captured in a graph"
-        )
-    return torch.tensor(values, dtype=torch.int32, device=device).view(-1, width)
+        made = filled(values, device)
+    else:
+        pinned = torch.tensor(values, dtype=torch.int32, pin_memory=device.type == "cuda")
+        made = pinned.to(device, non_blocking=True)
+    return made.view(-1, width)
+
+
+def filled(values: Sequence[int], device: torch.device) -> torch.Tensor:
+    """The same, [len]: a launch for each number, which a graph can hold unlike host memory."""
+    made = torch.empty(len(values), dtype=torch.int32, device=device)
+    for i, value in enumerate(values):
+        made[i : i + 1].fill_(value)
+    return made
 
 
 @dataclass(frozen=True)
@@ -52,7 +62,7 @@ class Layout:
             first_step += t
             blocks += triton.cdiv(t * n, BLOCK)
         same = len(set(map(tuple, pairs))) == 1
-        table = None if same else constants(tuple(rows), 5, x.device)
+        table = None if same else constants(rows, 5, x.device)
         return Layout(len(pairs), steps, places, start, first_step, blocks, table)
 
     def arguments(self) -> dict[str, torch.Tensor | int | None]:

@@ -219,8 +219,10 @@ def _average_shares(
     """Logits [Q, H, NB] -> the mean share of attention of the rows' tokens and heads [S, R, NB]."""
     tokens, heads, blocks = logits.shape
     rows = {"stream": 1, "kv_head": kv_heads, "query_head": heads}[scope]
-    peaks, sums = torch.empty((2, tokens, heads), dtype=torch.float32, device=logits.device)
-    scores = torch.empty((streams, rows, blocks), dtype=torch.float32, device=logits.device)
+    f32 = dict(dtype=torch.float32, device=logits.device)
+    # Each of its own, aligned: kernels are compiled for the alignment of what they are given.
+    peaks, sums = (torch.empty((tokens, heads), **f32) for _ in range(2))
+    scores = torch.empty((streams, rows, blocks), **f32)
     tile = 256
     tiles = triton.cdiv(blocks, tile)
     with on(logits):

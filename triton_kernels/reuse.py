@@ -50,7 +50,8 @@ def select_changed(
     index, count = torch.empty((frames, capacity), **i32), torch.empty((frames,), **i32)
     similarity = torch.empty((frames, places), dtype=torch.float32, device=feature.device)
     values = torch.empty((frames, places), **i32)
-    listed, changed = torch.empty((2, frames, tiles), **i32)
+    # Each of its own, aligned: kernels are compiled for the alignment of what they are given.
+    listed, changed = (torch.empty((frames, tiles), **i32) for _ in range(2))
     force_strides = {"force_stride_f": 0, "force_stride_n": 0}
     if force is not None:
         force = force.view(torch.uint8)

@@ -14,7 +14,15 @@ if interpreter.ACTIVE:
     pytest.skip("in the interpreter nothing is compiled", allow_module_level=True)
 
 from kit.cubin import compiled_for, record_launches  # noqa: E402
-from vicostream_kernels.triton_kernels import append, attention, preprocess, retrieve  # noqa: E402
+from vicostream_kernels import PruneRule  # noqa: E402
+from vicostream_kernels.triton_kernels import (  # noqa: E402
+    append,
+    attention,
+    preprocess,
+    prune,
+    retrieve,
+    reuse,
+)
 
 BF16, FP32 = torch.bfloat16, torch.float32
 LENGTHS = (1, 7, 16, 40, 300, 2000)
@@ -90,5 +98,42 @@ def test_chunks_of_any_number_of_frames():
     def call(n):
         frames, half = empty(n, 360, 640, 3, dtype=torch.uint8), (0.5,) * 3
         preprocess.preprocess_frames(frames, 252, 420, half, half, 14, 2, 2, BF16)
+
+    same_for_all(call)
+
+
+@pytest.mark.parametrize(
+    "rule",
+    (
+        PruneRule(threshold=0.25, reduce="any", always_keep="first"),
+        PruneRule(
+            reference=("running_mean", "frame_mean"), metric="gaussian", ratio=0.25, channels=0.5
+        ),
+    ),
+    ids=("chunk-intra", "stc"),
+)
+def test_pruning_of_chunks_of_any_number_of_steps(rule):
+    def call(steps):
+        tokens, width = steps * 135, 2048
+        prune.prune_tokens(
+            empty(steps, 135, width, dtype=BF16), empty(3, steps, 135), rule, None,
+            empty(tokens, width, dtype=BF16), empty(3, tokens), empty(tokens), empty(2),
+            empty(steps, 135, dtype=torch.bool),
+        )  # fmt: skip
+
+    same_for_all(call)
+
+
+def test_reuse_in_calls_of_any_number_of_steps():
+    places, width, rows = 540, 1280, 135
+
+    def call(steps):
+        feature, reference = (
+            empty(steps, places, width, dtype=BF16),
+            empty(places, width, dtype=BF16),
+        )
+        index, _, _ = reuse.select_changed(feature, reference, rows, None, rows, "cosine")
+        changed = reuse.gather_rows(feature, index)
+        reuse.merge_rows(reference, changed, index, feature)
 
     same_for_all(call)

@@ -67,3 +67,23 @@ def test_large_and_small_calls_have_the_same_bits():
         part = slice(4 * s, 4 * s + 4)
         alone = prune_tokens(x[part], positions[:, part], rule, backend="triton")
         assert_same_bits(alone.mask.flatten(), packed.mask[540 * s : 540 * (s + 1)])
+
+
+def test_chunks_of_different_shapes_can_be_captured_at_once():
+    """Their table is made inside the graph, which needs no call before it."""
+    rule = PruneRule(threshold=0.25)
+    shapes = ((4, 135), (2, 60), (3, 135))
+    x = torch.randn(540 + 120 + 405, 256, dtype=torch.bfloat16, device="cuda")
+    positions = torch.zeros(3, len(x), dtype=torch.int32, device="cuda")
+
+    def run():
+        return prune_tokens(x, positions, rule, shapes=shapes, backend="triton")
+
+    graph = torch.cuda.CUDAGraph()
+    run()  # compiles
+    with torch.cuda.graph(graph):
+        replayed = run()
+    x.copy_(torch.randn(x.shape, device="cuda"))
+    graph.replay()
+    for got, wanted in zip(replayed, run()):
+        assert_same_bits(got, wanted)
