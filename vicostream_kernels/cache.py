@@ -226,8 +226,9 @@ class PagedKVCache:
             self._residency.make_room(pages)
 
     def ready(self, layer: int) -> None:
-        """Called before attention of ``layer``: the current CUDA stream waits for what was fetched,
-        in this layer and those before it. Nothing on the CPU."""
+        """Called before keys of ``layer`` are written, and again before they are read where more
+        may have been fetched: the current CUDA stream waits for what was, in this layer and those
+        before it. Nothing on the CPU."""
         if self._residency is not None:
             self._residency.transfer.ready(layer)
 

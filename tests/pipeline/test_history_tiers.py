@@ -11,6 +11,7 @@ from pipeline_kit import pictures, small_engine
 
 from vicostream_kernels import _spill_file, methods
 from vicostream_kernels.cache import DiskFull, LostBlock, OutOfPages
+from vicostream_kernels.models import text
 from vicostream_kernels.pipeline.engine import StreamEngine
 from vicostream_kernels.pipeline.errors import InputError
 from vicostream_kernels.pipeline.report import SCHEMA_FILE
@@ -265,3 +266,20 @@ def test_a_home_folder_is_found(tmp_path, monkeypatch):
     with small_engine(**TIERS, engine__spill_dir="~/spilled") as made, streamed(made):
         made.cache.settle()
         assert list((tmp_path / "spilled").rglob("*.safetensors"))
+
+
+def test_what_was_fetched_has_come_before_pages_are_written(monkeypatch):
+    """On a GPU a copy may still be on its way to a page that left again and has a new owner."""
+    order, append = [], text.rope_append
+
+    def write(*args, **options):
+        order.append("write")
+        return append(*args, **options)
+
+    with small_engine() as made, made.open() as stream:
+        monkeypatch.setattr(text, "rope_append", write)
+        monkeypatch.setattr(made.cache, "ready", order.append)
+        stream.ingest(pictures(8))
+        layers = made.runner.layers
+    waited = [before for before, now in zip(order, order[1:]) if now == "write"]
+    assert waited == list(range(layers)) * (len(waited) // layers) and waited

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from vicostream_kernels._blocks import to_device
 from vicostream_kernels.methods.scorer import External, ScoredChunk, Scorer
 
 
@@ -15,7 +16,9 @@ def patch_pictures(chunk: ScoredChunk) -> torch.Tensor:
     t, rows, columns = chunk.grid
     per_token = chunk.patches.shape[0] // (t * rows * columns)
     x = chunk.patches.float().view(t, rows * columns, per_token, 3, chunk.temporal, -1)
-    mean, std = (torch.tensor(v, device=x.device).view(3, 1, 1) for v in (chunk.mean, chunk.std))
+    mean, std = (
+        to_device(v, torch.float32, x.device).view(3, 1, 1) for v in (chunk.mean, chunk.std)
+    )
     return (x * std + mean).permute(0, 4, 1, 3, 2, 5).flatten(4)
 
 

@@ -132,6 +132,8 @@ def _attention(
             .split([heads.heads, heads.kv_heads, heads.kv_heads], dim=1)
         )
     keys = attend.keys
+    # A page that was fetched and left again may have a new owner before its copy has come.
+    attend.cache.ready(layer)
     rotated = rope_append(
         q,
         k,

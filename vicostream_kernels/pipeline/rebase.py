@@ -51,7 +51,7 @@ class Rebase:
         self._front = history.ids[always[-1]][1] if always else 0
         # What each page belongs to: a chunk's number, C: nothing that moves, C + 1: the front.
         owner = torch.full((history.cache.cache.total_pages,), count, device=device)
-        owner[prefix[0].long()] = count + 1
+        owner.index_fill_(0, prefix[0].long(), count + 1)
         known = pages[0] >= 0
         of_page = chunk_of_row.unsqueeze(1).expand_as(pages[0])
         # No masked assignment: its length would have to come to the host.
