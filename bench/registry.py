@@ -93,7 +93,7 @@ class Case:
         baseline: the provider that ratios and the error yardstick refer to.
         smoke: small enough for tests and for compute-sanitizer.
         reads: it writes next to nothing: its ceiling is the bandwidth of reading alone.
-        heavy: a call takes seconds on a CPU: few rounds there, and no second cache state.
+        heavy: a call takes seconds on a CPU: few rounds there, and one cache state everywhere.
         devices: device types the case makes sense on.
     """
 

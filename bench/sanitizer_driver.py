@@ -38,8 +38,10 @@ def run_once(case: Case, provider: Provider, device: torch.device, seed: int = 7
     result = provider.run(inputs)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    outputs = {name: out.cpu() for name, out in case.outputs(inputs, result).items()}
-    verdict = judge(outputs, case.reference(to_truth(made)), None, case.allowed, case.dtype)
+    inputs, result = (map_tensors(x, lambda tensor: tensor.cpu()) for x in (inputs, result))
+    verdict = judge(
+        case.outputs(inputs, result), case.reference(to_truth(made)), None, case.allowed, case.dtype
+    )
     return verdict.reason
 
 
