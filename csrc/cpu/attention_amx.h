@@ -18,6 +18,10 @@ constexpr int kFewKeys = 64;  // of a tile for up to eight rows: V in pairs stay
 constexpr int kAmxRows = 256;  // of a group: K and V of a tile are made ready once for so many
 constexpr int kAmxStep = 32;   // keys of two tiles of scores, or of one of weights
 
+// Memory is asked for the next tile in each phase of this one, a few lines at a time: many at once
+// would stand before what the phase itself reads.
+inline int share(int lines, int parts) { return (lines + parts - 1) / parts; }
+
 inline int tile_width(int rows_left) { return rows_left > 16 ? 32 : 16; }
 inline int tile_rows(int rows) {
   return rows / 32 * 32 + (rows % 32 == 0 ? 0 : tile_width(rows % 32));
@@ -197,7 +201,7 @@ void score_tiles(const float* q, const TileKeys& keys, int steps, int depth, flo
 // Scores to weights exp(score - top), rounded to bf16, as p[row][key].
 template <int NV, bool NARROW, bool MASKED>
 void soften_tiles(float* s, int steps, float scale, const RowMask* mask, const RowState& state,
-                  uint16_t* p) {
+                  uint16_t* p, Ahead* ahead, int lines) {
   constexpr int kWidth = 16 * NV;
   constexpr float kLog2E = 1.44269504088896341f;
   const int keys = steps * kAmxStep;
@@ -217,13 +221,15 @@ void soften_tiles(float* s, int steps, float scale, const RowMask* mask, const R
         tops[j % 4] = _mm512_max_ps(x, tops[j % 4]);  // NaN leaves it
       }
     } else {
-      for (int j = 0; j < keys; j += 4)
+      for (int j = 0; j < keys; j += 4) {
+        ahead->ask(lines);
 #pragma GCC unroll 4
         for (int i = 0; i < 4; ++i) {
           const __m512 x = _mm512_mul_ps(_mm512_load_ps(s + (j + i) * kWidth), factor);
           _mm512_store_ps(s + (j + i) * kWidth, x);
           tops[i] = _mm512_max_ps(x, tops[i]);
         }
+      }
     }
     const __m512 top =
         _mm512_max_ps(_mm512_max_ps(tops[0], tops[1]), _mm512_max_ps(tops[2], tops[3]));
@@ -239,6 +245,7 @@ void soften_tiles(float* s, int steps, float scale, const RowMask* mask, const R
     };
     __m512 sums[2] = {};
     for (int step = 0; step < steps; ++step) {
+      ahead->ask(2 * lines);
       __m512i r[16];
 #pragma GCC unroll 16
       for (int i = 0; i < 16; ++i) {
@@ -386,16 +393,16 @@ void attend_tiles(const Work& w, int units, Source& source, const TileScratch& m
     const Seen seen = look(w, first, n, kAmxStep, row, rows, 16 * NV, &mask);
     if (seen == Seen::kNothing) return;
     const int steps = (n + kAmxStep - 1) / kAmxStep;
-    const int parts = steps * (depth / 32), sums = steps * ((columns + 31) / 32);
     score_tiles<NV>(q, keys, steps, depth, m.scores, &ahead_k,
-                    (ahead_k.lines() + parts - 1) / parts);
+                    share(ahead_k.left(), steps * (depth / 32)));
+    const int half = share(ahead_v.left(), 2 * (kAmxStep / 4 + 2) * steps);
     if (seen == Seen::kSome)
-      soften_tiles<NV, kFew, true>(m.scores, steps, w.scale, &mask, state, p);
+      soften_tiles<NV, kFew, true>(m.scores, steps, w.scale, &mask, state, p, &ahead_v, half);
     else
-      soften_tiles<NV, kFew, false>(m.scores, steps, w.scale, nullptr, state, p);
+      soften_tiles<NV, kFew, false>(m.scores, steps, w.scale, nullptr, state, p, &ahead_v, half);
     const auto weigh = kFew ? weigh_few : weigh_tiles<NV>;
-    weigh(p, m.v, steps, columns, state.rescale, o, &ahead_v, (ahead_v.lines() + sums - 1) / sums);
-    ahead_k.count = ahead_v.count = 0;
+    weigh(p, m.v, steps, columns, state.rescale, o, &ahead_v,
+          share(ahead_v.left(), steps * ((columns + 31) / 32)));
   };
 
   const auto process = [&](const Tile& now, const Tile* next) {
@@ -403,13 +410,16 @@ void attend_tiles(const Work& w, int units, Source& source, const TileScratch& m
     for (int u = 0; u < units; ++u) {
       const int64_t k_at = u * source.k_unit, v_at = u * source.v_unit;
       stage_keys(now, k_at, source, m, &keys);
+      Upcoming<BFloat16, kAmxKeys> upcoming(next, u, units, source);
+      const int some = share(upcoming.k.left() * 5 / 8, count / 2);
       auto* pairs = reinterpret_cast<uint32_t*>(m.v);
       int j = 0;
-      for (; j + 2 <= now.n; j += 2, pairs += columns)
+      for (; j + 2 <= now.n; j += 2, pairs += columns) {
+        upcoming.k.ask(some);
         pair_values(now.v[j] + v_at, now.v[j + 1] + v_at, d, pairs);
+      }
       for (; j < count; j += 2, pairs += columns)
         pair_values(j < now.n ? now.v[j] + v_at : zeros, zeros, d, pairs);
-      Upcoming<BFloat16, kAmxKeys> upcoming(next, u, units, source);
       const float* q = m.q + int64_t{u} * padded * depth / 2;
       for (int row = 0, width; row < w.rows; row += width, q += width * (depth / 2)) {
         width = tile_width(w.rows - row);

@@ -182,7 +182,7 @@ void attend_tile(TileRows& t, const float* q, int rows, const RowMask* mask, flo
   const int groups = (t.n + kKeysAtOnce - 1) / kKeysAtOnce, keys = groups * kKeysAtOnce;
   const int elements = d / Dot::kPerElement;
   const int parts = groups * ((elements + kPart - 1) / kPart);
-  int lines = (t.next_k.lines() + parts - 1) / parts;
+  int lines = (t.next_k.left() + parts - 1) / parts;
   for (int j = 0; j < keys; j += kKeysAtOnce)
     score_keys<W, NV, Dot>(q, t.k + j, elements, scores + j * kWidth, &t.next_k, lines);
   if (mask != nullptr)
@@ -196,7 +196,7 @@ void attend_tile(TileRows& t, const float* q, int rows, const RowMask* mask, flo
                 reinterpret_cast<uint32_t*>(scores + j / 2 * kWidth), kWidth);
   const auto* weights = reinterpret_cast<const Element*>(scores);
   const int steps = keys / Dot::kPerElement * ((d + 2 * kLanes - 1) / (2 * kLanes));
-  lines = (4 * t.next_v.lines() + steps - 1) / steps;  // every fourth step asks
+  lines = (4 * t.next_v.left() + steps - 1) / steps;  // every fourth step asks
   for (int r = 0; r < rows;) {
     const int left = rows - r;
     const auto run = [&](auto weigh_some, int count) {

@@ -39,7 +39,7 @@ struct Ahead {
       if (n == left) at = 0, ++row;
     }
   }
-  int lines() const { return count * ((bytes + 63) / 64); }
+  int left() const { return row < count ? (count - row) * ((bytes + 63) / 64) - at / 64 : 0; }
 };
 
 // How products are summed: one fp32 element at a time, or two bf16 elements side by side in 32 bits
