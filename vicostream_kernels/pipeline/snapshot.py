@@ -243,8 +243,9 @@ def _figures(recorder: Any) -> dict[str, Any]:
          "reads": [asdict(block) for block in q.reads]}
         for q in recorder.questions
     ]  # fmt: skip
+    totals = {name: getattr(recorder, name) for name in _TOTALS}
     return {
-        "totals": {name: getattr(recorder, name) for name in _TOTALS},
+        "totals": totals | {"frames_left_out": recorder.read - recorder.frames_ingested},
         "questions": questions,
         "errors": [asdict(error) for error in recorder.errors],
         "peak_bytes": recorder.kv["peak_bytes"],
