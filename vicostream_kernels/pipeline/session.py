@@ -20,8 +20,9 @@ from vicostream_kernels.pipeline.answer import Answer
 from vicostream_kernels.pipeline.errors import InputError, PipelineError
 from vicostream_kernels.pipeline.llm import LLMSteps
 from vicostream_kernels.pipeline.report import ChunkFigures, Recorder, rss_bytes
+from vicostream_kernels.pipeline.saving import save
 from vicostream_kernels.pipeline.selection import RuleSelector, Selector
-from vicostream_kernels.pipeline.snapshot import Snapshot, save
+from vicostream_kernels.pipeline.snapshot import Snapshot
 from vicostream_kernels.pipeline.stages import (
     ChunkFrames,
     ChunkKept,
