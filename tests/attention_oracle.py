@@ -186,6 +186,12 @@ def dense(
             query = case.q[rows_seeing, h].to(dtype)
             scores = query * scale @ keys.T if scaled_query else query @ keys.T * scale
             scores[hidden] = -math.inf
+            # What has no weight but -inf's is as good as blind.
+            weighs = scores.ne(-math.inf).any(1)
+            if not weighs.any():
+                continue
+            scores = scores[weighs]
+            rows_seeing = [row for row, some in zip(rows_seeing, weighs.tolist()) if some]
             if opt.get("sink_logits") is not None:
                 sink = opt["sink_logits"][h].to(dtype).expand(len(rows_seeing), 1)
                 scores = torch.cat((scores, sink), 1)

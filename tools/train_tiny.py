@@ -105,13 +105,16 @@ class Training:
         if self.rank:
             return
         line = {"step": number, "stage": stage.name, **figures}
-        line |= {"wall_s": round(self.wall_s, 1), "cpu_s": round(self.cpu_s, 1)}
         if done:
-            wall = time.perf_counter()
+            wall, cpu = time.perf_counter(), time.process_time()
             line["eval"] = evaluate(self.net, stage.bounded, self.args.seed)
+            # Before the files are written that name these sums.
+            self.wall_s += time.perf_counter() - wall
+            self.cpu_s += time.process_time() - cpu
             self._save()
             self._export(stage)
-            self.wall_s += time.perf_counter() - wall
+        line |= {"wall_s": round(self.wall_s, 1), "cpu_s": round(self.cpu_s, 1)}
+        if done:
             print(json.dumps(line), flush=True)
         with (self.out / "log.jsonl").open("a", encoding="utf-8") as log:
             log.write(json.dumps(line) + "\n")
@@ -122,7 +125,7 @@ class Training:
         phase = next(phase for phase in stage.phases if share < phase.end)
         steps, sparse = length(rng, phase)
         videos = max(1, min(MOST_VIDEOS, BUDGET // steps) // self.count)
-        # The first process draws on from the numbers that gave the length (a trailing 0 is no other
+        # The first process draws the numbers again that gave the length (a trailing 0 is no other
         # seed to NumPy): the shipped weights were made so.
         rng = np.random.Generator(np.random.PCG64([*seed, self.rank]))
         batch = make_batch(rng, videos, steps, QUESTIONS, phase.shares, sparse=sparse)

@@ -26,13 +26,15 @@ def across_kernel(
 ):
     """One program: BLOCK neighbouring bytes of ROWS resized rows; the taps are made once for all.
 
+    So the bytes are the first axis: Triton lays lanes along it, and a thread's rows share a weight.
+
     What bounds it: memory, every frame read once, as neighbours find each other's pixels in L1; the
     loads themselves where it shrinks much, 4 x the factor of them for a byte.
     """
     row = tl.program_id(0) // tiles * ROWS + tl.arange(0, ROWS)
     e = tl.program_id(0) % tiles * BLOCK + tl.arange(0, BLOCK)
     x, channel = e // 3, e % 3
-    there = (row < rows)[:, None] & (x < width_out)[None, :]
+    there = (x < width_out)[:, None] & (row < rows)[None, :]
     sources = (
         frames_ptr
         + (row // height).to(tl.int64) * frames_stride_f
@@ -40,19 +42,19 @@ def across_kernel(
     )
     pixel, off = middle(x, width_in, width_out)
     total = tl.zeros((BLOCK,), tl.float32)
-    summed = tl.zeros((ROWS, BLOCK), tl.float32)
+    summed = tl.zeros((BLOCK, ROWS), tl.float32)
     for number in range(0, taps):
         t = number - taps // 2
         i = pixel + t
         inside = (i >= 0) & (i < width_in)
         weight = tl.where(inside, tap(t + off, shrink), 0.0)
         at = i.to(tl.int64) * frames_stride_w + channel.to(tl.int64) * frames_stride_c
-        found = tl.load(sources[:, None] + at[None, :], mask=there & inside[None, :], other=0)
-        summed += weight[None, :] * found.to(tl.float32)
+        found = tl.load(sources[None, :] + at[:, None], mask=there & inside[:, None], other=0)
+        summed += weight[:, None] * found.to(tl.float32)
         total += weight
     targets = out_ptr + row.to(tl.int64) * (3 * width_out)
-    value = level(summed / tl.where(x < width_out, total, 1.0)[None, :]).to(tl.uint8)
-    tl.store(targets[:, None] + e[None, :], value, mask=there)
+    value = level(summed / tl.where(x < width_out, total, 1.0)[:, None]).to(tl.uint8)
+    tl.store(targets[None, :] + e[:, None], value, mask=there)
 
 
 @triton.jit(do_not_specialize=["frames", "parts"])

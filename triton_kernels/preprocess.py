@@ -14,7 +14,10 @@ import triton
 from vicostream_kernels.triton_kernels._launch import on, strides
 from vicostream_kernels.triton_kernels._preprocess_patches import across_kernel, patches_kernel
 
-_ROWS, _BLOCK = 4, 256
+# Rows and bytes of a program where the width changes: a thread has the same byte of all rows.
+_ROWS, _ACROSS = 8, 128
+# Bytes of a program that cuts patches.
+_BLOCK = 256
 
 
 def _filter(size_in: int, size_out: int) -> dict[str, float]:
@@ -53,7 +56,7 @@ def preprocess_frames(
     with on(frames):
         if width_in != width:
             levels = frames.new_empty((count, height_in, width, 3))
-            tiles = triton.cdiv(3 * width, _BLOCK)
+            tiles = triton.cdiv(3 * width, _ACROSS)
             across_kernel[(triton.cdiv(count * height_in, _ROWS) * tiles,)](
                 frames_ptr=frames,
                 out_ptr=levels,
@@ -65,7 +68,7 @@ def preprocess_frames(
                 **_filter(width_in, width),
                 **strides(frames, "frames", "fhwc"),
                 ROWS=_ROWS,
-                BLOCK=_BLOCK,
+                BLOCK=_ACROSS,
                 num_warps=4,
             )
         rows = triton.cdiv(count, temporal) * (height // patch) * (width // patch)

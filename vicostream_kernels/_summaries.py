@@ -103,6 +103,16 @@ class KeyRows:
         first, n = self._at[block]
         return {name: tensor[:, first : first + n] for name, tensor in self._tensors.items()}
 
+    @property
+    def tables(self) -> dict[str, torch.Tensor]:
+        """The summaries of all rows by name, [layers, rows, ...] each; see `places`."""
+        return self._tensors
+
+    def places(self, block: Block) -> range:
+        """The rows of one chunk in `tables`, until the next chunk is reserved."""
+        first, n = self._at.get(block, (0, 0))
+        return range(first, first + n)
+
     # -- for the stream --------------------------------------------------------------------------
 
     def reserve(self, block: Block) -> None:

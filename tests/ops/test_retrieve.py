@@ -1,17 +1,17 @@
-"""summarize_blocks and the scores of topk_blocks, against plain loops in float64."""
+"""The scores of topk_blocks against plain loops in float64; how the ops are registered."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from retrieve_keys import paged_keys
 
 import vicostream_kernels as vico
 from kit import tensors
 from kit.backends import backends_of
 from kit.compare import assert_matches, assert_same_bits
 from kit.ops import check_fullgraph, check_op, check_refuses_grad
-from vicostream_kernels import backends, checks
-from vicostream_kernels.ops.append import KeySummary
+from vicostream_kernels import backends
 from vicostream_kernels.reference import retrieve as reference
 from vicostream_kernels.reference._precision import accumulate_in
 
@@ -19,110 +19,6 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 SCORES, POOLS, SCOPES = ("dot", "cosine", "bound"), ("mean", "max", "softmax"), (
     "stream", "kv_head", "query_head",
 )  # fmt: skip
-
-
-# --- summaries ---------------------------------------------------------------------------------
-
-
-def paged_keys(dtype: torch.dtype, *, page_size: int = 5, seed: int = 0):
-    """A pool with NaN in every slot that no token fills, blocks of 0 to 3 pages, a ragged table."""
-    pages, heads, d = 11, 2, 8
-    k_pages = tensors.randn((pages, page_size, heads, d), dtype, seed=seed)
-    fill = tensors.ints((pages,), 1, page_size + 1, seed=seed + 1)
-    fill[3] = 0
-    for page in range(pages):
-        k_pages[page, int(fill[page]) :] = torch.nan
-    table = torch.tensor(
-        [
-            [[4, 2, -1], [-1, -1, -1], [0, 7, 9], [3, -1, -1]],
-            [[10, -1, -1], [6, 99, 8], [-1, 1, -1], [3, 5, -1]],
-        ],
-        dtype=torch.int32,
-    )
-    return k_pages, tensors.strided(table), fill
-
-
-def tokens_of(k_pages, pages, fill):
-    """[(offset, key [G, d] float64)] of a block, in order."""
-    return [
-        (offset, k_pages[page, offset].double())
-        for page in pages.tolist()
-        if 0 <= page < k_pages.shape[0]
-        for offset in range(int(fill[page]))
-    ]
-
-
-@pytest.mark.parametrize("backend", backends_of("summarize_blocks"))
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_mean_of_each_block(dtype, backend):
-    name, device = backend
-    k_pages, table, fill = paged_keys(dtype)
-    got = vico.summarize_blocks(*(x.to(device) for x in (k_pages, table, fill)), backend=name).cpu()
-    assert got.dtype == torch.float32
-    truth = torch.full_like(got, torch.nan, dtype=torch.float64)
-    for s, b in [(s, b) for s in range(2) for b in range(4)]:
-        keys = [key for _, key in tokens_of(k_pages, table[s, b], fill)]
-        if keys:
-            truth[s, b] = torch.stack(keys).mean(0)
-    assert truth[0, 1].isnan().all() and truth[0, 3].isnan().all(), "the test has no empty block"
-    # Ten additions in float32 at most; the keys themselves are exact in it.
-    torch.testing.assert_close(got.double(), truth, rtol=0, atol=4e-6, equal_nan=True)
-
-
-@pytest.mark.parametrize("backend", backends_of("summarize_blocks"))
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("page_size,sub", [(5, 1), (5, 2), (5, 5), (8, 4), (1, 1)])
-def test_minmax_of_each_part(page_size, sub, dtype, backend):
-    name, device = backend
-    k_pages, table, fill = paged_keys(dtype, page_size=page_size, seed=3)
-    arguments = [x.to(device) for x in (k_pages, table, fill)]
-    kmin, kmax = (
-        x.cpu() for x in vico.summarize_blocks(*arguments, kind="minmax", sub=sub, backend=name)
-    )
-    for s, b in [(s, b) for s in range(2) for b in range(4)]:
-        parts: dict[int, list[torch.Tensor]] = {}
-        for offset, key in tokens_of(k_pages, table[s, b], fill):
-            parts.setdefault(offset * sub // page_size, []).append(key)
-        for part in range(sub):
-            keys = parts.get(part)
-            low, high = (torch.inf, -torch.inf) if keys is None else (
-                torch.stack(keys).amin(0), torch.stack(keys).amax(0),
-            )  # fmt: skip
-            assert (kmin[s, b, part].double() == low).all()
-            assert (kmax[s, b, part].double() == high).all()
-
-
-@pytest.mark.parametrize("raw", [False, True])
-def test_growing_and_rebuilt_summaries_have_the_same_bits(raw):
-    pages, page_size, heads, d, tokens = 6, 4, 2, 16, 13
-    pools = [torch.zeros(pages, page_size, heads, d, dtype=torch.bfloat16) for _ in range(3)]
-    summary = KeySummary.empty(2, heads, d, kind="both", sub=2, source="raw" if raw else "rotated")
-    # Block 0 has pages 5 and 2, block 1 pages 0 and 1, which come in three calls.
-    slots = torch.tensor([20, 21, 22, 23, 8, 9, 0, 1, 2, 3, 4, 5, 6], dtype=torch.int32)
-    owner = torch.tensor([1, 1, 0, -1, -1, 0], dtype=torch.int32)
-    q, k, v = (tensors.randn((tokens, heads, d), torch.bfloat16, seed=i) for i in range(3))
-    positions = tensors.ints((3, tokens), 0, 90_000, seed=4)
-    inv_freq = 10_000 ** (-torch.arange(0, d, 2) / d)
-    for part in (slice(0, 7), slice(7, 8), slice(8, 13)):
-        vico.rope_append(
-            q[part], k[part], v[part], positions[:, part], inv_freq, None, pools[0], pools[1],
-            slots[part], raw_k_pages=pools[2], summary=summary, block_of_page=owner,
-            backend="reference",
-        )  # fmt: skip
-    fill = torch.tensor([4, 3, 2, 0, 0, 4], dtype=torch.int32)
-    table = torch.tensor([[[5, 2], [0, 1]]], dtype=torch.int32)
-    pool = pools[2] if raw else pools[0]
-    mean = vico.summarize_blocks(pool, table, fill, backend="reference")
-    kmin, kmax = vico.summarize_blocks(pool, table, fill, "minmax", 2, backend="reference")
-    assert_same_bits(mean[0], summary.sum / summary.count[:, None, None])
-    assert_same_bits(kmin[0], summary.kmin)
-    assert_same_bits(kmax[0], summary.kmax)
-    question = tensors.randn((1, 4, d), seed=9)
-    for score, rebuilt in (("dot", mean), ("cosine", mean), ("bound", (kmin, kmax))):
-        grown = vico.topk_blocks(question, summary, k=1, score=score, backend="reference")
-        again = vico.topk_blocks(question, rebuilt, k=1, score=score, backend="reference")
-        assert_same_bits(grown.scores, again.scores)
-        assert grown.block_index.tolist() == again.block_index.tolist()
 
 
 # --- scores ------------------------------------------------------------------------------------
@@ -373,7 +269,7 @@ def test_nothing_waits_for_the_device(pool, rule):
     assert torch.equal(got, wanted)
 
 
-# --- registration, bad input -------------------------------------------------------------------
+# --- registration ------------------------------------------------------------------------------
 
 
 def test_registration_and_fullgraph():
@@ -405,104 +301,3 @@ def test_registration_and_fullgraph():
         return got.block_index, got.count, got.scores
 
     check_fullgraph(run, query, mean, cu, num)
-
-
-def good() -> dict:
-    return {
-        "query": torch.zeros(2, 4, 8), "summary": torch.zeros(2, 5, 2, 8), "k": 2,
-    }  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    "change,error,match",
-    [
-        ({"query": [1.0]}, TypeError, "query must be a tensor.*list"),
-        ({"query": None}, TypeError, "query must be a tensor.*NoneType"),
-        ({"query": torch.zeros(2, 4, 8).int()}, TypeError, "query has dtype int32"),
-        ({"query": torch.zeros(3, 4, 8)}, ValueError, r"summary has shape .*S=3"),
-        ({"query": torch.zeros(2, 3, 8)}, ValueError, "H=3 heads.*multiple of.*G=2"),
-        ({"query": torch.zeros(2, 4, 12), "summary": torch.zeros(2, 5, 2, 12)}, ValueError, "head dim 12"),  # noqa: E501
-        ({"query": torch.zeros(2, 8)}, ValueError, "summary must have 3 dim"),
-        ({"query": torch.zeros(2, 8), "scope": "kv_head"}, ValueError, "has no heads.*kv_head"),
-        ({"summary": torch.zeros(2, 5, 2, 16)}, ValueError, "summary has shape"),
-        ({"summary": (torch.zeros(2, 5, 1, 2, 8),) * 2}, ValueError, "summary must have 4 dim"),
-        ({"summary": (torch.zeros(2, 5, 1, 2, 8),) * 3}, ValueError, "one tensor or .*3 parts"),
-        ({"score": "bound", "summary": torch.zeros(2, 5, 1, 2, 8)}, ValueError, "needs a .kmin, kmax"),  # noqa: E501
-        ({"score": "bound", "summary": KeySummary.empty(5, 2, 8)}, ValueError, "needs a KeySummary with kmin"),  # noqa: E501
-        ({"score": "l2"}, ValueError, "score='l2'.*'dot'"),
-        ({"pool": "sum"}, ValueError, "pool='sum'"),
-        ({"scope": "layer"}, ValueError, "scope='layer'"),
-        ({"sm_scale": 0.1}, ValueError, "sm_scale=0.1 needs pool='softmax'"),
-        ({"k": None}, ValueError, "exactly one of k, ratio, mass, token_budget, got none"),
-        ({"ratio": 0.5}, ValueError, "exactly one of.*got k, ratio"),
-        ({"k": 0}, ValueError, "k=0 is outside"),
-        ({"k": None, "ratio": 0.0}, ValueError, r"ratio=0.0 is outside \(0, 1\]"),
-        ({"k": None, "mass": 1.5}, ValueError, "mass=1.5 is outside"),
-        ({"k": None, "ratio": float("nan")}, ValueError, "ratio=nan"),
-        ({"k": None, "token_budget": 64}, ValueError, "token_budget=64 needs block_tokens"),
-        ({"k": None, "token_budget": -1, "block_tokens": 4}, ValueError, "token_budget=-1"),
-        ({"k": None, "token_budget": 64, "block_tokens": 0}, ValueError, "tokens_per_block=0"),
-        ({"block_tokens": 16}, ValueError, "block_tokens goes with token_budget.*got k=2"),
-        ({"k": None, "mass": 0.5, "block_tokens": 3}, ValueError, "block_tokens goes with"),
-        ({"k": 3, "group": 2}, ValueError, "k=3 counts blocks.*group=2"),
-        ({"group": 0}, ValueError, "group=0"),
-        ({"min_k": -1}, ValueError, "min_k=-1"),
-        ({"force_last": -1}, ValueError, "force_last=-1"),
-        ({"max_blocks": 0}, ValueError, "max_blocks=0 is less than"),
-        ({"max_blocks": 2, "force_first": 2, "force_last": 1}, ValueError, "max_blocks=2.*3 blocks"),  # noqa: E501
-        ({"num_blocks": torch.tensor([1, 2])}, TypeError, "num_blocks has dtype int64"),
-        ({"num_blocks": torch.zeros(3).int()}, ValueError, "num_blocks has shape"),
-        ({"cu_seqlens": torch.zeros(2).int()}, ValueError, r"cu_seqlens has 2 entries.*S\+1=3"),
-        ({"external_score": torch.zeros(2, 5)}, ValueError, "takes the place of query"),
-        ({"backend": "gpu"}, ValueError, "backend='gpu'"),
-    ],
-)  # fmt: skip
-def test_bad_input_is_named(change, error, match):
-    given = {**good(), **change}
-    with pytest.raises(error, match=match):
-        vico.topk_blocks(given.pop("query"), given.pop("summary"), **given)
-
-
-@pytest.mark.parametrize(
-    "change,error,match",
-    [
-        ({"kind": "max"}, ValueError, "kind='max'"),
-        ({"sub": 6, "kind": "minmax"}, ValueError, r"sub=6 is outside \[1, 5\]"),
-        ({"sub": 2}, ValueError, "sub=2 needs kind='minmax'"),
-        ({"page_fill": torch.zeros(4).int()}, ValueError, "page_fill has shape .*P=11"),
-        ({"block_pages": torch.zeros(1, 2, 3)}, TypeError, "block_pages has dtype float32"),
-        ({"k_pages": torch.zeros(11, 5, 2, 12)}, ValueError, "head dim 12"),
-    ],
-)
-def test_bad_summaries_are_named(change, error, match):
-    k_pages, table, fill = paged_keys(torch.float32)
-    with pytest.raises(error, match=match):
-        vico.summarize_blocks(
-            **{"k_pages": k_pages, "block_pages": table, "page_fill": fill, **change}
-        )  # noqa: E501
-
-
-def test_check_mode_reads_values(monkeypatch):
-    monkeypatch.setattr(checks, "CHECK_VALUES", True)
-    given = good()
-    query, summary, k = given["query"], given["summary"], 2
-    with pytest.raises(ValueError, match=r"num_blocks=\[6, 0\] must lie in \[0, NB=5\]"):
-        vico.topk_blocks(query, summary, k=k, num_blocks=torch.tensor([6, 0], dtype=torch.int32))
-    cu = torch.tensor([0, 2, 1], dtype=torch.int32)
-    with pytest.raises(ValueError, match="cu_seqlens=.0, 2, 1. must ascend"):
-        vico.topk_blocks(query, summary, k=k, cu_seqlens=cu)
-    cu = torch.tensor([0, 2, 2], dtype=torch.int32)
-    with pytest.raises(ValueError, match="gives a stream no query token"):
-        vico.topk_blocks(query, summary, k=k, cu_seqlens=cu)
-    sizes = torch.tensor([[1, 1, -3, 1, 1]] * 2, dtype=torch.int32)
-    with pytest.raises(ValueError, match="block_tokens holds -3"):
-        vico.topk_blocks(query, summary, token_budget=4, block_tokens=sizes)
-    summary[1, 3, 0, 0] = torch.nan
-    with pytest.warns(RuntimeWarning, match=r"1 blocks score NaN.*\[\[1, 3\]\]"):
-        assert vico.topk_blocks(query, summary, k=5).block_index[1].tolist() == [0, 1, 2, 3, 4]
-    k_pages, table, fill = paged_keys(torch.float32)
-    with pytest.raises(ValueError, match=r"block_pages holds 99, allowed: -1 or \[0, 11\)"):
-        vico.summarize_blocks(k_pages, table, fill)
-    index = torch.tensor([[0, 7]] * 2, dtype=torch.int32)
-    with pytest.raises(ValueError, match=r"block_index holds 7, allowed: -1 or \[0, 4\)"):
-        vico.select_pages(index, table)

@@ -56,6 +56,31 @@ def test_a_stream_gives_what_it_gives_on_the_cpu(preset):
     torch.testing.assert_close(keys[0], keys[1], rtol=1e-2, atol=1e-2)
 
 
+def test_a_chunk_may_have_frames_of_host_and_device(engine):
+    frames, keys = torch.from_numpy(pictures(32)), []
+    for devices in (("cpu",), ("cpu", "cuda")):
+        with engine.open() as stream:
+            for turn, part in enumerate(frames.split(5)):
+                stream.ingest(part.to(devices[turn % len(devices)]))
+            newest = stream.history.chunks()[-1]
+            keys.append(stream.history.cache.contents(newest).clone())
+    assert torch.equal(*keys)
+
+
+def test_frames_on_the_device_may_be_those_of_the_reference_on_the_host():
+    overrides = {**SMALL, "reuse.skip_tolerance": 0}
+    with (
+        StreamEngine.from_pretrained(
+            "tiny-random", preset="stc", overrides=overrides, device="cuda", dtype=torch.float32
+        ) as made,
+        made.open() as stream,
+    ):
+        still = torch.from_numpy(pictures(1)).expand(8, -1, -1, -1)
+        for device in ("cpu", "cuda", "cpu", "cuda"):
+            stream.ingest(still.to(device))
+        assert stream.report()["reuse"]["skipped_steps"] > 0
+
+
 def test_the_report_has_the_times_of_the_device(engine):
     with engine.open() as stream:
         stream.ingest(pictures(80))

@@ -88,6 +88,20 @@ def test_a_run_goes_on_where_another_ended(tmp_path, monkeypatch):
     assert code == 2 and "cannot be restored: it is damaged" in report["errors"][0]["what"]
 
 
+def test_frames_that_fps_left_out_are_counted_across_a_restore(tmp_path):
+    write = partial(write_video, rate=10, codec="ffv1", pixel_format="bgr0")
+    first, second = str(tmp_path / "first.mkv"), str(tmp_path / "second.mkv")
+    write(first, pictures(40)[:20])
+    write(second, pictures(40)[20:])
+    session = str(tmp_path / "session")
+    report_of(tmp_path / "a", first, fps=5, save=session)
+    _, report = report_of(tmp_path / "b", second, fps=5, restore=session)
+    assert report["frames"] == {"read": 40, "processed": 20, "dropped": 20}
+    with small_engine("live") as made, made.restore(session) as stream:
+        stream.ingest(pictures(6))
+        assert stream.report()["frames"]["read"] == 26
+
+
 PROGRAM = """
 import json, sys
 import torch

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import collections
 import errno
+import itertools
 import json
 import os
 import random
@@ -14,7 +16,8 @@ import torch
 from pipeline_kit import pictures, small_engine
 
 from vicostream_kernels.models import load_model
-from vicostream_kernels.pipeline import snapshot as snapshot_module
+from vicostream_kernels.pipeline import saving as saving_module
+from vicostream_kernels.pipeline.block_facts import BlockFacts, to_columns
 from vicostream_kernels.pipeline.engine import StreamEngine
 from vicostream_kernels.pipeline.errors import PipelineError
 from vicostream_kernels.pipeline.report import SCHEMA_FILE
@@ -203,20 +206,67 @@ def test_foreign_files_are_refused_with_the_reason(saved, tmp_path, monkeypatch)
     safetensors = pytest.importorskip("safetensors.torch")
     safetensors.save_file({"x": torch.zeros(3)}, tmp_path / "weights")
     refused(tmp_path / "weights", "not a session of vicostream")
-    monkeypatch.setattr(snapshot_module, "VERSION", 2)
-    with engine("vicostream") as made, made.open(fps=2) as stream:
-        stream.save(tmp_path / "newer")
-    monkeypatch.undo()
-    refused(tmp_path / "newer", "format 2, written by a newer version; this one reads 1")
+    for version, said in ((3, "3, written by a newer"), (1, "1, written by an older")):
+        monkeypatch.setattr(saving_module, "VERSION", version)
+        with engine("vicostream") as made, made.open(fps=2) as stream:
+            stream.save(tmp_path / "other")
+        refused(tmp_path / "other", f"format {said} version; this one reads 2")
 
 
-def test_a_history_too_long_for_a_file_says_so(tmp_path, monkeypatch):
-    monkeypatch.setattr("vicostream_kernels._tensor_file._MAX_HEADER", 1000)
-    with engine("vicostream") as made, made.open(fps=2) as stream:
-        with pytest.raises(PipelineError, match="too long for one session file: a header of"):
-            stream.save(tmp_path / "s")
-        stream.ingest(pictures(8))
-    assert list(tmp_path.iterdir()) == []
+def test_a_stream_of_a_million_chunks_fits_a_file(tmp_path):
+    """Facts alone, read back; keys and values are one tensor however many there are."""
+    few = [
+        BlockFacts("sink", "preamble", 7, 0, 0, 0.0, 0.0, True, -1, 0, 7, 0, False),
+        BlockFacts("chunk", "", 97, 1, 1, 0.5, 0.9, False, 0, 7, 104, 3, True),
+        BlockFacts("chunk", "", 2, 1, 1, 2e6 / 3, 1e6, False, 10**6, 2**33, 2**33 + 2, 0, False),
+    ]  # fmt: skip
+    tensors = {"state": torch.frombuffer(bytearray(b"{}"), dtype=torch.uint8)}
+    for name, column in to_columns(few).items():
+        tensors[f"blocks/{name}"] = torch.cat((column, column[2:].expand(10**6)))
+    path = tmp_path / "s"
+    with open(path, "wb", buffering=0) as file:
+        saving_module._write(file, [saving_module._whole(*named) for named in tensors.items()])
+    with Snapshot(path) as snapshot:
+        found = snapshot.blocks()
+        assert list(itertools.islice(found, 3)) == few
+        assert collections.Counter(found) == {few[2]: 10**6}
+    assert header_bytes(path) < 2000
+
+
+def header_bytes(path):
+    with open(path, "rb") as file:
+        return int.from_bytes(file.read(8), "little")
+
+
+@pytest.mark.parametrize("preset", ["vicostream", "livevlm"])
+def test_the_header_does_not_grow_with_the_history(preset, tmp_path):
+    with engine(preset) as made, made.open(fps=2) as stream:
+        sizes = []
+        for name in ("few", "many"):
+            for _ in range(2 if name == "few" else 10):
+                stream.ingest(pictures(40))
+            stream.save(tmp_path / name)
+            sizes.append(header_bytes(tmp_path / name))
+        assert len(stream.history.cache.chunks) == 60
+    assert sizes[1] <= sizes[0] + 100  # offsets have more digits
+
+
+def test_all_blocks_that_are_lost_are_forgotten_by_one_more_pass(tmp_path, monkeypatch):
+    passes = []
+    write = saving_module._write
+    monkeypatch.setattr(saving_module, "_write", lambda *args: (passes.append(0), write(*args)))
+    spill = {"engine__spill_dir": str(tmp_path), "engine__allow_missing": True}
+    with engine("tiers", **spill) as made, made.open(fps=2) as stream:
+        for _ in range(8):
+            stream.ingest(pictures(40))
+        made.cache.settle()
+        files = sorted(tmp_path.rglob("*.safetensors"))
+        assert len(files) > 2
+        for file in files:
+            file.unlink()
+        stream.save(tmp_path / "s")
+        assert stream.report()["forgotten"]["chunks"] >= len(files)
+    assert len(passes) == 2
 
 
 def test_what_a_killed_save_left_goes_whatever_the_name(tmp_path):
@@ -230,8 +280,12 @@ def test_what_a_killed_save_left_goes_whatever_the_name(tmp_path):
 def test_the_file_is_safetensors(saved):
     safe_open = pytest.importorskip("safetensors").safe_open
     with safe_open(saved, "pt") as file:
-        state = json.loads(file.metadata()["state"])
-        assert [b["kind"] for b in state["blocks"]].count("chunk") == 2
+        assert file.metadata()["format"] == "vicostream-session"
+        state = json.loads(bytes(file.get_tensor("state").numpy()))
+        assert state["history"]["chunks_seen"] == 2
+        tokens = file.get_tensor("blocks/tokens")
+        assert file.get_tensor("contents").shape[0] == tokens.sum()
+        assert file.get_tensor("summaries").shape[0] == len(tokens) - 1  # all but the prompt's
         assert file.get_tensor("frames/0").shape == (4, 48, 80, 3)
 
 
@@ -245,7 +299,7 @@ def test_a_save_that_fails_leaves_the_one_before(saved, tmp_path, monkeypatch):
 
     with engine("vicostream") as made, made.restore(path) as stream:
         stream.ingest(pictures(8))
-        monkeypatch.setattr(snapshot_module, "write_all", write_all)
+        monkeypatch.setattr(saving_module, "write_all", write_all)
         with pytest.raises(PipelineError, match="cannot be saved to .*: No space left on device"):
             stream.save(path)
         stream.ingest(pictures(8))

@@ -12,6 +12,7 @@ from pipeline_kit import pictures, small_engine
 from vicostream_kernels import StreamEngine
 from vicostream_kernels.cache import OutOfPages
 from vicostream_kernels.pipeline.errors import InputError, PipelineError
+from vicostream_kernels.pipeline.session import joined
 
 PRESETS = ["vicostream", "full-history", "streaming-llm"]
 #: A window that a few small chunks fill, and a rule that keeps some but not all.
@@ -255,6 +256,34 @@ def test_frames_that_are_none_are_refused(frames, error, said):
         with pytest.raises(error, match=said):
             stream.ingest(frames)
         assert stream.ingest(pictures(8)) == 1
+
+
+@pytest.mark.parametrize(
+    "foreign",
+    [
+        torch.empty(5, 48, 80, 3, dtype=torch.uint8, device="meta"),
+        torch.zeros(5, 48, 80, 3, dtype=torch.uint8).to_sparse(),
+    ],
+    ids=["meta", "sparse"],
+)
+def test_frames_without_data_in_a_chunk_half_full_leave_no_trace(foreign):
+    with engine("vicostream") as made, made.open() as clean, made.open() as stream:
+        clean.ingest(pictures(16))
+        stream.ingest(pictures(16)[:5])
+        with pytest.raises(ValueError, match="ingest: frames must be a strided tensor with data"):
+            stream.ingest(foreign)
+        assert stream.recorder.frames_ingested == 5
+        assert stream.ingest(pictures(16)[5:]) == 2
+        assert stream.time_s == clean.time_s
+        assert torch.equal(live_keys(stream), live_keys(clean))
+
+
+def test_frames_of_several_devices_in_one_chunk_meet_on_the_engines():
+    here = torch.zeros(3, 8, 8, 3, dtype=torch.uint8)
+    assert joined([here], torch.device("meta")) is here
+    assert joined([here, here[:1]], torch.device("meta")).device.type == "cpu"
+    mixed = joined([here, here[:1].to("meta")], torch.device("meta"))
+    assert mixed.device.type == "meta" and mixed.shape == (4, 8, 8, 3)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -357,12 +358,17 @@ def test_a_recipe_names_every_step() -> None:
             assert any(sparse for _, sparse in drawn) == (phase.sparse > 0)
 
 
-def test_a_resumed_run_is_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def short_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train_tiny, "BUDGET", 128)
     monkeypatch.setattr(train_tiny, "MOST_VIDEOS", 2)
     monkeypatch.setattr(train_tiny, "QUESTIONS", 2)
     monkeypatch.setattr(train_tiny, "evaluate", lambda *_: {})
     monkeypatch.setattr(train_tiny.curve, "plot", lambda *_: None)
+
+
+@pytest.mark.usefixtures("short_steps")
+def test_a_resumed_run_is_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     flags = ["--full-steps=2", "--bounded-steps=4", "--eval-every=2", "--workers=1"]
     whole = train(tmp_path / "whole", flags)
     calls = {"left": 3}
@@ -383,6 +389,33 @@ def test_a_resumed_run_is_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         assert torch.equal(value, parts.model.state_dict()[name]), name
     steps = [json.loads(x)["step"] for x in (tmp_path / "parts" / "log.jsonl").open()]
     assert steps == [0, 1, 2, 3, 4, 5]
+
+
+@pytest.mark.usefixtures("short_steps")
+def test_files_name_the_time_with_their_own_evaluation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def evaluate(*_) -> dict:
+        until = time.process_time() + 1.0
+        while time.process_time() < until:
+            pass
+        return {}
+
+    monkeypatch.setattr(train_tiny, "evaluate", evaluate)
+    steps = {"cpu": 0.0}
+    total = workers.total
+
+    def counted(value: float, count: int) -> float:
+        steps["cpu"] += value
+        return total(value, count)
+
+    monkeypatch.setattr(workers, "total", counted)
+    flags = ["--full-steps=2", "--bounded-steps=1", "--eval-every=2", "--workers=1"]
+    train(tmp_path, flags)
+    state = train_tiny.torch.load(tmp_path / "state.pt", weights_only=True)
+    line = [json.loads(x) for x in (tmp_path / "log.jsonl").open()][-1]
+    assert state["cpu_s"] >= steps["cpu"] + 2.0 and state["wall_s"] >= 2.0
+    assert line["cpu_s"] == round(state["cpu_s"], 1)
 
 
 def train(out: Path, flags: list[str]) -> train_tiny.Training:

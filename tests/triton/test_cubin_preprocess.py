@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 
@@ -39,6 +41,16 @@ def test_a_chunk(source, dtype, capability, names):
     assert [launch.kernel.__name__ for launch in launches] == names
     for launch in launches:
         compile_launch(launch, capability).check()
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_the_rows_of_a_thread_share_a_weight(capability):
+    """Lanes along a row, whose loads join; a weight takes ten multiplications, a load one."""
+    across, _ = launched((1080, 1920), (252, 420), 14, 2, torch.bfloat16)
+    ptx = compile_launch(across, capability).ptx
+    loads = len(re.findall(r"\bld\.global", ptx))
+    multiplications = len(re.findall(r"\b(?:fma\.rn|mul)\.f32", ptx))
+    assert loads == 8 and multiplications < 3 * loads
 
 
 @pytest.mark.parametrize(

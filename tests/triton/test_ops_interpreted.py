@@ -50,7 +50,7 @@ _LONG = tuple(
         *(f"retrieve.py::test_a_stream_has_the_bits_it_has_alone[{s}" for s in ("cosine", "bound")),
         "retrieve.py::test_a_stream_has_the_bits_it_has_alone[dot-softmax",
         "retrieve.py::test_a_stream_has_the_bits_it_has_alone[dot-max",
-        *(f"retrieve.py::test_minmax_of_each_part[{part}" for part in ("5-5", "8-4")),
+        *(f"retrieve_summaries.py::test_minmax_of_each_part[{part}" for part in ("5-5", "8-4")),
         "retrieve_choice.py::test_top_k_of_many[5000",
         "retrieve_native.py::test_one_and_two_threads_give_the_same_bits",
         *(

@@ -313,7 +313,8 @@ def selective_forward(
         keys = block.qkv.rows(width, 2 * width)(h)
         if chosen is None or not shared:
             chosen = _choose(state, keys, reference[_KEY], force, grid, backend)
-        numbers.append(chosen.count)
+        if chosen.count is not None:
+            numbers.append(chosen.count)
         changed = gather_rows(h, chosen.index, backend=backend)
         rows = changed.shape[0] * changed.shape[1]
         q = block.qkv.rows(0, width)(changed).view(rows, heads, d)
@@ -341,7 +342,7 @@ def selective_forward(
         if force is not None:
             k = gather_rows(keys[-1:], chosen.index[-1:], backend=backend)
             _renew(state.branches[layer], force, chosen.index[-1], (k, v, attended, fed))
-    state.recomputed.add_(torch.stack(numbers))
+    state.recomputed.add_(torch.stack(numbers) if numbers else steps * chosen.longest)
     return merge_patches(weights, shape, x.view(-1, width), grid, watch)
 
 
@@ -349,12 +350,13 @@ class _Chosen(NamedTuple):
     """The patches that a layer computes.
 
     index [F, K] int32 ascending, -1 in the padding; place [F*K] int32, their rows among F*N
-    (padding: the step's last row); count [] int64 of all steps; K; whether there may be padding.
+    (padding: the step's last row); count [] int64 of all steps, None where it is F*K; K; whether
+    there may be padding.
     """
 
     index: torch.Tensor
     place: torch.Tensor
-    count: torch.Tensor
+    count: torch.Tensor | None
     longest: int
     padded: bool
 
@@ -371,15 +373,18 @@ def _choose(
     found = select_changed(
         keys, reference, **rule.kwargs(), max_changed=most, force=force, backend=backend
     )
-    index, count = found.index, found.count.clamp(max=most)
+    index, place, count = found.index, found.index, None
     padded = rule.threshold is not None or most > max(1, int(n * (rule.ratio or 0.0)))
-    if padded and index.device.type == "cpu":
-        # The count is on the host already: no work for rows that nobody needs.
-        most = max(1, int(count.max()))
-        index = index[:, :most].contiguous()
-    place = torch.where(index < 0, n - 1, index) if padded else index
+    if padded:
+        counts = found.count.clamp(max=most)
+        count = counts.sum()
+        if index.device.type == "cpu":
+            # The count is on the host already: no work for rows that nobody needs.
+            most = max(1, int(counts.max()))
+            index = index[:, :most].contiguous()
+        place = torch.where(index < 0, n - 1, index)
     place = (place + grid.frames[:-1, None]).flatten()
-    return _Chosen(index, place, count.sum(), most, padded)
+    return _Chosen(index, place, count, most, padded)
 
 
 class _Rotation:
@@ -387,13 +392,17 @@ class _Rotation:
 
     def __init__(self, shape: VisionShape, inv_freq: torch.Tensor, backend: str) -> None:
         self._section, self._inv_freq, self._backend = shape.section, inv_freq, backend
+        # Every layer rotates as many queries, and as many keys.
+        self._nowhere: dict[int, tuple[torch.Tensor, ...]] = {}
 
     def __call__(self, rows: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        k_page, v_page = rows.new_empty(2, 1, 1, 1, rows.shape[-1]).unbind(0)
-        slots = positions.new_full((rows.shape[0],), -1)
+        count, key = rows.shape[0], rows[:, :1]
+        if count not in self._nowhere:
+            pages = rows.new_empty(2, 1, 1, 1, rows.shape[-1]).unbind(0)
+            self._nowhere[count] = (*pages, positions.new_full((count,), -1))
         return rope_append(
-            rows, rows[:, :1], rows[:, :1], positions, self._inv_freq, self._section,
-            k_page, v_page, slots, backend=self._backend,
+            rows, key, key, positions, self._inv_freq, self._section, *self._nowhere[count],
+            backend=self._backend,
         )  # fmt: skip
 
 

@@ -82,8 +82,8 @@ def sink_window_attention(
 
     Returns:
         out [Q, H, d] in q's dtype; with ``return_lse`` also lse [Q, H] float32, natural log, the
-        sink logit included. Rows that see no key give 0 and -inf, also with a sink logit. Slots
-        that are not listed or not filled have no effect, be they NaN.
+        sink logit included. Rows that see no key, or whose scores are all -inf, give 0 and -inf,
+        also with a sink logit. Slots that are not listed or not filled have no effect, be they NaN.
 
     Raises:
         ValueError, TypeError: an argument's shape, dtype, device or layout is wrong; nothing has
@@ -151,7 +151,8 @@ def varlen_attention(
         v: [Nk, H, d], same dtype.
         cu_seqlens_q: [W+1] int32, first query row of each window, starting at 0. Rows at and
             beyond cu_seqlens_q[W] give 0.
-        cu_seqlens_k: [W+1] int32, first key row of each window. A window without keys gives 0.
+        cu_seqlens_k: [W+1] int32, first key row of each window. A window without keys gives 0, as
+            does a row whose scores are all -inf.
         max_seqlen_q: at least the longest window's query rows (rows of a window beyond it may be
             left 0 or computed).
         max_seqlen_k: at least the longest window's keys.

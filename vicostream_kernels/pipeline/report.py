@@ -133,7 +133,10 @@ class Recorder:
         self.errors: deque[Trouble] = deque(maxlen=KEPT_ENTRIES)
         #: Whether questions note the relevance of what they did not read, too.
         self.explain = False
+        #: As whoever decodes them counts; None: all are ingested. See `read`.
         self.frames_read: int | None = None
+        #: Decoded before a restore, but never ingested: --fps left them out.
+        self.frames_left_out = 0
         self.frames_ingested = 0
         self.frames_processed = 0
         self.chunk_count = 0
@@ -182,6 +185,13 @@ class Recorder:
         what = error if isinstance(error, str) else one_line(error)
         self.errors.append(Trouble(None if time_s is None else round(time_s, 6), where, what))
 
+    @property
+    def read(self) -> int:
+        """Frames decoded, in earlier runs of a restored session too."""
+        if self.frames_read is not None:
+            return self.frames_read
+        return self.frames_left_out + self.frames_ingested
+
     def end(self) -> None:
         """Stops the clock of ``wall_s``; the first call counts."""
         if self._ended is None:
@@ -195,7 +205,7 @@ class Recorder:
         """Everything so far as plain JSON data."""
         self.trace.settle(wait=True)
         chunks = [chunk.entry() for chunk in self.chunks]
-        read = self.frames_ingested if self.frames_read is None else self.frames_read
+        read = self.read
         return {
             "schema": SCHEMA,
             "versions": versions(),

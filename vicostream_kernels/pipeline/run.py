@@ -182,7 +182,7 @@ class _Run:
             return engine.open(recorder=recorder, fps=options.fps or _rate(source), on_pruned=watch)
         self._part = "options"
         stream = engine.restore(options.restore, recorder=recorder, on_pruned=watch)
-        self._part, self._frames_before = "ingest", recorder.frames_ingested
+        self._part, self._frames_before = "ingest", recorder.read
         if recorder.frames_ingested:
             # The video goes on where the session ended, one frame later.
             self._shift = stream.time_s + 1.0 / (options.fps or _rate(source))

@@ -20,8 +20,9 @@ from vicostream_kernels.pipeline.answer import Answer
 from vicostream_kernels.pipeline.errors import InputError, PipelineError
 from vicostream_kernels.pipeline.llm import LLMSteps
 from vicostream_kernels.pipeline.report import ChunkFigures, Recorder, rss_bytes
+from vicostream_kernels.pipeline.saving import save
 from vicostream_kernels.pipeline.selection import RuleSelector, Selector
-from vicostream_kernels.pipeline.snapshot import Snapshot, save
+from vicostream_kernels.pipeline.snapshot import Snapshot
 from vicostream_kernels.pipeline.stages import (
     ChunkFrames,
     ChunkKept,
@@ -106,8 +107,9 @@ class Stream:
         """Takes frames; returns how many chunks were finished.
 
         Args:
-            frames: ``[F, H, W, 3]`` uint8 RGB, tensor or NumPy array, any F >= 0. They may be
-                overwritten after the call.
+            frames: ``[F, H, W, 3]`` uint8 RGB, strided tensor on any device or NumPy array, any
+                F >= 0. They may be overwritten after the call. Calls that fill one chunk may bring
+                frames on several devices.
             times_s: F times in seconds from the start of the stream, not decreasing; None goes on
                 at the ``fps`` that the stream was opened with.
 
@@ -167,7 +169,7 @@ class Stream:
             return done
         # What must move for it moves now: where that fails, the chunk's frames wait.
         self._engine.cache.make_room(self._most_pages)
-        images = self._buffer[0] if len(self._buffer) == 1 else torch.cat(self._buffer)
+        images = joined(self._buffer, self._engine.runner.device)
         chunk = ChunkFrames(images, self._times[0], self._times[-1], self._seconds_per_step())
         self._buffer, self._times = [], []
         with self._fails_whole():
@@ -398,6 +400,16 @@ def _follow(method: Method, runner: Qwen2_5_VLRunner, cache: CacheStream) -> Sel
     return RuleSelector(rule, method.engine.page_size, runner.backend)
 
 
+def joined(parts: list[torch.Tensor], device: torch.device) -> torch.Tensor:
+    """The frames of one chunk; those that lie on several devices (after a restore, some wait on the
+    host) meet on ``device``."""
+    if len(parts) == 1:
+        return parts[0]
+    if any(part.device != parts[0].device for part in parts):
+        parts = [part.to(device) for part in parts]
+    return torch.cat(parts)
+
+
 def _as_frames(frames: torch.Tensor | np.ndarray) -> torch.Tensor:
     if not isinstance(frames, torch.Tensor):
         if not isinstance(frames, np.ndarray):
@@ -411,6 +423,11 @@ def _as_frames(frames: torch.Tensor | np.ndarray) -> torch.Tensor:
         frames = torch.from_numpy(frames)
     if frames.dtype != torch.uint8:
         raise TypeError(f"ingest: frames must be uint8, got {frames.dtype}")
+    if frames.layout != torch.strided or frames.is_meta:
+        raise ValueError(
+            f"ingest: frames must be a strided tensor with data, got {frames.layout} on "
+            f"{frames.device}"
+        )
     if frames.dim() != 4 or frames.shape[-1] != 3 or 0 in frames.shape[1:]:
         raise ValueError(f"ingest: frames must be [F, H, W, 3], got {list(frames.shape)}")
     return frames

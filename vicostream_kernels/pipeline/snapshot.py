@@ -1,8 +1,10 @@
-"""A session in a file: everything that the next answers depend on, written whole or not at all.
+"""A session in a file: everything that the next answers depend on; ``saving`` writes it.
 
-One safetensors file. Its metadata hold the state as JSON; its tensors are the blocks' keys and
-values, their summaries, what pruning and the encoder carry from chunk to chunk, and frames that
-wait for the rest of their chunk. The last tensor is the SHA-256 of every byte before it.
+One safetensors file. Its first tensor is the state as JSON. Facts, keys and values, and summaries
+are a tensor each for all blocks, whose rows stand one after another, so that the header of a
+million chunks is that of one. Then come what pruning and the encoder carry from chunk to chunk, and
+frames that wait for the rest of their chunk. The last tensor is the SHA-256 of every byte before
+it.
 """
 
 from __future__ import annotations
@@ -10,10 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
-from copy import deepcopy
-from dataclasses import asdict, fields
-from glob import escape
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -22,15 +21,13 @@ import torch
 from vicostream_kernels._tensor_file import (
     DamagedFile,
     Entry,
-    header_of,
     raw,
     read_header,
     read_into,
-    write_all,
 )
-from vicostream_kernels.cache import Block, LostBlock
 from vicostream_kernels.ops.prune import PruneState
-from vicostream_kernels.pipeline.errors import InputError, PipelineError, Trouble
+from vicostream_kernels.pipeline.block_facts import BlockFacts, from_columns
+from vicostream_kernels.pipeline.errors import InputError, Trouble
 from vicostream_kernels.pipeline.report import BlockRead, QuestionFigures
 
 if TYPE_CHECKING:
@@ -38,8 +35,8 @@ if TYPE_CHECKING:
     from vicostream_kernels.pipeline.engine import StreamEngine
     from vicostream_kernels.pipeline.session import Stream
 
-FORMAT, VERSION = "vicostream-session", 1
-_DIGEST = "sha256"
+FORMAT, VERSION = "vicostream-session", 2
+STATE, DIGEST = "state", "sha256"
 _PIECE = 1 << 20
 #: Keys that say where history lies and how long answers are, not what was computed.
 _FREE = {
@@ -49,206 +46,13 @@ _FREE = {
         "max_new_tokens", "max_question_tokens",
     )
 }  # fmt: skip
-_TOTALS = (
+TOTALS = (
     "frames_ingested", "frames_processed", "chunk_count", "tokens_seen", "tokens_kept", "ingest_s",
 )  # fmt: skip
 
 
 class SnapshotError(InputError):
     """A file that cannot be restored; the message is one line that says why."""
-
-
-# -- saving ----------------------------------------------------------------------------------------
-
-
-def save(stream: Stream, path: str | os.PathLike[str]) -> None:
-    """Writes a session; see ``Stream.save``."""
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _clear_partials(path)
-        try:
-            while not _written(partial, stream):
-                pass  # each time without the block that turned out to be lost
-            os.replace(partial, path)
-            _sync_folder(path.parent)
-        finally:
-            partial.unlink(missing_ok=True)
-    except OSError as error:
-        why = error.strerror or error
-        raise PipelineError(f"the session cannot be saved to {path}: {why}") from error
-
-
-class _Missing(Exception):
-    def __init__(self, block: Block, error: LostBlock) -> None:
-        self.block, self.error = block, error
-
-
-def _written(partial: Path, stream: Stream) -> bool:
-    """False where a block was lost on the way, and is now forgotten (``allow_missing``)."""
-    try:
-        with open(partial, "wb", buffering=0) as file:
-            _write(file, stream)
-            os.fsync(file.fileno())
-    except _Missing as missing:
-        if not stream._engine.method.engine.allow_missing:
-            raise missing.error from None
-        stream.history.cache._lose(missing.block, str(missing.error))
-        stream._account()
-        return False
-    return True
-
-
-def _write(file: BinaryIO, stream: Stream) -> None:
-    state, tensors = _state(stream)
-    tensors.append((Entry(_DIGEST, torch.uint8, (32,)), lambda: torch.empty(0)))
-    text = json.dumps(state, separators=(",", ":"))
-    metadata = {"format": FORMAT, "version": str(VERSION), "state": text}
-    try:
-        header, _ = header_of([entry for entry, _ in tensors], metadata)
-    except ValueError as error:  # some hundred thousand chunks
-        raise PipelineError(f"the history is too long for one session file: {error}") from error
-    digest = hashlib.sha256(header)
-    write_all(file, memoryview(header))
-    for _, read in tensors[:-1]:
-        data = raw(read())
-        digest.update(data)
-        write_all(file, data)
-    write_all(file, memoryview(digest.digest()))
-
-
-def _clear_partials(path: Path) -> None:
-    """What processes that were killed left behind."""
-    for left in path.parent.glob(f".{escape(path.name)}.*.partial"):
-        pid = left.name.rsplit(".", 2)[1]
-        if pid.isdecimal() and not _alive(int(pid)):
-            left.unlink(missing_ok=True)
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True  # another user's
-    return True
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-#: Tensors of a file, in order: what they will look like, and how to get them when it is their turn.
-_Tensors = list[tuple[Entry, Callable[[], torch.Tensor]]]
-
-
-def _state(stream: Stream) -> tuple[dict[str, Any], _Tensors]:
-    tensors: _Tensors = []
-
-    def keep(name: str, tensor: torch.Tensor) -> None:
-        entry = Entry(name, tensor.dtype, tuple(tensor.shape))
-        tensors.append((entry, lambda: tensor.detach().cpu().contiguous()))
-
-    def contents(block: Block) -> torch.Tensor:
-        try:
-            return cache.contents(block)
-        except LostBlock as error:
-            raise _Missing(block, error) from error
-
-    history, cache = stream.history, stream.history.cache
-    pool, retired = cache.cache, set(history._retired)
-    # The texts of open answers are no part of the session.
-    always = {history.sink: "sink", history.preamble: "preamble"}
-    blocks = [
-        block
-        for block in cache.blocks
-        if block not in retired and (block.kind == "chunk" or block in always)
-    ]
-    for i, block in enumerate(blocks):
-        entry = Entry(f"block/{i}", pool.dtype, pool._record_shape(block.tokens))
-        tensors.append((entry, lambda block=block: contents(block)))
-        if block._summarised:
-            keep(f"summary/{i}", cache._table.vectors[block._row])
-        if cache.keys is not None:
-            for name, rows in cache.keys.rows_of(block).items():
-                keep(f"rows/{i}/{name}", rows)
-    for i, part in enumerate(stream._buffer):
-        keep(f"frames/{i}", part)
-
-    prune, scorer = stream._prune, {}
-    if prune._state is not None:
-        for field in fields(prune._state):
-            if (value := getattr(prune._state, field.name)) is not None:
-                keep(f"prune/{field.name}", value)
-    for name, value in prune._scorer_state.items():
-        if isinstance(value, torch.Tensor):
-            keep(f"scorer/{name}", value)
-        else:
-            scorer[name] = value
-    if stream._encode.state is not None:
-        for name, value in stream._encode.state.tensors().items():
-            keep(f"encoder/{name}", value)
-
-    forgotten = deepcopy(cache.forgotten)
-    for block in history._retired:  # they go when the answers that hold them end
-        if block.kind == "chunk":
-            forgotten.add(block)
-    return {
-        "model": stream._engine.identity(),
-        "config": plain(stream._engine.config()),
-        "stream": {
-            "period": stream._period,
-            "times": stream._times,
-            "now": stream._now,
-            "most_pages": stream._most_pages,
-        },
-        "history": {
-            "next_id": history.next_id,
-            "chunks_seen": history.chunks_seen,
-            "numbered": cache.chunks_seen,
-        },
-        "forgotten": {
-            "chunks": forgotten.chunks,
-            "tokens": forgotten.tokens,
-            "last": list(forgotten.last),
-            "runs": forgotten._runs,
-        },
-        "blocks": [
-            {
-                "kind": block.kind,
-                "part": always.get(block, ""),
-                "start_s": block.start_s,
-                "end_s": block.end_s,
-                "markers": block.markers,
-                "pinned": block.pinned,
-                "number": block._number,
-                "ids": history.ids[block],
-            }
-            for block in blocks
-        ],
-        "prune": {"grid": prune._grid, "scorer": scorer},
-        "recorder": _figures(stream.recorder),
-    }, tensors
-
-
-def _figures(recorder: Any) -> dict[str, Any]:
-    questions = [
-        {**{f.name: getattr(q, f.name) for f in fields(q) if f.name not in ("reads", "relevance")},
-         "reads": [asdict(block) for block in q.reads]}
-        for q in recorder.questions
-    ]  # fmt: skip
-    return {
-        "totals": {name: getattr(recorder, name) for name in _TOTALS},
-        "questions": questions,
-        "errors": [asdict(error) for error in recorder.errors],
-        "peak_bytes": recorder.kv["peak_bytes"],
-    }
 
 
 def plain(value: Any) -> Any:
@@ -286,13 +90,10 @@ def settings_of(runner: Qwen2_5_VLRunner) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-# -- restoring -------------------------------------------------------------------------------------
-
-
 class Snapshot:
     """A session's file, open and verified; a context manager.
 
-    Raises :class:`SnapshotError` for a file that is missing, damaged, not a session, or of a newer
+    Raises :class:`SnapshotError` for a file that is missing, damaged, not a session, or of another
     version.
     """
 
@@ -303,7 +104,8 @@ class Snapshot:
         except OSError as error:
             raise self._refused(error.strerror or str(error)) from error
         try:
-            self.state, self._entries = self._verified()
+            self._entries = self._verified()
+            self.state = json.loads(bytes(raw(self.tensor(STATE))))
         except BaseException as error:
             self._file.close()
             if isinstance(error, OSError):
@@ -319,7 +121,7 @@ class Snapshot:
     def _refused(self, why: str) -> SnapshotError:
         return SnapshotError(f"the session {self._path} cannot be restored: {why}")
 
-    def _verified(self) -> tuple[dict[str, Any], dict[str, Entry]]:
+    def _verified(self) -> dict[str, Entry]:
         size = os.fstat(self._file.fileno()).st_size
         try:
             metadata, entries = read_header(self._file, size)
@@ -329,13 +131,13 @@ class Snapshot:
             raise self._refused("it is not a session of vicostream")
         version = metadata.get("version", "")
         if version != str(VERSION):
-            newer = version.isdecimal() and int(version) > VERSION
+            if not version.isdecimal():
+                raise self._refused(f"it has the unknown format {version!r}")
+            age = "a newer" if int(version) > VERSION else "an older"
             raise self._refused(
-                f"it has format {version}, written by a newer version; this one reads {VERSION}"
-                if newer
-                else f"it has the unknown format {version!r}"
+                f"it has format {version}, written by {age} version; this one reads {VERSION}"
             )
-        if list(entries)[-1:] != [_DIGEST] or entries[_DIGEST].nbytes != 32:
+        if list(entries)[-1:] != [DIGEST] or entries[DIGEST].nbytes != 32:
             raise self._refused("it is damaged: it has no digest")
         digest = hashlib.sha256()
         self._file.seek(0)
@@ -348,7 +150,7 @@ class Snapshot:
             left -= len(piece)
         if self._file.read(32) != digest.digest():
             raise self._refused("it is damaged: its contents do not fit their digest")
-        return json.loads(metadata["state"]), entries
+        return entries
 
     def check(self, engine: StreamEngine) -> None:
         """Raises :class:`SnapshotError` where another model or configuration computed it."""
@@ -379,6 +181,10 @@ class Snapshot:
             if name.startswith(prefix):
                 yield name.removeprefix(prefix), self.tensor(name)
 
+    def blocks(self) -> Iterator[BlockFacts]:
+        """The blocks' facts, in the order of their commits."""
+        return from_columns(dict(self.named("blocks/")))
+
     def into(self, stream: Stream) -> None:
         """Fills a new stream."""
         state, history, cache = self.state, stream.history, stream.history.cache
@@ -389,11 +195,7 @@ class Snapshot:
         forgotten.last.extend(map(tuple, gone["last"]))
         forgotten._runs += [list(run) for run in gone["runs"]]
 
-        for i, kept in enumerate(state["blocks"]):
-            block = self._block(stream, i, kept)
-            history.ids[block] = tuple(kept["ids"])
-            if kept["part"]:
-                setattr(history, kept["part"], block)
+        self._adopt(stream)
         history.next_id = state["history"]["next_id"]
         history.chunks_seen = state["history"]["chunks_seen"]
         cache.chunks_seen = state["history"]["numbered"]
@@ -412,21 +214,39 @@ class Snapshot:
             stream._encode.state.load(dict(self.named("encoder/")))
         _take_figures(stream.recorder, state["recorder"])
 
-    def _block(self, stream: Stream, i: int, kept: dict[str, Any]) -> Block:
-        cache = stream.history.cache
-        if kept["kind"] == "chunk":
-            cache.chunks_seen = kept["number"]
-        summary = self.tensor(f"summary/{i}") if f"summary/{i}" in self._entries else None
-        return cache.adopt(
-            self.tensor(f"block/{i}"),
-            kind=kept["kind"],
-            markers=tuple(kept["markers"]),
-            start_s=kept["start_s"],
-            end_s=kept["end_s"],
-            pinned=kept["pinned"],
-            summary=summary,
-            rows=dict(self.named(f"rows/{i}/")),
-        )
+    def _adopt(self, stream: Stream) -> None:
+        history, cache = stream.history, stream.history.cache
+        parts = {name: _Rows(self._file, entry) for name, entry in self._entries.items()}
+        rows = {name[5:]: part for name, part in parts.items() if name.startswith("rows/")}
+        for facts in self.blocks():
+            if facts.kind == "chunk":
+                cache.chunks_seen = facts.number
+            block = cache.adopt(
+                parts["contents"].take(facts.tokens).movedim(0, 2),
+                kind=facts.kind,
+                markers=(facts.lead, facts.trail),
+                start_s=facts.start_s,
+                end_s=facts.end_s,
+                pinned=facts.pinned,
+                summary=parts["summaries"].take(1)[0] if facts.summarised else None,
+                rows={name: part.take(facts.rows).transpose(0, 1) for name, part in rows.items()},
+            )
+            history.ids[block] = facts.first_id, facts.after_id
+            if facts.part:
+                setattr(history, facts.part, block)
+
+
+class _Rows:
+    """Reads a tensor of the file from its front, some rows at a time."""
+
+    def __init__(self, file: BinaryIO, entry: Entry) -> None:
+        self._file, self._entry, self._at = file, entry, entry.start
+
+    def take(self, count: int) -> torch.Tensor:
+        rows = torch.empty(count, *self._entry.shape[1:], dtype=self._entry.dtype)
+        read_into(self._file, self._at, rows)
+        self._at += rows.nbytes
+        return rows
 
 
 def _flat(config: dict[str, Any]) -> dict[str, Any]:

@@ -182,7 +182,9 @@ class Encode:
         self._needs = frozenset() if method.scorer is None else method.scorer.needs
 
     def run(self, chunk: ChunkPatches) -> ChunkTokens:
-        frames = None if self.state is None else chunk.source.images
+        frames = None
+        if self.state is not None and self.state.rule.skip_tolerance is not None:
+            frames = chunk.source.images.cpu()  # where the state keeps its reference
         seen: list[torch.Tensor] = []
         tokens = self._runner.encode(
             chunk.patches,

@@ -136,27 +136,34 @@ def attend(
     """Softmax attention of q [A, R, n, d] on k, v [A, R or 1, m, d] under ``visible`` [n, m]?.
 
     ``sink_logits`` [A, R] stand in the denominator. Returns out [A, R, n, d] and the natural-log
-    LSE [A, R, n] (None unless asked for); rows that see no key give 0 and -inf.
+    LSE [A, R, n] (None unless asked for); rows that see no key, or only scores of -inf, give 0 and
+    -inf.
     """
     if k.shape[-2] == 0:
         return torch.zeros_like(q), q.new_full(q.shape[:-1], -math.inf) if need_lse else None
-    # ~visible.any(-1), but vectorised: a tenth of the whole otherwise
-    blind = None if visible is None else visible.view(torch.uint8).amax(-1) == 0
     # torch's fused kernel computes the same, faster, for the plain case. It lets NaN or infinity
-    # through from keys that a row does not see (0 * inf), hence the condition; and what it gives
-    # a row that sees nothing differs from one of its kernels to the next, hence the fill.
+    # through from keys that a row does not see (0 * inf), and what it gives a row whose scores are
+    # all -inf differs from one of its kernels to the next: hence the condition, of finite scores
+    # and values, and the fill.
     plain = q.dtype == torch.float32 and not need_lse and sink_logits is None
-    if plain and torch.isfinite(k.sum() + v.sum()):
+    if plain and torch.isfinite(q.shape[-1] * scale * _largest(q) * _largest(k) + v.sum()):
         shape = (*q.shape[:2], *k.shape[2:])
         out = F.scaled_dot_product_attention(
             q, k.expand(shape), v.expand(shape), attn_mask=visible, scale=scale
         )
-        return out if blind is None else out.masked_fill(blind[:, None], 0.0), None
+        if visible is None:
+            return out, None
+        # ~visible.any(-1), but vectorised: a tenth of the whole otherwise
+        blind = visible.view(torch.uint8).amax(-1) == 0
+        return out.masked_fill(blind[:, None], 0.0), None
 
     scores = (q * scale) @ k.mT
     if visible is not None:
         scores = scores.masked_fill(~visible, -math.inf)
     top = scores.amax(-1, keepdim=True)
+    # A score of -inf weighs nothing, whether a key is hidden or its product is that: a row of no
+    # other scores has no weights (0 / 0), and merges with one of its other keys as if it had none.
+    blind = top.squeeze(-1) == -math.inf
     if sink_logits is not None:
         sink_logits = sink_logits.to(q.dtype)[..., None, None]
         top = torch.maximum(top, sink_logits)
@@ -166,10 +173,14 @@ def attend(
         total = total + (sink_logits - top).exp()
     out = _weigh(weights, v, visible) / total
     log_sum = (top + total.log()).squeeze(-1)
-    if blind is not None:  # -inf - -inf so far
-        out = out.masked_fill(blind[:, None], 0.0)
-        log_sum = log_sum.masked_fill(blind, -math.inf)
+    out = out.masked_fill(blind[..., None], 0.0)
+    log_sum = log_sum.masked_fill(blind, -math.inf)
     return out, log_sum if need_lse else None
+
+
+def _largest(x: torch.Tensor) -> torch.Tensor:
+    """The largest absolute value; NaN where there is one."""
+    return torch.linalg.vector_norm(x, math.inf)
 
 
 def _weigh(weights: torch.Tensor, v: torch.Tensor, visible: torch.Tensor | None) -> torch.Tensor:
