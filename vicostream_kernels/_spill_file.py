@@ -8,7 +8,9 @@ import math
 import os
 import re
 import shutil
+import sys
 import tempfile
+import threading
 import weakref
 from collections import deque
 from collections.abc import Iterable, Sequence
@@ -36,6 +38,7 @@ except ImportError:  # no locks there: what a killed process leaves behind stays
 
 _PREFIX = "vicostream-spill-"
 _FILE = re.compile(r"\d{8,}\.safetensors")
+_NICE = 10
 #: Threads that read blocks at once, the caller's among them.
 MOST_READERS = 4
 
@@ -133,7 +136,9 @@ class SpillFolder:
         """Starts to write a sealed group. ``group.writing`` then yields what `Group.written` takes,
         or an OSError; no part of a file stays behind then."""
         if self._thread is None:
-            self._thread = ThreadPoolExecutor(1, thread_name_prefix="vicostream-spill")
+            self._thread = ThreadPoolExecutor(
+                1, thread_name_prefix="vicostream-spill", initializer=_stand_back
+            )
         self._count += 1
         parts = [raw(group.view(record)) for record in group.sealed]
         name = f"{self._count:08d}.safetensors"
@@ -242,6 +247,15 @@ class SpillFolder:
         if self._path is not None:
             self._remove()
             self._path = None
+
+
+def _stand_back() -> None:
+    """The thread takes what the model leaves of the cores: a parallel region lasts as long as its
+    slowest thread, so that each turn taken from one would cost all. Not further down: on a machine
+    that is busy with something else it still gets a tenth of a core, more than ingest needs."""
+    if sys.platform == "linux":  # elsewhere this would be the whole process
+        with contextlib.suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
 
 
 def _locked_folder(parent: str) -> tuple[str, int | None]:
