@@ -26,10 +26,11 @@ if TYPE_CHECKING:
 
 
 class _Coming(NamedTuple):
-    """A block that is on its way up: its pages, where its tokens go, and what holds them."""
+    """A block that is on its way up: its pages, tokens in each, where these go, what holds them."""
 
     block: Block
     pages: list[int]
+    fills: list[int]
     runs: Runs
     record: torch.Tensor | None  # on the host, to be copied; None: it is read into the pages
     into: Iterable[memoryview] | None  # where its file is read into, if it lies in one
@@ -241,7 +242,7 @@ class Residency:
         runs = runs_of(pages, fills, cache.page_size)
         if record is None:
             into = memory.of(runs)
-        return _Coming(block, pages, runs, record, into)
+        return _Coming(block, pages, fills, runs, record, into)
 
     def _let_go(self, coming: Sequence[_Coming]) -> None:
         """Gives back the pages of blocks that stay below."""
@@ -254,12 +255,13 @@ class Residency:
             return
         cache = self._cache
         ids = to_device([page for one in coming for page in one.pages], torch.int64, cache.device)
-        fills = [fill for one in coming for fill in cache._fills(one.block)]
-        cache._fill.index_copy_(0, ids, to_device(fills, torch.int32, cache.device))
+        fills = to_device([n for one in coming for n in one.fills], torch.int32, cache.device)
+        cache._fill.index_copy_(0, ids, fills)
         for (block, pages, *_), own in zip(coming, ids.split([len(one.pages) for one in coming])):
             for segment, n in zip(block.segments, map(cache.pages_for, block.counts)):
                 segment.pages, pages = pages[:n], pages[n:]
-            block._ids, block._away = own, False
+            # Its own: a view would keep the memory of the others' ids as long as any of them.
+            block._ids, block._away = own.clone(), False
             self._resident[block] = None
         for stream, own in _by_stream([one.block for one in coming]):
             stream._came(own)
