@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 
 from vicostream_kernels._blocks import Block
 from vicostream_kernels._spill_file import Group, Record, SpillFolder
-from vicostream_kernels._tensor_file import DamagedFile
+from vicostream_kernels._tensor_file import raw
 from vicostream_kernels._tiers import IN_FLIGHT, DiskFull, LostBlock, Tiers
 from vicostream_kernels._transfer import Transfer
 
@@ -72,25 +72,51 @@ class Below:
         if not group.records:
             self._discard(group)
 
-    def load(self, block: Block, *, for_host: bool = False) -> torch.Tensor:
-        """The record of a block, on the host; on the CPU it holds until the next call. ``for_host``
-        waits until the host may read it. Raises LostBlock."""
+    def load(self, block: Block) -> torch.Tensor:
+        """The record of a block, on the host, complete; on the CPU it holds until the next call.
+        Raises LostBlock."""
         record: Record = block._copy
         group = record.group
         if group.buffer is not None:
-            if for_host and group.arrived is not None:
+            if group.arrived is not None:
                 group.arrived.synchronize()
             return group.view(record)
-        out = self._room_for(record)
-        try:
-            self._files.read(record, out)
-        except (OSError, DamagedFile) as error:
-            why = getattr(error, "strerror", None) or str(error)
-            span = (block.start_s, block.end_s)
-            raise LostBlock(
-                f"the history of {_span([span])} cannot be read from {group.path}: {why}", [span]
-            ) from error
+        out = self.room_for(block)
+        (error,) = self.read([(block, [raw(out)])])
+        if error is not None:
+            raise error
         return out
+
+    def resting(self, block: Block) -> torch.Tensor | None:
+        """The record of a block, where it lies on the host, as soon as the device is done."""
+        group = block._copy.group
+        return None if group.buffer is None else group.view(block._copy)
+
+    def read(
+        self, wanted: Sequence[tuple[Block, Iterable[memoryview] | None]]
+    ) -> list[LostBlock | None]:
+        """Fills memory with the records of blocks from their files, several at once; nothing for
+        None. Returns what went wrong with each; where nothing may be missing, blocks after the
+        first with an error were not all read."""
+        jobs = [(block._copy, into) for block, into in wanted if into is not None]
+        errors = iter(self._files.read_all(jobs, all_of_them=self._tiers.allow_missing))
+        found = [None if into is None else next(errors) for _, into in wanted]
+        return [
+            None if error is None else self._lost(block, error)
+            for (block, _), error in zip(wanted, found)
+        ]
+
+    @staticmethod
+    def _lost(block: Block, error: Exception) -> LostBlock:
+        """What it means that a block's file could not be read."""
+        why = getattr(error, "strerror", None) or str(error)
+        span = (block.start_s, block.end_s)
+        lost = LostBlock(
+            f"the history of {_span([span])} cannot be read from {block._copy.group.path}: {why}",
+            [span],
+        )
+        lost.__cause__ = error
+        return lost
 
     def reap(self, wait: bool = False) -> None:
         """Takes note of the files that are complete; with ``wait``, of the next one at least."""
@@ -171,9 +197,10 @@ class Below:
         if len(buffer) == self._tiers.group and len(self._spare) < IN_FLIGHT:
             self._spare.append(buffer)
 
-    def _room_for(self, record: Record) -> torch.Tensor:
-        dtype = record.group.dtype
-        size = record.nbytes
+    def room_for(self, block: Block) -> torch.Tensor:
+        """Host memory for the record of a block; on the CPU it holds until the next call."""
+        record: Record = block._copy
+        dtype, size = record.group.dtype, record.nbytes
         if self._transfer.on_gpu:
             # Each on its own: the copy to the device reads it later.
             scratch = self._transfer.buffer(size)

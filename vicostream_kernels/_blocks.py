@@ -28,6 +28,12 @@ def to_device(values: Sequence[int], dtype: torch.dtype, device: torch.device) -
     return torch.tensor(values, dtype=dtype, pin_memory=True).to(device, non_blocking=True)
 
 
+def padded(lists: Sequence[Sequence[int]], width: int, device: torch.device) -> torch.Tensor:
+    """Pages of one block a row, [len(lists), width] int32, -1 behind them."""
+    rows = [[*pages, *[-1] * (width - len(pages))] for pages in lists]
+    return to_device([page for row in rows for page in row], torch.int32, device).view(-1, width)
+
+
 def check_reservation(
     bucket: int, kind: str, markers: Sequence[int], start_s: float, end_s: float
 ) -> None:
@@ -230,11 +236,12 @@ class BlockTable:
         block._row = -1
         self.start = self.blocks[0]._row if self.blocks else self.end
 
-    def moved(self, block: Block) -> None:
-        """The pages of ``block`` went, or others came."""
-        row, ids = self.pages[block._row], block.body_ids
-        row.fill_(-1)
-        row[: len(ids)].copy_(ids)
+    def moved(self, blocks: Sequence[Block]) -> None:
+        """The pages of ``blocks`` went, or others came."""
+        if rows := [block._row for block in blocks if block._row >= 0]:
+            lists = [block.body.pages for block in blocks if block._row >= 0]
+            pages = padded(lists, self.pages.shape[1], self.device)
+            self.pages.index_copy_(0, to_device(rows, torch.int64, self.device), pages)
 
     def set_summary(self, block: Block, vector: torch.Tensor) -> None:
         """Writes the row of ``block``, or keeps the vector until the block has a row."""

@@ -1,8 +1,26 @@
-"""Where a block's tokens go: rows of an LLM step -> slots, pages -> fill. Device work, no sync."""
+"""Where a block's tokens go: rows of an LLM step -> slots, pages -> fill. Device work, no sync,
+but where noted."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+
 import torch
+
+
+def runs_of(pages: Sequence[int], fills: Iterable[int], size: int) -> list[tuple[int, int]]:
+    """Where the tokens of ``pages`` lie, in order: (first slot, tokens) of each run without gaps.
+    ``fills``: tokens of each page. Host work."""
+    runs: list[tuple[int, int]] = []
+    end = -1
+    for page, fill in zip(pages, fills):
+        first = page * size
+        if first == end:
+            runs[-1] = (runs[-1][0], runs[-1][1] + fill)
+        else:
+            runs.append((first, fill))
+        end = first + fill
+    return runs
 
 
 def fill_of(

@@ -7,20 +7,33 @@ second time costs nothing. Rows and summaries stay in memory as long as their bl
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from vicostream_kernels._below import Below
 from vicostream_kernels._blocks import Block, to_device
 from vicostream_kernels._pages import OutOfPages
+from vicostream_kernels._placement import runs_of
 from vicostream_kernels._spill_file import Group
-from vicostream_kernels._tiers import DiskFull, LostBlock, Tiers
-from vicostream_kernels._transfer import Transfer
+from vicostream_kernels._tensor_file import raw
+from vicostream_kernels._tiers import DiskFull, Tiers
+from vicostream_kernels._transfer import PageBytes, Runs, Transfer
 
 if TYPE_CHECKING:
-    from vicostream_kernels.cache import PagedKVCache
+    from vicostream_kernels.cache import CacheStream, PagedKVCache
+
+
+class _Coming(NamedTuple):
+    """A block that is on its way up: its pages, tokens in each, where these go, what holds them."""
+
+    block: Block
+    pages: list[int]
+    fills: list[int]
+    runs: Runs
+    record: torch.Tensor | None  # on the host, to be copied; None: it is read into the pages
+    into: Iterable[memoryview] | None  # where its file is read into, if it lies in one
 
 
 class Residency:
@@ -99,17 +112,19 @@ class Residency:
 
     def spill(self, blocks: Sequence[Block]) -> None:
         """Sends chunks down that have pages."""
-        batch, size = [], 0
+        again, batch, size = [], [], 0
         for block in blocks:
             if block._copy is not None:
-                self._leave(block)
+                again.append(block)
                 continue
             more = block.tokens * self._cache.bytes_per_token
             if batch and size + more > self.tiers.group:
+                self._leave(again)
                 self._send_down(batch)
-                batch, size = [], 0
+                again, batch, size = [], [], 0
             batch.append(block)
             size += more
+        self._leave(again)
         if batch:
             self._send_down(batch)
 
@@ -134,24 +149,29 @@ class Residency:
         group.buffer = self.below.buffer(group.nbytes)
         pools = list(cache._pools.values())
         for block, record in group.records.items():
-            self.transfer.down(pools, cache._slots(block), group.view(record))
+            self.transfer.down(pools, cache._runs(block), group.view(record))
             block._copy = record
-            self._leave(block)
+        self._leave(blocks)
         group.arrived = self.transfer.mark()
         self.below.take(group)
 
-    def _leave(self, block: Block) -> None:
-        """Gives the pages back; the record below is what is left."""
+    def _leave(self, blocks: Sequence[Block]) -> None:
+        """Gives the pages back; the records below are what is left."""
+        if not blocks:
+            return
         cache = self._cache
-        block._stream._leaves(block)
-        cache._clear(block._ids)
-        cache._give(block.pages, block)
-        for segment in block.segments:
-            segment.pages.clear()
-        # One for all: a view would keep the memory of the ids that were.
-        block._ids, block._away = self._nowhere, True
-        block._stream._moved(block)
-        del self._resident[block]
+        for stream, own in _by_stream(blocks):
+            stream._leave(own)
+        cache._clear(torch.cat([block._ids for block in blocks]))
+        for block in blocks:
+            cache._give(block.pages, block)
+            for segment in block.segments:
+                segment.pages.clear()
+            # One for all: a view would keep the memory of the ids that were.
+            block._ids, block._away = self._nowhere, True
+            del self._resident[block]
+        for stream, own in _by_stream(blocks):
+            stream._left(own)
 
     def _bound_summaries(self) -> None:
         """Rows outlive pages: the oldest blocks go before rows crowd out the pages. A table has up
@@ -187,40 +207,64 @@ class Residency:
         n = sum(sum(map(cache.pages_for, block.counts)) for block in absent)
         if self.make_room(n):
             raise OutOfPages(cache._why_full(n, absent[0]._stream, asked))
-        pools = list(cache._pools.values())
-        arriving: list[tuple[torch.Tensor, torch.Tensor]] = []
+        pools, coming = list(cache._pools.values()), []
+        memory = None if self.transfer.on_gpu else PageBytes(pools)
         try:
             for block in absent:
-                if block.state != "committed":
-                    continue  # given up while room was made
-                try:
-                    record = self.below.load(block)
-                except LostBlock as error:
-                    if not self.tiers.allow_missing:
-                        raise
-                    block._stream._lose(block, str(error))
-                    continue
-                arriving.append((self._place(block), record))
-                if not self.transfer.on_gpu:
-                    self.transfer.up(pools, [arriving.pop()])
-        finally:
-            self.transfer.up(pools, arriving)
+                if block.state == "committed":  # not given up while room was made
+                    coming.append(self._begin(block, memory))
+            errors = self.below.read([(one.block, one.into) for one in coming])
+        except BaseException:
+            self._let_go(coming)
+            raise
+        first = next((i for i, error in enumerate(errors) if error is not None), len(errors))
+        if not self.tiers.allow_missing:
+            self._let_go(coming[first:])
+            coming = coming[:first]
+        failed = [one for one, error in zip(coming, errors) if error is not None]
+        self._let_go(failed)
+        here = [one for one, error in zip(coming, errors) if error is None]
+        self._place(here)
+        self.transfer.up(pools, [(one.runs, one.record) for one in here if one.record is not None])
+        for one, error in zip(failed, filter(None, errors)):
+            one.block._stream._lose(one.block, str(error))
+        if first < len(errors) and not self.tiers.allow_missing:
+            raise errors[first]
 
-    def _place(self, block: Block) -> torch.Tensor:
-        """Takes the pages of a block that comes up; slots of its tokens, [n] int64."""
+    def _begin(self, block: Block, memory: PageBytes | None) -> _Coming:
+        """Takes the pages of a block that comes up. They count as empty until it is there."""
+        cache, record, into = self._cache, self.below.resting(block), None
+        if record is None and memory is None:
+            record = self.below.room_for(block)
+            into = [raw(record)]
+        fills = cache._fills(block)
+        pages = cache._pool.take(len(fills), block)
+        runs = runs_of(pages, fills, cache.page_size)
+        if record is None:
+            into = memory.of(runs)
+        return _Coming(block, pages, fills, runs, record, into)
+
+    def _let_go(self, coming: Sequence[_Coming]) -> None:
+        """Gives back the pages of blocks that stay below."""
+        for one in reversed(coming):
+            self._cache._give(one.pages, one.block)
+
+    def _place(self, coming: Sequence[_Coming]) -> None:
+        """Blocks are there, or on their way through the device: their pages are shown."""
+        if not coming:
+            return
         cache = self._cache
-        counts = [cache.pages_for(n) for n in block.counts]
-        pages = cache._pool.take(sum(counts), block)
-        block._ids = to_device(pages, torch.int64, cache.device)
-        for segment, n in zip(block.segments, counts):
-            segment.pages, pages = pages[:n], pages[n:]
-        size = cache.page_size
-        fill = [min(left, size) for n in block.counts for left in range(n, 0, -size)]
-        cache._fill.index_copy_(0, block._ids, to_device(fill, torch.int32, cache.device))
-        block._away = False
-        block._stream._moved(block)
-        self._resident[block] = None
-        return cache._slots(block)
+        ids = to_device([page for one in coming for page in one.pages], torch.int64, cache.device)
+        fills = to_device([n for one in coming for n in one.fills], torch.int32, cache.device)
+        cache._fill.index_copy_(0, ids, fills)
+        for (block, pages, *_), own in zip(coming, ids.split([len(one.pages) for one in coming])):
+            for segment, n in zip(block.segments, map(cache.pages_for, block.counts)):
+                segment.pages, pages = pages[:n], pages[n:]
+            # Its own: a view would keep the memory of the others' ids as long as any of them.
+            block._ids, block._away = own.clone(), False
+            self._resident[block] = None
+        for stream, own in _by_stream([one.block for one in coming]):
+            stream._came(own)
 
     def _used(self, block: Block) -> None:
         if block in self._resident:
@@ -232,3 +276,10 @@ class Residency:
     def close(self) -> None:
         self._resident.clear()
         self.below.close()
+
+
+def _by_stream(blocks: Sequence[Block]) -> Iterable[tuple[CacheStream, list[Block]]]:
+    found: dict[CacheStream, list[Block]] = {}
+    for block in blocks:
+        found.setdefault(block._stream, []).append(block)
+    return found.items()

@@ -8,10 +8,13 @@ import math
 import os
 import re
 import shutil
+import sys
 import tempfile
+import threading
 import weakref
-from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import deque
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,12 +22,12 @@ from typing import Any
 import torch
 
 from vicostream_kernels._blocks import Block
+from vicostream_kernels._scatter import fill, in_pieces
 from vicostream_kernels._tensor_file import (
     DamagedFile,
     Entry,
     header_of,
     raw,
-    read_into,
     write_all,
 )
 
@@ -35,6 +38,9 @@ except ImportError:  # no locks there: what a killed process leaves behind stays
 
 _PREFIX = "vicostream-spill-"
 _FILE = re.compile(r"\d{8,}\.safetensors")
+_NICE = 10
+#: Threads that read blocks at once, the caller's among them.
+MOST_READERS = 4
 
 
 @dataclass(eq=False, slots=True)
@@ -123,13 +129,16 @@ class SpillFolder:
         self.where = os.path.abspath(os.path.expanduser(parent or tempfile.gettempdir()))
         self._path: Path | None = None
         self._thread: ThreadPoolExecutor | None = None
+        self._readers: ThreadPoolExecutor | None = None
         self._count = 0
 
     def write(self, group: Group) -> None:
         """Starts to write a sealed group. ``group.writing`` then yields what `Group.written` takes,
         or an OSError; no part of a file stays behind then."""
         if self._thread is None:
-            self._thread = ThreadPoolExecutor(1, thread_name_prefix="vicostream-spill")
+            self._thread = ThreadPoolExecutor(
+                1, thread_name_prefix="vicostream-spill", initializer=_stand_back
+            )
         self._count += 1
         parts = [raw(group.view(record)) for record in group.sealed]
         name = f"{self._count:08d}.safetensors"
@@ -169,21 +178,84 @@ class SpillFolder:
             self._path = Path(made)
         return self._path
 
-    def read(self, record: Record, out: torch.Tensor) -> None:
-        """Fills ``out``, of the record's shape, from its file. Raises OSError or DamagedFile."""
+    def read(self, record: Record, into: Iterable[memoryview]) -> None:
+        """Fills ``into``, one after the other, with a record from its file. Raises OSError or
+        DamagedFile; what was filled is worth nothing then."""
+        digest = hashlib.sha256()
         with open(record.group.path, "rb", buffering=0) as file:
-            read_into(file, len(record.group.header) + record.start, out)
-        if hashlib.sha256(raw(out)).digest() != record.digest:
+            file.seek(len(record.group.header) + record.start)
+            for parts in in_pieces(into):
+                for filled in fill(file, parts):
+                    digest.update(filled)
+        if digest.digest() != record.digest:
             raise DamagedFile("its contents have changed")
 
+    def read_all(
+        self, jobs: Sequence[tuple[Record, Iterable[memoryview]]], *, all_of_them: bool
+    ) -> list[Exception | None]:
+        """As `read` for each, several at once, and what it raised. Unless ``all_of_them`` are
+        wanted, no more are begun after an error: those before it have been read.
+
+        The caller and other threads read, as many as torch has threads, four at most: checking
+        takes the time, and that goes on without the GIL.
+        """
+        errors: list[Exception | None] = [None] * len(jobs)
+        left = deque(range(len(jobs)))
+
+        def work() -> None:
+            while True:
+                try:
+                    i = left.popleft()
+                except IndexError:
+                    return
+                try:
+                    self.read(*jobs[i])
+                except (OSError, DamagedFile) as error:
+                    errors[i] = error
+                    if not all_of_them:
+                        left.clear()
+
+        helpers = min(torch.get_num_threads(), MOST_READERS, len(jobs)) - 1
+        if helpers > 0 and self._readers is None:
+            self._readers = ThreadPoolExecutor(
+                MOST_READERS - 1, thread_name_prefix="vicostream-read"
+            )
+        helping: list[Future[None]] = []
+        try:
+            for _ in range(helpers):
+                helping.append(self._readers.submit(work))
+            work()
+        finally:
+            left.clear()
+            try:
+                wait(helping)
+            except KeyboardInterrupt:
+                wait(helping)  # first of all, nothing is written into the caller's memory any more
+                raise
+        for helper in helping:
+            helper.result()
+        return errors
+
     def close(self) -> None:
-        """Removes all files."""
+        """Removes all files; all threads have ended."""
+        if self._readers is not None:
+            self._readers.shutdown(wait=True, cancel_futures=True)
+            self._readers = None
         if self._thread is not None:
             self._thread.shutdown(wait=True, cancel_futures=True)
             self._thread = None
         if self._path is not None:
             self._remove()
             self._path = None
+
+
+def _stand_back() -> None:
+    """The thread takes what the model leaves of the cores: a parallel region lasts as long as its
+    slowest thread, so that each turn taken from one would cost all. Not further down: on a machine
+    that is busy with something else it still gets a tenth of a core, more than ingest needs."""
+    if sys.platform == "linux":  # elsewhere this would be the whole process
+        with contextlib.suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
 
 
 def _locked_folder(parent: str) -> tuple[str, int | None]:

@@ -4,6 +4,7 @@ gives them back. The other half, in `_stream`, reads and moves what lives."""
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -280,17 +281,20 @@ class StreamLife:
         self.losses.append(Loss(block.start_s, block.end_s, why))
         self._evict(block)
 
-    def _leaves(self, block: Block) -> None:
-        """The block is about to give its pages back and live on in a lower tier."""
+    def _leave(self, blocks: Sequence[Block]) -> None:
+        """Blocks are about to give their pages back and live on in a lower tier."""
         if self.keys is not None:
-            self.keys.left(block)
+            self.keys.left(blocks)
 
-    def _moved(self, block: Block) -> None:
-        """The block has other pages now, or none."""
-        if block._row >= 0:
-            self._table.moved(block)
-        if self.keys is not None and not block._away:
-            self.keys.came(block)
+    def _left(self, blocks: Sequence[Block]) -> None:
+        """The blocks have no pages now."""
+        self._table.moved(blocks)
+
+    def _came(self, blocks: Sequence[Block]) -> None:
+        """The blocks have pages again."""
+        self._table.moved(blocks)
+        if self.keys is not None:
+            self.keys.came(blocks)
 
     def _release(self, block: Block, state: str) -> None:
         if self.cache._residency is not None:

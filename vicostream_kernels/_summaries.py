@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
-from vicostream_kernels._blocks import Block, to_device
+from vicostream_kernels._blocks import Block, padded, to_device
 from vicostream_kernels.checks import check_choice, check_range
 from vicostream_kernels.ops.append import KeySummary
 
@@ -141,17 +142,36 @@ class KeyRows:
             if self._end == first + n:
                 self._end = first + kept  # nothing was written beyond
 
-    def left(self, block: Block) -> None:
-        """The block goes to a lower tier; its pages are still known. The rows stay."""
-        if block in self._at:
-            first, n = self._at[block]
-            self.block_of_page.index_fill_(0, block.body_ids, -1)
-            self.pages[first : first + n].fill_(-1)
+    def left(self, blocks: Sequence[Block]) -> None:
+        """The blocks go to a lower tier; their pages are still known. The rows stay."""
+        here = [block for block in blocks if block in self._at]
+        if not here:
+            return
+        device = self._cache.device
+        rows = [row for first, n in map(self._at.get, here) for row in range(first, first + n)]
+        ids = [page for block in here for page in block.body.pages]
+        self.block_of_page.index_fill_(0, to_device(ids, torch.int64, device), -1)
+        self.pages.index_fill_(0, to_device(rows, torch.int64, device), -1)
 
-    def came(self, block: Block) -> None:
-        """The block has pages again."""
-        if block in self._at:
-            self._set_pages(block, *self._at[block])
+    def came(self, blocks: Sequence[Block]) -> None:
+        """The blocks have pages again."""
+        here = [block for block in blocks if block in self._at]
+        if not here:
+            return
+        device, by_page = self._cache.device, self.unit == "page"
+        lists = [block.body.pages for block in here]
+        firsts = [self._at[block][0] for block in here]
+        owners = [
+            first + i * by_page for first, pages in zip(firsts, lists) for i in range(len(pages))
+        ]
+        ids = to_device([page for pages in lists for page in pages], torch.int64, device)
+        rows = to_device(owners, torch.int64, device)
+        self.block_of_page.index_copy_(0, ids, rows.to(torch.int32))
+        if by_page:
+            self.pages[:, 0].index_copy_(0, rows, ids.to(torch.int32))
+        else:
+            pages = padded(lists, self.pages.shape[1], device)
+            self.pages.index_copy_(0, to_device(firsts, torch.int64, device), pages)
 
     def drop(self, block: Block) -> None:
         """Blanks the rows of a block that goes; its pages are still known."""

@@ -7,15 +7,29 @@ arrives layer by layer, so that the first layers compute while the last ones tra
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 
+from vicostream_kernels._blocks import to_device
+from vicostream_kernels._tensor_file import raw
+
+#: (first slot, tokens) of the runs in which a block's tokens lie, see `runs_of`.
+Runs = Sequence[tuple[int, int]]
+
+
+def slots_in(runs: Runs, device: torch.device) -> torch.Tensor:
+    """The slots of ``runs``, [n] int64 on the device."""
+    slots: list[int] = []
+    for first, n in runs:
+        slots.extend(range(first, first + n))
+    return to_device(slots, torch.int64, device)
+
 
 class Transfer:
     """Moves records [layers, pools, n, G, d] (host) from and to ``pools``, each [layers, P, B, G,
-    d]; ``slots`` [n] int64 on the pools' device say which n tokens."""
+    d]; ``runs`` say which n tokens."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -27,17 +41,15 @@ class Transfer:
         """Host memory, uint8 [nbytes]; pinned where there is a GPU."""
         return torch.empty(nbytes, dtype=torch.uint8, pin_memory=self.on_gpu)
 
-    def down(
-        self, pools: Sequence[torch.Tensor], slots: torch.Tensor, record: torch.Tensor
-    ) -> None:
+    def down(self, pools: Sequence[torch.Tensor], runs: Runs, record: torch.Tensor) -> None:
         """Copies tokens out of the pages. The pages may be given back right afterwards; on a GPU
         the record is complete after `mark`."""
         if not self.on_gpu:
-            for p, pool in enumerate(pools):
-                for layer in range(len(pool)):
-                    torch.index_select(_tokens(pool, layer), 0, slots, out=record[layer, p])
+            for there, here in _pairs(pools, runs, record):
+                here.copy_(there)
             return
         self.wait()
+        slots = slots_in(runs, self._device)
         gathered = torch.stack([pool.flatten(1, 2).index_select(1, slots) for pool in pools], dim=1)
         self._copying.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._copying):
@@ -55,21 +67,20 @@ class Transfer:
     def up(
         self,
         pools: Sequence[torch.Tensor],
-        arriving: Sequence[tuple[torch.Tensor, torch.Tensor]],
+        arriving: Sequence[tuple[Runs, torch.Tensor]],
     ) -> None:
-        """Copies ``arriving``, pairs of slots and record, into pages that they own already."""
+        """Copies ``arriving``, pairs of runs and record, into pages that they own already."""
         if not self.on_gpu:
-            for slots, record in arriving:
-                for p, pool in enumerate(pools):
-                    for layer in range(len(pool)):
-                        _tokens(pool, layer).index_copy_(0, slots, record[layer, p])
+            for runs, record in arriving:
+                for there, here in _pairs(pools, runs, record):
+                    there.copy_(here)
             return
         if not arriving:
             return
+        slots = slots_in([run for runs, _ in arriving for run in runs], self._device)
         # The pages' previous owners may still be read by what is queued.
         self._copying.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._copying):
-            slots = torch.cat([slots for slots, _ in arriving])
             layers, _, _, heads, width = arriving[0][1].shape
             shape = (layers, len(pools), len(slots), heads, width)
             staged = torch.empty(shape, dtype=pools[0].dtype, device=self._device)
@@ -86,8 +97,7 @@ class Transfer:
                 event = torch.cuda.Event()
                 event.record(self._copying)
                 events.append(event)
-        for held, _ in arriving:
-            held.record_stream(self._copying)
+        slots.record_stream(self._copying)
         self._arrivals.append(events)
 
     def ready(self, layer: int) -> None:
@@ -105,6 +115,35 @@ class Transfer:
         """As `ready`, for all layers."""
         if self._arrivals:
             self.ready(len(self._arrivals[0]) - 1)
+
+
+class PageBytes:
+    """The bytes of ``pools``, on the CPU."""
+
+    def __init__(self, pools: Sequence[torch.Tensor]) -> None:
+        layers, pages, size, heads, width = pools[0].shape
+        self._token = heads * width * pools[0].itemsize
+        self._layers = [layer * pages * size * self._token for layer in range(layers)]
+        self._pools = [raw(pool) for pool in pools]
+
+    def of(self, runs: Runs) -> Iterator[memoryview]:
+        """Those of some tokens, in the order of their record."""
+        token = self._token
+        for at in self._layers:
+            for pool in self._pools:
+                for first, n in runs:
+                    yield pool[at + first * token : at + (first + n) * token]
+
+
+def _pairs(
+    pools: Sequence[torch.Tensor], runs: Runs, record: torch.Tensor
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Each run in the pages and in the record, [layers, n, G, d]; views."""
+    for p, pool in enumerate(pools):
+        tokens, at = pool.flatten(1, 2), 0
+        for first, n in runs:
+            yield tokens[:, first : first + n], record[:, p, at : at + n]
+            at += n
 
 
 def _tokens(pool: torch.Tensor, layer: int) -> torch.Tensor:

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 
 import torch
 
-from vicostream_kernels._blocks import Block, Forgotten, Segment, to_device
+from vicostream_kernels._blocks import Block, Forgotten, Segment
 from vicostream_kernels._pages import (
     CacheClosed,
     DoubleFree,
@@ -26,9 +26,11 @@ from vicostream_kernels._pages import (
     StaleBlock,
     check_int,
 )
+from vicostream_kernels._placement import runs_of
 from vicostream_kernels._residency import Residency
 from vicostream_kernels._stream import CacheStream
 from vicostream_kernels._tiers import DiskFull, LostBlock, NotResident, TierError, Tiers
+from vicostream_kernels._transfer import slots_in
 from vicostream_kernels.checks import FLOAT_DTYPES, check_choice, check_dtype
 
 __all__ = [
@@ -355,24 +357,22 @@ class PagedKVCache:
     def _record_shape(self, tokens: int) -> tuple[int, ...]:
         return (self.layers, len(self._names), tokens, self.kv_heads, self.head_dim)
 
-    def _slots(self, block: Block) -> torch.Tensor:
-        """Where the tokens of a committed block lie, [tokens] int64 on the device."""
+    def _fills(self, block: Block) -> list[int]:
+        """Tokens in each page of a committed block, were it to have pages."""
         size = self.page_size
-        slots = [
-            page * size + i
-            for segment, n in zip(block.segments, block.counts)
-            for page, left in zip(segment.pages, range(n, 0, -size))
-            for i in range(min(left, size))
-        ]
-        return to_device(slots, torch.int64, self.device)
+        return [min(left, size) for n in block.counts for left in range(n, 0, -size)]
+
+    def _runs(self, block: Block) -> list[tuple[int, int]]:
+        """Where the tokens of a committed block lie: see `runs_of`."""
+        return runs_of(block.pages, self._fills(block), self.page_size)
 
     def _read(self, block: Block) -> torch.Tensor:
         """What a committed block holds, wherever it lies; see `CacheStream.contents`."""
         if block._away:
-            return self._residency.below.load(block, for_host=True)
+            return self._residency.below.load(block)
         if self._residency is not None:
             self._residency.transfer.wait()
-        slots = self._slots(block)
+        slots = slots_in(self._runs(block), self.device)
         found = [pool.flatten(1, 2).index_select(1, slots) for pool in self._pools.values()]
         return torch.stack(found, dim=1).cpu()
 

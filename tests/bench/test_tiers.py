@@ -41,16 +41,16 @@ def test_both_figures(runner):
 
 
 def test_another_answer_from_below_is_refused(runner, monkeypatch):
-    from vicostream_kernels._transfer import Transfer
+    from vicostream_kernels._spill_file import SpillFolder
 
-    up = Transfer.up
+    read = SpillFolder.read
 
-    def wrong(self, pools, arriving):
-        for _, record in arriving:
-            record.neg_()
-        up(self, pools, arriving)
+    def wrong(self, record, into):
+        first, *rest = into
+        read(self, record, [first, *rest])
+        first[0] ^= 1
 
-    monkeypatch.setattr(Transfer, "up", wrong)
+    monkeypatch.setattr(SpillFolder, "read", wrong)
     with pytest.raises(tiers.WrongResult, match="not what they were in memory"):
         tiers.measure(runner, **SMALL)
 
