@@ -61,6 +61,7 @@ def _check_scoring(
                 f"'dot' or 'cosine', got scope={scope!r}, score={score!r}"
             )
         dims.bind("query", query, f"{tokens} D", floats)
+        checks.check_range(op, "D, the channels of the query,", dims["D"], 1)
         dims.bind("summary", summary, "S NB D", floats, device)
     else:
         dims.bind("query", query, f"{tokens} H d", floats)
