@@ -180,6 +180,26 @@ void bind_retrieve_cuda(py::module_& m) {
       py::arg("rule"), py::arg("amount"), py::arg("addresses"), py::arg("sizes"),
       py::arg("workspace"), py::arg("stream"));
   m.def(
+      "select_block_pages_workspace",
+      [](int rule, const Sizes<9>& sizes, const Sizes<7>& pages) {
+        return select_block_pages_workspace(select_args(rule, 0.0, {}, sizes), pages_layout(pages));
+      },
+      py::arg("rule"), py::arg("sizes"), py::arg("pages"));
+  m.def(
+      "select_block_pages_cuda",
+      [](int rule, double amount, const std::array<Address, 5>& addresses, const Sizes<9>& sizes,
+         const std::array<Address, 5>& page_addresses, const Sizes<7>& page_sizes,
+         Address workspace, Address stream) {
+        const SelectArgs args = select_args(rule, amount, addresses, sizes);
+        const PagesArgs pages = with_addresses(pages_layout(page_sizes), page_addresses);
+        launched("topk_pages", [&] {
+          return select_block_pages_cuda(args, pages, pointer<void>(workspace),
+                                         pointer<void>(stream));
+        });
+      },
+      py::arg("rule"), py::arg("amount"), py::arg("addresses"), py::arg("sizes"),
+      py::arg("page_addresses"), py::arg("page_sizes"), py::arg("workspace"), py::arg("stream"));
+  m.def(
       "select_pages_workspace",
       [](const Sizes<7>& sizes) { return select_pages_workspace(pages_layout(sizes)); },
       py::arg("sizes"));
@@ -257,6 +277,20 @@ void bind_retrieve(py::module_& m) {
       },
       py::arg("layout"), py::arg("addresses"), py::arg("n_threads"));
   py::class_<PagesArgs>(m, "PagesLayout").def(py::init(&pages_layout), py::arg("sizes"));
+  m.def(
+      "topk_pages_cpu",
+      [](const TopkLayout& layout, const std::array<Address, 10>& addresses,
+         const PagesArgs& page_layout, const std::array<Address, 5>& page_addresses,
+         int n_threads) {
+        const TopkLayout args = with_addresses(layout, addresses);
+        const PagesArgs pages = with_addresses(page_layout, page_addresses);
+        py::gil_scoped_release release;
+        cpu::score_blocks(args.score, n_threads);
+        cpu::select_blocks(args.select, n_threads);
+        cpu::select_pages(pages, n_threads);
+      },
+      py::arg("layout"), py::arg("addresses"), py::arg("page_layout"), py::arg("page_addresses"),
+      py::arg("n_threads"));
   m.def(
       "select_pages_cpu",
       [](const PagesArgs& layout, Address block_index, Address block_pages, Address sink_pages,

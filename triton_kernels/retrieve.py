@@ -442,3 +442,27 @@ def select_pages(
             num_warps=2,
         )
     return table
+
+
+def topk_pages(
+    query: torch.Tensor | None,
+    summary: torch.Tensor | None,
+    summary_max: torch.Tensor | None,
+    summary_count: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+    num_blocks: torch.Tensor | None,
+    external_score: torch.Tensor | None,
+    block_tokens: torch.Tensor | None,
+    block_pages: torch.Tensor,
+    sink_pages: torch.Tensor | None,
+    recent_pages: torch.Tensor | None,
+    *scoring: str | float | None,
+    **selection: int | float | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(page table, block_index, count, scores): the launches of `topk_blocks`, then those of
+    `select_pages`."""
+    found = topk_blocks(
+        query, summary, summary_max, summary_count, cu_seqlens, num_blocks, external_score,
+        block_tokens, *scoring, **selection,
+    )  # fmt: skip
+    return select_pages(found[0], block_pages, sink_pages, recent_pages), *found

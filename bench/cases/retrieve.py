@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 
-from vicostream_kernels import backends, select_pages, topk_blocks
+from vicostream_kernels import backends, select_pages, topk_blocks, topk_pages
 from vicostream_kernels.bench.registry import Case, Inputs, Outputs, Provider, case
 from vicostream_kernels.reference import retrieve as reference
 
@@ -217,6 +218,84 @@ def _pages_case(
     )
 
 
+# --- from the question to the page list ----------------------------------------------------------
+
+
+def _make_list(
+    device: torch.device, seed: int, *, blocks: int, width: int, k: int, pages: int, sinks: int,
+    recent: int, dtype: torch.dtype,
+) -> Inputs:  # fmt: skip
+    asked = _make_dot(device, seed, blocks=blocks, width=width, k=k, dtype=dtype)
+    listed = _make_pages(
+        device, seed, blocks=blocks, width=pages, chosen=k, sinks=sinks, recent=recent
+    )
+    return {**asked, **{n: listed[n] for n in ("block_pages", "sink_pages", "recent_pages")}}
+
+
+def _ours_list(inputs: Inputs, *, backend: str) -> tuple[torch.Tensor, ...]:
+    table, found = topk_pages(**inputs, backend=backend)
+    return found.block_index, found.scores, table
+
+
+def _listed(inputs: Inputs, index: torch.Tensor) -> torch.Tensor:
+    """The list of ascending ``index`` [1, K]: no page has two places here."""
+    pages = inputs["block_pages"][0].index_select(0, index[0]).flatten()
+    return torch.cat((inputs["sink_pages"][0], pages, inputs["recent_pages"][0]))[None]
+
+
+def _torch_list(inputs: Inputs) -> tuple[torch.Tensor, ...]:
+    index, scores = _torch_dot(inputs)
+    return index, scores, _listed(inputs, index)
+
+
+def _list_outputs(inputs: Inputs, result: tuple[torch.Tensor, ...]) -> Outputs:
+    """As for the choice, and whether the list is that of it."""
+    index, scores, table = result
+    right = (table == _listed(inputs, index)).to(scores.dtype)
+    return {**_chosen_scores(inputs, (index, scores)), "right": right}
+
+
+def _list_truth(inputs: Inputs) -> Outputs:
+    found = _truth(inputs)
+    extra = inputs["sink_pages"].shape[1] + inputs["recent_pages"].shape[1]
+    length = inputs["k"] * inputs["block_pages"].shape[2] + extra
+    return {**found, "right": torch.ones(1, length, dtype=torch.float64)}
+
+
+def _list_providers(device: torch.device, *, launches: dict[str, str]) -> list[Provider]:
+    made = _providers("topk_pages", _ours_list, [Provider("torch", _torch_list)], device)
+    return [replace(p, note=launches.get(p.name.removeprefix("ours:"), "")) for p in made]
+
+
+def _list_case(
+    blocks: int, width: int, k: int, pages: int, sinks: int, recent: int,
+    dtype: torch.dtype = torch.float32, *, smoke: bool = False,
+) -> Case:  # fmt: skip
+    """score + top-k + page list."""
+    axes = dict(blocks=blocks, width=width, k=k, pages=pages, sinks=sinks, recent=recent)
+    launches = {
+        "cuda": f"{2 if blocks <= 20_000 else 3} launches",
+        "triton": "6 launches and torch's top-k",
+        "cpu": "one native call",
+    }
+    listed = 2 * (k * pages + sinks + recent)
+    return Case(
+        name=f"retrieve/list-{blocks}n-{width}w-{k}k-{pages}m/{str(dtype).removeprefix('torch.')}",
+        word="retrieve",
+        op="topk_pages",
+        axes=axes,
+        dtype=dtype,
+        bytes=(blocks + 1) * width * dtype.itemsize + 4 * (blocks + k + listed),
+        flops=2 * blocks * width,
+        make=partial(_make_list, dtype=dtype, **axes),
+        providers=partial(_list_providers, launches=launches),
+        reference=_list_truth,
+        outputs=_list_outputs,
+        smoke=smoke,
+        reads=True,
+    )
+
+
 @case
 def cases() -> Iterator[Case]:
     """A question to an hour of chunks, Quest's pages at 128 Ki tokens, and a long history."""
@@ -226,6 +305,10 @@ def cases() -> Iterator[Case]:
     yield _dot_case(262144, 256, 1024)
     yield _bound_case(64, 8, 2, 64, 8, smoke=True)
     yield _bound_case(8192, 32, 8, 128, 64)
+    yield _list_case(100, 256, 16, 3, 2, 5, smoke=True)
+    yield _list_case(4096, 2048, 64, 5, 4, 40)
+    yield _list_case(4096, 2048, 64, 5, 4, 40, torch.bfloat16)
+    yield _list_case(262144, 256, 1024, 5, 4, 40)
     yield _pages_case(50, 3, 8, 2, 5, smoke=True)
     yield _pages_case(4096, 5, 64, 4, 40)
     yield _pages_case(262144, 5, 1024, 4, 40)

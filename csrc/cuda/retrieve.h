@@ -23,4 +23,10 @@ const char* select_blocks_cuda(const SelectArgs& args, void* workspace, void* st
 int64_t select_pages_workspace(const PagesArgs& args);
 const char* select_pages_cuda(const PagesArgs& args, void* workspace, void* stream);
 
+// Both, for pages.block_index == args.index: in the launch that chooses, where a row's pages fit
+// into shared memory.
+int64_t select_block_pages_workspace(const SelectArgs& args, const PagesArgs& pages);
+const char* select_block_pages_cuda(const SelectArgs& args, const PagesArgs& pages, void* workspace,
+                                    void* stream);
+
 }  // namespace vico

@@ -2,8 +2,12 @@
 //
 // Bound by memory: each summary is read once (once per four query tokens under max pooling) for two
 // operations a channel and query row. A warp reads the rows of some blocks side by side and holds
-// four query rows against them. The sum of a row has
-// one order whatever stands beside it.
+// four query rows against them. The sum of a row has one order whatever stands beside it.
+//
+// What it takes to be bound by memory: an H200 has about 25 KiB under way on each multiprocessor at
+// any time (4.8 TB/s for 0.7 us). Means are read 16 bytes at a time, four blocks of history and two
+// steps ahead in each lane: 32 KiB a block of threads, of which 4,096 blocks of history make one
+// for each multiprocessor.
 //
 // Query rows are made first (the mean over tokens, the heads that choose together added up): by
 // each block for itself where a stream has one token, else by a kernel of their own.
@@ -19,7 +23,7 @@ namespace {
 
 constexpr int kWarps = 8;
 constexpr int kThreads = kWarps * kWarp;
-constexpr int kRows = 4;                          // query rows, likewise
+constexpr int kMostRows = 4;                      // query rows that are held against a block
 constexpr int kVector = 4;                        // channels a lane reads at a time
 constexpr int64_t kSharedFloats = 40 * 1024 / 4;  // of query rows in shared memory
 constexpr float kInfinity = __builtin_huge_valf();
@@ -50,6 +54,8 @@ struct Args {
                           // instead of tokens where these are averaged
   bool packs;             // blocks make their query rows themselves, in shared memory
   bool vectors;           // rows of the summaries stand at multiples of kVector elements
+  bool wide;              // and of 16 bytes, which they also are multiples of
+  int pieces, inner;      // what of a mean lies together: so many times so many channels
 };
 
 struct Tokens {
@@ -64,52 +70,87 @@ __device__ __forceinline__ Tokens tokens_of(const ScoreArgs& a, int64_t stream) 
   return {end(stream), end(stream + 1)};
 }
 
-__device__ __forceinline__ float query_at(const ScoreArgs& a, int64_t at) {
-  switch (a.query_dtype) {
-    case DType::kFloat32:
-      return static_cast<const float*>(a.query)[at];
-    case DType::kFloat16:
-      return to_float(static_cast<const __half*>(a.query)[at]);
-    default:
-      return to_float(static_cast<const __nv_bfloat16*>(a.query)[at]);
-  }
+template <typename T>
+__device__ __forceinline__ double query_at(const ScoreArgs& a, int64_t at) {
+  return to_float(static_cast<const T*>(a.query)[at]);
 }
 
-// Row r of unit u from the mean of some tokens, and its norm, by all threads of the block. Ends
-// with a barrier.
-__device__ __forceinline__ void pack_row(const Args& p, Tokens tokens, int64_t u, int64_t r,
-                                         float* row, float* norm, double* scratch) {
+// `count` rows of unit u from row r on, of the mean of some tokens, and of a single one its norm
+// where `norm` is given; by all threads of the block, of which each reads kTokens side by side.
+// Ends with a barrier.
+template <typename T, int kTokens>
+__device__ __forceinline__ void pack_typed(const Args& p, Tokens tokens, int u, int r, int count,
+                                           float* rows, float* norm, double* scratch) {
+  constexpr int kAhead = 4;  // elements of a thread whose reads are under way together
   const ScoreArgs& a = p.a;
   const bool bound = a.score == Score::kBound;
-  const int64_t apart = bound ? p.plan.merged : 1, together = bound ? 1 : p.plan.merged;
-  const int64_t length = p.plan.segments * apart * a.head_dim;
+  const int apart = bound ? static_cast<int>(p.plan.merged) : 1;
+  const int together = bound ? 1 : static_cast<int>(p.plan.merged);
+  // Unsigned 32-bit numbers: a division of 64 bits takes as long as the read that it is for.
+  const unsigned d = static_cast<unsigned>(a.head_dim), stride = p.plan.stride;
+  const unsigned length = static_cast<unsigned>(p.plan.segments) * apart * d;
+  const double of = static_cast<double>(tokens.last - tokens.first);
   double squares = 0.0;
-  for (int64_t i = threadIdx.x; i < p.plan.stride; i += kThreads) {
-    double sum = 0.0;
-    const int64_t s = i / (apart * a.head_dim), c = i % a.head_dim;
-    const int64_t m = i / a.head_dim % apart;
-    for (int64_t other = 0; other < together && i < length; ++other) {
-      const int64_t group = p.plan.segments > 1 ? s : u;
-      const int64_t head = group * p.plan.share + (p.plan.merged > 1 ? m + other : r);
-      double total = 0.0;
-      for (int64_t t = tokens.first; t < tokens.last; ++t)
-        total += query_at(a, t * a.q_token + head * a.q_head + c);
-      const float q = static_cast<float>(total / static_cast<double>(tokens.last - tokens.first));
-      sum += q;
-      squares += static_cast<double>(q) * q;
-    }
-    row[i] = static_cast<float>(sum);
-  }
-  scratch[threadIdx.x] = squares;
-  __syncthreads();
-  if (threadIdx.x < kWarp) {
-    double sum = 0.0;
-    for (int i = threadIdx.x; i < kThreads; i += kWarp) sum += scratch[i];
+  for (unsigned from = threadIdx.x; from < count * stride; from += kAhead * kThreads) {
+    int64_t at[kAhead];
+    bool there[kAhead];
+    double sum[kAhead] = {};
 #pragma unroll
-    for (int step = kWarp / 2; step > 0; step /= 2) sum += __shfl_xor_sync(kAllLanes, sum, step);
-    if (threadIdx.x == 0) *norm = static_cast<float>(sqrt(sum));
+    for (int j = 0; j < kAhead; ++j) {
+      const unsigned row = (from + j * kThreads) / stride, i = (from + j * kThreads) % stride;
+      const unsigned s = i / (apart * d), m = i / d % apart;
+      const int64_t group = p.plan.segments > 1 ? s : u;
+      const int64_t head = group * p.plan.share + (p.plan.merged > 1 ? m : r + row);
+      there[j] = row < static_cast<unsigned>(count) && i < length;
+      at[j] = there[j] ? head * a.q_head + i % d : 0;
+    }
+    for (int other = 0; other < together; ++other) {
+      double total[kAhead] = {};
+#pragma unroll kTokens
+      for (int64_t t = tokens.first; t < tokens.last; ++t) {
+#pragma unroll
+        for (int j = 0; j < kAhead; ++j)
+          total[j] += query_at<T>(a, t * a.q_token + other * a.q_head + at[j]);
+      }
+#pragma unroll
+      for (int j = 0; j < kAhead; ++j) {
+        if (!there[j]) continue;
+        const float q = static_cast<float>(total[j] / of);
+        sum[j] += q;
+        squares += static_cast<double>(q) * q;
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < kAhead; ++j)
+      if (from + j * kThreads < count * stride)
+        rows[from + j * kThreads] = static_cast<float>(sum[j]);
+  }
+  if (norm != nullptr) {
+    scratch[threadIdx.x] = squares;
+    __syncthreads();
+    if (threadIdx.x < kWarp) {
+      double sum = 0.0;
+#pragma unroll
+      for (int i = 0; i < kThreads; i += kWarp) sum += scratch[threadIdx.x + i];
+#pragma unroll
+      for (int step = kWarp / 2; step > 0; step /= 2) sum += __shfl_xor_sync(kAllLanes, sum, step);
+      if (threadIdx.x == 0) *norm = static_cast<float>(sqrt(sum));
+    }
   }
   __syncthreads();
+}
+
+template <int kTokens>
+__device__ __forceinline__ void pack_rows(const Args& p, Tokens tokens, int u, int r, int count,
+                                          float* rows, float* norm, double* scratch) {
+  switch (p.a.query_dtype) {
+    case DType::kFloat32:
+      return pack_typed<float, kTokens>(p, tokens, u, r, count, rows, norm, scratch);
+    case DType::kFloat16:
+      return pack_typed<__half, kTokens>(p, tokens, u, r, count, rows, norm, scratch);
+    default:
+      return pack_typed<__nv_bfloat16, kTokens>(p, tokens, u, r, count, rows, norm, scratch);
+  }
 }
 
 // One block: one query row.
@@ -120,12 +161,13 @@ __global__ void __launch_bounds__(kThreads) pack_kernel(const __grid_constant__ 
   const Tokens tokens = p.a.pool == Pool::kMean ? tokens_of(p.a, token) : Tokens{token, token + 1};
   if (tokens.last <= tokens.first) return;
   const int64_t at = blockIdx.x;
-  pack_row(p, tokens, u, r, p.packed + at * p.plan.stride, p.norms + at, scratch);
+  pack_rows<4>(p, tokens, static_cast<int>(u), static_cast<int>(r), 1,
+               p.packed + at * p.plan.stride, p.norms + at, scratch);
 }
 
-template <typename T>
-struct alignas(kVector * sizeof(T)) Vector {
-  T x[kVector];
+template <typename T, int kChannels = kVector>
+struct alignas(kChannels * sizeof(T)) Vector {
+  T x[kChannels];
 };
 
 // Four channels from c on as floats, zeros behind the end of the row.
@@ -176,9 +218,9 @@ __device__ __forceinline__ float largest(float4 q, float4 low, float4 high) {
          (largest(q.z, low.z, high.z) + largest(q.w, low.w, high.w));
 }
 
-// Some blocks of history against kRows query rows. Fewer rows take no less time: what counts is
-// the reading of the summaries.
-template <typename T, bool kBound>
+// Some blocks of history against kRows query rows. What counts is the reading of the summaries: one
+// row leaves the registers to have twice as much of it under way.
+template <typename T, bool kBound, int kRows>
 struct Scorer {
   static constexpr int kBlocks = kBound ? 2 : 4;  // of history; a bound has two rows of each
   static constexpr int kValues = kBlocks * kRows;
@@ -201,26 +243,106 @@ struct Scorer {
   }
 
   __device__ __forceinline__ float product(const float* const (&rows)[kRows], float norm) const {
+    float value[kValues] = {}, squares[kBlocks] = {};
+    if (p.wide)
+      add_wide(rows, value, squares);
+    else
+      add_narrow(rows, value, squares);
+    const ScoreArgs& a = p.a;
+    float found = sums_over_lanes(value, lane);
+    // Of a mean that is kept as sum and count: 0 / 0 where there are no tokens.
+    const bool summed = a.count != nullptr;
+    const float count =
+        summed ? static_cast<float>(a.count[stream * a.count_stream + first + block(my_block())])
+               : 1.0f;
+    if (summed) found /= count;
+    if (a.score == Score::kCosine) {
+      const float sum = sums_over_lanes(squares, lane);
+      const float mine = __shfl_sync(kAllLanes, sum, my_block() * (kWarp / kBlocks));
+      // The heads of a row that share a KV head repeat its key.
+      float key_norm = sqrtf(static_cast<float>(p.plan.merged) * mine);
+      if (summed) key_norm /= count;
+      found /= (norm < kCosineEps ? kCosineEps : norm) *
+               (key_norm < kCosineEps ? kCosineEps : key_norm);  // NaN stays
+    }
+    return found;
+  }
+
+  // Sixteen bytes of each block at a time, and those of the next step under way.
+  __device__ __forceinline__ void add_wide(const float* const (&rows)[kRows],
+                                           float (&value)[kValues],
+                                           float (&squares)[kBlocks]) const {
+    constexpr int kWide = 16 / sizeof(T);
+    using Chunk = Vector<T, kWide>;
+    const ScoreArgs& a = p.a;
+    const T* const at = static_cast<const T*>(a.summary) + stream * a.sum_stream +
+                        first * a.sum_block + u * a.sum_kv;
+    const int each = p.inner / kWide, chunks = p.pieces * each;
+    const bool cosine = a.score == Score::kCosine;
+    const auto fetch = [&](Chunk(&to)[kBlocks], int chunk) {
+      chunk = min(chunk, chunks - 1);
+      int64_t offset = int64_t{chunk} * kWide;
+      if (p.pieces > 1) {
+        const int s = static_cast<int>(static_cast<unsigned>(chunk) / static_cast<unsigned>(each));
+        offset = s * a.sum_kv + (chunk - s * each) * kWide;
+      }
+#pragma unroll
+      for (int i = 0; i < kBlocks; ++i)
+        to[i] = *reinterpret_cast<const Chunk*>(at + block(i) * a.sum_block + offset);
+    };
+    const auto add = [&](const Chunk(&k)[kBlocks], int chunk) {
+      if (chunk >= chunks) return;
+#pragma unroll
+      for (int part = 0; part < kWide; part += kVector) {
+        float4 key[kBlocks];
+#pragma unroll
+        for (int i = 0; i < kBlocks; ++i)
+          key[i] = make_float4(to_float(k[i].x[part]), to_float(k[i].x[part + 1]),
+                               to_float(k[i].x[part + 2]), to_float(k[i].x[part + 3]));
+#pragma unroll
+        for (int r = 0; r < kRows; ++r) {
+          const float4 q = *reinterpret_cast<const float4*>(rows[r] + chunk * kWide + part);
+#pragma unroll
+          for (int i = 0; i < kBlocks; ++i) value[i * kRows + r] += dot(q, key[i]);
+        }
+        if (cosine) {
+#pragma unroll
+          for (int i = 0; i < kBlocks; ++i) squares[i] += dot(key[i], key[i]);
+        }
+      }
+    };
+    Chunk even[kBlocks];
+    if constexpr (kRows > 1) {
+      for (int from = 0; from < chunks; from += kWarp) {
+        fetch(even, from + lane);
+        add(even, from + lane);
+      }
+      return;
+    }
+    Chunk odd[kBlocks];
+    fetch(even, lane);
+    for (int from = 0; from < chunks; from += 2 * kWarp) {
+      if (from + kWarp < chunks) fetch(odd, from + kWarp + lane);
+      add(even, from + lane);
+      if (from + 2 * kWarp < chunks) fetch(even, from + 2 * kWarp + lane);
+      if (from + kWarp < chunks) add(odd, from + kWarp + lane);
+    }
+  }
+
+  // Rows of any length and alignment.
+  __device__ __forceinline__ void add_narrow(const float* const (&rows)[kRows],
+                                             float (&value)[kValues],
+                                             float (&squares)[kBlocks]) const {
     const ScoreArgs& a = p.a;
     const T* at = static_cast<const T*>(a.summary) + stream * a.sum_stream + first * a.sum_block +
                   u * a.sum_kv;
-    const int32_t* const counts =
-        a.count == nullptr ? nullptr : a.count + stream * a.count_stream + first;
-    const int head_dim = static_cast<int>(a.head_dim);
     const bool cosine = a.score == Score::kCosine;
-    float value[kValues] = {}, squares[kBlocks] = {};
+    const int head_dim = static_cast<int>(a.head_dim);
     for (int s = 0; s < p.plan.segments; ++s, at += a.sum_kv) {
       for (int c = kVector * lane; c < head_dim; c += kVector * kWarp) {
         float4 k[kBlocks];
 #pragma unroll
         for (int i = 0; i < kBlocks; ++i) k[i] = load(at, i, a.sum_block, c);
-        if (counts != nullptr) {
-#pragma unroll
-          for (int i = 0; i < kBlocks; ++i) {
-            const float count = static_cast<float>(counts[block(i)]);
-            k[i].x /= count, k[i].y /= count, k[i].z /= count, k[i].w /= count;
-          }
-        }
 #pragma unroll
         for (int r = 0; r < kRows; ++r) {
           const float4 q = *reinterpret_cast<const float4*>(rows[r] + s * head_dim + c);
@@ -233,16 +355,6 @@ struct Scorer {
         }
       }
     }
-    float found = sums_over_lanes(value, lane);
-    if (cosine) {
-      const float sum = sums_over_lanes(squares, lane);
-      const float mine = __shfl_sync(kAllLanes, sum, my_block() * (kWarp / kBlocks));
-      // The heads of a row that share a KV head repeat its key.
-      const float key_norm = sqrtf(static_cast<float>(p.plan.merged) * mine);
-      found /= (norm < kCosineEps ? kCosineEps : norm) *
-               (key_norm < kCosineEps ? kCosineEps : key_norm);  // NaN stays
-    }
-    return found;
   }
 
   // The largest over the parts of a block that have tokens; NaN where none has.
@@ -291,9 +403,10 @@ struct Scorer {
 };
 
 // One block of threads: kTile blocks of history of one stream, one unit.
-template <typename T, bool kBound>
-__global__ void __launch_bounds__(kThreads, 2) score_kernel(const __grid_constant__ Args p) {
-  using Work = Scorer<T, kBound>;
+template <typename T, bool kBound, int kRows>
+__global__ void __launch_bounds__(kThreads, kRows == 1 && sizeof(T) == 4 ? 3 : 2)
+    score_kernel(const __grid_constant__ Args p) {
+  using Work = Scorer<T, kBound, kRows>;
   constexpr int kTile = kWarps * Work::kBlocks;
   __shared__ double scratch[kThreads];
   VICO_DYNAMIC_SHARED(shared_memory);
@@ -325,8 +438,12 @@ __global__ void __launch_bounds__(kThreads, 2) score_kernel(const __grid_constan
   if (p.packs) {
     float* const made = reinterpret_cast<float*>(shared_memory);
     float* const made_norms = made + p.plan.rows * p.plan.stride;
-    for (int64_t r = 0; r < p.plan.rows; ++r)
-      pack_row(p, tokens, u, r, made + r * p.plan.stride, made_norms + r, scratch);
+    const int count = static_cast<int>(p.plan.rows), unit = static_cast<int>(u);
+    const bool normed = a.score == Score::kCosine;  // which is made of one row at a time
+    const int step = normed ? 1 : count;
+    for (int r = 0; r < count; r += step)
+      pack_rows<1>(p, tokens, unit, r, step, made + r * p.plan.stride,
+                   normed ? made_norms + r : nullptr, scratch);
     rows = made;
     norms = made_norms;
   } else {
@@ -381,6 +498,13 @@ bool reads_vectors(const ScoreArgs& a, int64_t bytes) {
          reinterpret_cast<uintptr_t>(a.summary_max) % (kVector * bytes) == 0;
 }
 
+bool reads_wide(const ScoreArgs& a, int64_t bytes) {
+  const int64_t of[] = {a.sum_stream, a.sum_block, a.sum_kv, a.head_dim};
+  for (const int64_t x : of)
+    if (x * bytes % 16 != 0) return false;
+  return reinterpret_cast<uintptr_t>(a.summary) % 16 == 0;
+}
+
 // Query rows are made by whoever needs them where a stream has one token and they are short.
 bool packs(const ScoreArgs& a, const Plan& plan) {
   return a.cu_seqlens == nullptr && plan.rows * (plan.stride + 1) <= kSharedFloats;
@@ -393,9 +517,13 @@ int64_t packed_rows(const ScoreArgs& a, const Plan& plan) {
 template <typename T>
 cudaError_t launch_score(const Args& p, size_t shared, cudaStream_t stream) {
   const bool bound = p.a.score == Score::kBound;
-  const int64_t tile = kWarps * (bound ? Scorer<T, true>::kBlocks : Scorer<T, false>::kBlocks);
+  const bool one = p.plan.rows == 1 && (p.packs || p.a.pool != Pool::kMax);
+  const int64_t tile =
+      kWarps * (bound ? Scorer<T, true, kMostRows>::kBlocks : Scorer<T, false, 1>::kBlocks);
   const int64_t grid = p.a.streams * ((p.a.blocks + tile - 1) / tile) * p.plan.units;
-  void (*const kernel)(Args) = bound ? score_kernel<T, true> : score_kernel<T, false>;
+  void (*const kernel)(Args) = bound ? score_kernel<T, true, kMostRows>
+                               : one ? score_kernel<T, false, 1>
+                                     : score_kernel<T, false, kMostRows>;
   return launch(kernel, grid, kThreads, shared, stream, p);
 }
 
@@ -411,7 +539,10 @@ const char* score_blocks_cuda(const ScoreArgs& a, void* workspace, void* stream)
   if (a.heads * a.head_dim > 0x7fffffff) return "a query row has 2^31 channels or more";
   const cudaStream_t on = static_cast<cudaStream_t>(stream);
   const Plan plan(a);
-  Args p{a, plan, static_cast<float*>(workspace), nullptr, packs(a, plan), false};
+  Args p{a, plan, static_cast<float*>(workspace), nullptr, packs(a, plan), false, false, 1, 0};
+  const bool together = plan.segments == 1 || a.sum_kv == a.head_dim;
+  p.pieces = together ? 1 : static_cast<int>(plan.segments);
+  p.inner = static_cast<int>(plan.segments * a.head_dim) / p.pieces;
   const int64_t all = packed_rows(a, plan);
   if (!p.packs) {
     p.norms = p.packed + all * plan.stride;
@@ -422,6 +553,7 @@ const char* score_blocks_cuda(const ScoreArgs& a, void* workspace, void* stream)
   return message_of(with_type(a.summary_dtype, [&](auto zero) {
     using T = decltype(zero);
     p.vectors = reads_vectors(a, sizeof(T));
+    p.wide = reads_wide(a, sizeof(T));
     return launch_score<T>(p, shared, on);
   }));
 }

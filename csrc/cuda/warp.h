@@ -22,21 +22,21 @@ __device__ __forceinline__ T inclusive_sum(T x, int lane) {
 }
 
 // The sum of x over the threads before this one, and over all of them. `sums` has a place a warp.
-// Ends with a barrier, so that `sums` may be used again.
-template <int kThreads>
-__device__ __forceinline__ int64_t sum_before(int64_t x, int64_t* sums, int64_t* whole) {
+// Ends with a barrier, so that `sums` may be used again. Each warp adds up the sums of all: 32
+// reads of shared memory by each of 32 warps would take a thousand cycles.
+template <int kThreads, typename T>
+__device__ __forceinline__ T sum_before(T x, T* sums, T* whole) {
+  static_assert(kThreads % kWarp == 0 && kThreads <= kWarp * kWarp);
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  const int64_t up_to = inclusive_sum(x, lane);
+  const T up_to = inclusive_sum(x, lane);
   if (lane == kWarp - 1) sums[warp] = up_to;
   __syncthreads();
-  int64_t before = up_to - x, all = 0;
-  for (int w = 0; w < kThreads / kWarp; ++w) {
-    if (w < warp) before += sums[w];
-    all += sums[w];
-  }
-  *whole = all;
+  const T of_warp = lane < kThreads / kWarp ? sums[lane] : T{};
+  const T through = inclusive_sum(of_warp, lane);
+  *whole = __shfl_sync(kAllLanes, through, kWarp - 1);
+  const T before = __shfl_sync(kAllLanes, through - of_warp, warp);
   __syncthreads();
-  return before;
+  return before + up_to - x;
 }
 
 }  // namespace vico

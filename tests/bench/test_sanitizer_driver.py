@@ -39,7 +39,7 @@ def test_without_a_gpu_it_says_so(capsys):
 def test_on_a_gpu_every_native_kernel_is_right():
     device = torch.device("cuda")
     work = sanitizer_driver.work(list(registry.load().values()), device)
-    wanted = {"rope_append", "sink_window_attention", "topk_blocks", "select_pages"}
+    wanted = {"rope_append", "sink_window_attention", "topk_blocks", "topk_pages", "select_pages"}
     assert {case.op for case, _ in work} >= wanted
     for case, provider in work:
         assert sanitizer_driver.run_once(case, provider, device) == "", case.name

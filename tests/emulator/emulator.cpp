@@ -56,6 +56,7 @@ std::vector<Fiber> fibers;
 Fiber* current;
 jmp_buf scheduler;
 const std::function<void()>* body;
+int64_t launched = 0;
 std::string error;
 std::mt19937 order(1);
 std::map<const void*, size_t> allowed;
@@ -294,6 +295,7 @@ void check_shared(const void* p, size_t bytes) {
 
 const char* run_grid(dim3 grid, dim3 block, size_t shared, const std::function<void()>& kernel) {
   error.clear();
+  ++launched;
   const size_t threads = size_t{block.x} * block.y * block.z;
   if (threads == 0 || threads > 1024 || threads % kWarp != 0 || grid.y > 65535 || grid.z > 65535)
     error = "invalid configuration";
@@ -349,6 +351,7 @@ bool may_use(const void* kernel, size_t shared) {
 }
 void allow(const void* kernel, size_t shared) { allowed[kernel] = shared; }
 
+int64_t launches() { return launched; }
 void set_seed(unsigned seed) { order.seed(seed); }
 
 }  // namespace emulator

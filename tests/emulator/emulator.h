@@ -75,5 +75,6 @@ const char* last_error();
 bool may_use(const void* kernel, size_t shared);
 void allow(const void* kernel, size_t shared);
 void set_seed(unsigned seed);
+int64_t launches();  // so far
 
 }  // namespace emulator

@@ -6,6 +6,7 @@
 PYBIND11_MODULE(_emulated, m) {
   m.attr("has_cuda") = true;
   m.def("set_seed", &emulator::set_seed);
+  m.def("launches", &emulator::launches);
   vico::bind_append(m);
   vico::bind_attention(m);
   vico::bind_retrieve(m);

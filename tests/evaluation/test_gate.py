@@ -221,15 +221,15 @@ def chunks_left_where_they_were(patch) -> None:
 
 
 def page_listed_twice(patch) -> None:
-    from vicostream_kernels.pipeline import reading
+    from vicostream_kernels.pipeline import selection
 
-    right = reading.select_pages
+    right = selection.topk_pages
 
     def wrong(*args, **kwargs):
-        table = right(*args, **kwargs)
-        return torch.cat((table[:, :2], table[:, 1:]), dim=1)
+        table, found = right(*args, **kwargs)
+        return torch.cat((table[:, :2], table[:, 1:]), dim=1), found
 
-    patch.setattr(reading, "select_pages", wrong)
+    patch.setattr(selection, "topk_pages", wrong)
 
 
 def stale_reference(patch) -> None:

@@ -27,6 +27,7 @@ def good() -> dict:
         ({"query": torch.zeros(2, 3, 8)}, ValueError, "H=3 heads.*multiple of.*G=2"),
         ({"query": torch.zeros(2, 4, 12), "summary": torch.zeros(2, 5, 2, 12)}, ValueError, "head dim 12"),  # noqa: E501
         ({"query": torch.zeros(2, 8)}, ValueError, "summary must have 3 dim"),
+        ({"query": torch.zeros(2, 0), "summary": torch.zeros(2, 5, 0)}, ValueError, "D, .*=0 is"),
         ({"query": torch.zeros(2, 8), "scope": "kv_head"}, ValueError, "has no heads.*kv_head"),
         ({"summary": torch.zeros(2, 5, 2, 16)}, ValueError, "summary has shape"),
         ({"summary": (torch.zeros(2, 5, 1, 2, 8),) * 2}, ValueError, "summary must have 4 dim"),

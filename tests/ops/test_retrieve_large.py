@@ -67,7 +67,7 @@ def test_rows_too_long_to_keep(backend, score, pool):
 
 
 @pytest.mark.parametrize("backend", backends_of("select_pages"))
-@pytest.mark.parametrize("chosen", (40, 1500))
+@pytest.mark.parametrize("chosen", (40, 800, 1500))
 def test_a_long_list_of_pages(backend, chosen):
     name, device = backend
     if SMALL:

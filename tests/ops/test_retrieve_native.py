@@ -72,6 +72,28 @@ def test_a_running_sum_scores_like_its_mean(score, scope, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("score", ["dot", "cosine"])
+@pytest.mark.parametrize("heads,d", [(9, 128), (3, 248), (5, 24), (1, 8)])
+def test_long_means_lie_together_or_head_by_head(heads, d, score, dtype, backend):
+    """Several steps of every lane, whole and not; keys that stand apart in the pool or do not."""
+    name, device = backend
+    query = tensors.randn((2, 2 * heads, d), seed=10).to(device)
+    apart = tensors.randn((2, 11, heads, d + 8), dtype, seed=11).to(device)[..., :d]
+    together = apart.contiguous()
+    odd = torch.empty(together.numel() + 1, dtype=dtype, device=device)[1:].view(together.shape)
+    odd.copy_(together)
+    q = query.double().view(2, heads, 2, d)
+    truth = torch.einsum("sghd,sngd->sn", q, together.double())
+    if score == "cosine":
+        norms = q.flatten(1).norm(dim=-1)[:, None] * together.double().flatten(2).norm(dim=-1)
+        truth = truth / (norms * 2**0.5)  # each key counts for two heads
+    for summary in (together, apart, odd):
+        got = vico.topk_blocks(query, summary, k=3, score=score, backend=name).scores
+        torch.testing.assert_close(got.double(), truth, rtol=1e-5, atol=2e-4)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("scope", ["stream", "kv_head", "query_head"])
 def test_infinite_keys_bound_as_defined(scope, backend):
     """max(q * kmin, q * kmax) takes one of them: an infinite other one must not make it NaN."""

@@ -11,7 +11,7 @@ from pipeline_kit import pictures, small_engine
 
 from vicostream_kernels.methods import RetrieveRule
 from vicostream_kernels.models import Qwen2_5_VLRunner
-from vicostream_kernels.ops.retrieve import topk_blocks
+from vicostream_kernels.ops.retrieve import select_pages, topk_blocks
 from vicostream_kernels.pipeline import selection
 from vicostream_kernels.pipeline.errors import InputError
 from vicostream_kernels.pipeline.selection import Asked, Rows, RuleSelector, chosen_rows
@@ -210,6 +210,42 @@ def test_each_head_has_its_own_relevant_blocks(scope):
     for head, scores in enumerate(found.scores[0]):
         ranks = selection._newest_relevant(scores, 2.0)
         assert found.block_index[0, head].tolist() == ranks.topk(4).indices.sort().values.tolist()
+
+
+@pytest.mark.parametrize("relevant", [None, 2.0])
+@pytest.mark.parametrize("scope", ["stream", "kv_head"])
+def test_a_rule_lists_the_pages_of_what_it_chooses(scope, relevant):
+    random = torch.Generator().manual_seed(6)
+    blocks = 30
+    spans = tuple(Span(float(n), n + 0.75) for n in range(blocks))
+    pages = torch.randperm(90, generator=random).int().view(1, blocks, 3)
+    rows = Rows(spans, (36,) * blocks, pages)
+    asked = Asked(
+        rows, 40.0, 0, 0, torch.randn(3, 4, 8, generator=random),
+        torch.randn(1, blocks, 2, 8, generator=random),
+    )  # fmt: skip
+    rule = RetrieveRule(
+        summary="mean_key", layers="each", scope=scope, score="dot", k=4, relevant=relevant
+    )
+    sinks = torch.tensor([[95, 91]], dtype=torch.int32)
+    recent = torch.tensor([[int(pages[0, 3, 0]), 99]], dtype=torch.int32)
+    table, found = RuleSelector(rule, 16).select_pages(asked, sinks, recent)
+    alone = RuleSelector(rule, 16).select(asked)
+    for got, wanted in zip(vars(found).values(), vars(alone).values()):
+        assert torch.equal(got, wanted)
+    assert torch.equal(table, select_pages(found.block_index, pages, sinks, recent))
+
+
+def test_a_rule_that_selects_in_its_own_way_is_asked_for_rows(monkeypatch):
+    class First(RuleSelector):
+        def select(self, asked):
+            return chosen_rows([0], asked.rows)
+
+    with small_engine(prune__threshold=0.9, retrieve__k=2) as made, made.open() as stream:
+        stream.ingest(pictures(40))
+        first = stream.history.chunks()[0]
+        _, figures = answer_of(stream, First(made.method.retrieve, 16))
+        assert figures.blocks == [(first.start_s, first.end_s)]
 
 
 def test_how_relevant_is_a_number_and_not_with_mass_or_groups():

@@ -1,8 +1,9 @@
-"""summarize_blocks, topk_blocks and select_pages in C++ (CPU) and CUDA C++."""
+"""summarize_blocks, topk_blocks, select_pages and both as one, in C++ (CPU) and CUDA C++."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _SCORES = {"dot": 0, "cosine": 1, "bound": 2}
 _POOLS = {"mean": 0, "max": 1, "softmax": 2}
 _SCOPES = {"stream": 0, "kv_head": 1, "query_head": 2}
+#: Tensors of a choice of blocks that come first, and where its scope stands among the arguments.
+_TENSORS, _SCOPE_AT = 8, 10
 
 
 def _dense(x: torch.Tensor) -> torch.Tensor:
@@ -124,12 +127,30 @@ def _rule(
     return 0, 0.0, k if k is not None else token_budget // tokens_per_block
 
 
-def _topk(
+@dataclass
+class _Choice:
+    """One call's scores, which are there or under way, and what choosing among them takes."""
+
+    scores: torch.Tensor
+    index: torch.Tensor
+    count: torch.Tensor
+    rule: int
+    amount: float
+    addresses: tuple[int, ...]
+    sizes: tuple[int, ...]
+    kept: tuple[torch.Tensor | None, ...]
+
+    def results(self, scope: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        found = (self.index, self.count, self.scores)
+        return tuple(x[:, 0] for x in found) if scope == "stream" else found
+
+
+def _scored(
     cuda, query, summary, summary_max, summary_count, cu_seqlens, num_blocks, external_score,
     block_tokens, score, pool, scope, sm_scale, *, k, ratio, mass, token_budget, tokens_per_block,
     min_k, group, force_first, force_last, capacity,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    """Both backends; ``cuda``: the stream, or None on the CPU."""
+) -> _Choice:  # fmt: skip
+    """Scores on both backends; ``cuda``: the stream, or None on the CPU."""
     module = native()[0]
     num_blocks, block_tokens = _packed(num_blocks), _packed(block_tokens)
     if external_score is None:
@@ -152,41 +173,38 @@ def _topk(
     rule, amount, target = _rule(block_tokens, k, ratio, mass, token_budget, tokens_per_block)
     index = torch.empty((streams, rows, capacity), dtype=torch.int32, device=scores.device)
     count = torch.empty((streams, rows), dtype=torch.int32, device=scores.device)
-    call = (
-        rule,
-        amount,
-        (
-            scores.data_ptr(), _address(num_blocks), _address(block_tokens), index.data_ptr(),
-            count.data_ptr(),
-        ),
-        (
-            streams, rows, blocks, capacity, target, min_k, group,
-            min(force_first, blocks), min(force_last, blocks),
-        ),
+    addresses = (
+        scores.data_ptr(), _address(num_blocks), _address(block_tokens), index.data_ptr(),
+        count.data_ptr(),
     )  # fmt: skip
-    if cuda is None:
-        module.select_blocks_cpu(*call, torch.get_num_threads())
-    else:
-        size = module.select_blocks_workspace(rule, call[3]) // 4
-        lists = torch.empty(size, dtype=torch.int32, device=scores.device)
-        module.select_blocks_cuda(*call, lists.data_ptr(), cuda)
-    if scope == "stream":
-        return index[:, 0], count[:, 0], scores[:, 0]
-    return index, count, scores
+    sizes = (
+        streams, rows, blocks, capacity, target, min_k, group,
+        min(force_first, blocks), min(force_last, blocks),
+    )  # fmt: skip
+    kept = (num_blocks, block_tokens)
+    return _Choice(scores, index, count, rule, amount, addresses, sizes, kept)
+
+
+def _choose_cpu(choice: _Choice) -> None:
+    native()[0].select_blocks_cpu(
+        choice.rule, choice.amount, choice.addresses, choice.sizes, torch.get_num_threads()
+    )
 
 
 def topk_blocks_cpu(*args: Any, **options: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """See ``vicostream_kernels.topk_blocks``; ``torch.get_num_threads()`` threads."""
-    return _topk(None, *args, **options)
+    choice = _scored(None, *args, **options)
+    _choose_cpu(choice)
+    return choice.results(args[_SCOPE_AT])
 
 
-def _prepare_topk(
+def _topk_layout(
     query, summary, summary_max, summary_count, cu_seqlens, num_blocks, external_score,
     block_tokens, score, pool, scope, sm_scale, *, k, ratio, mass, token_budget, tokens_per_block,
     min_k, group, force_first, force_last, capacity,
-) -> Any:  # fmt: skip
-    """The same for all calls with tensors laid out like these, in one native call; None: where a
-    tensor must be copied or scores are given."""
+) -> tuple[Any, Callable[..., tuple[Any, ...]]] | None:  # fmt: skip
+    """What all calls with tensors laid out like these share, and what makes (index, count, scores)
+    and the addresses of one of them; None: where a tensor must be copied or scores are given."""
     vectors = (cu_seqlens, num_blocks, block_tokens)
     rows = (query, summary, summary_max, summary_count)
     if external_score is not None or any(x is not None and _dense(x) is not x for x in rows):
@@ -203,12 +221,10 @@ def _prepare_topk(
         streams, rows, blocks, capacity, rule[2], min_k, group,
         min(force_first, blocks), min(force_last, blocks),
     )  # fmt: skip
-    module = native()[0]
-    layout, choose = module.TopkLayout(*call, *rule[:2], sizes), module.topk_blocks_cpu
     outer = (streams,) if scope == "stream" else (streams, rows)
     on = {"device": torch.device("cpu")}
 
-    def run(query, summary, summary_max, summary_count, cu_seqlens, num_blocks, _, block_tokens):
+    def make(query, summary, summary_max, summary_count, cu_seqlens, num_blocks, _, block_tokens):
         index = torch.empty(*outer, capacity, dtype=torch.int32, **on)
         count = torch.empty(*outer, dtype=torch.int32, **on)
         scores = torch.empty(*outer, blocks, dtype=torch.float32, **on)
@@ -217,8 +233,23 @@ def _prepare_topk(
             _address(cu_seqlens), _address(num_blocks), _address(block_tokens), scores.data_ptr(),
             index.data_ptr(), count.data_ptr(),
         )  # fmt: skip
-        choose(layout, addresses, torch.get_num_threads())
-        return index, count, scores
+        return (index, count, scores), addresses
+
+    return native()[0].TopkLayout(*call, *rule[:2], sizes), make
+
+
+def _prepare_topk(*args: Any, **options: Any) -> Callable[..., tuple[torch.Tensor, ...]] | None:
+    """The same for all calls with tensors laid out like these, in one native call."""
+    made = _topk_layout(*args, **options)
+    if made is None:
+        return None
+    layout, make = made
+    choose, threads = native()[0].topk_blocks_cpu, torch.get_num_threads
+
+    def run(*tensors):
+        found, addresses = make(*tensors)
+        choose(layout, addresses, threads())
+        return found
 
     return run
 
@@ -229,8 +260,15 @@ topk_blocks_cpu.prepare = _prepare_topk
 def topk_blocks_cuda(*args: Any, **options: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """See ``vicostream_kernels.topk_blocks``; on the current stream of the scores' device."""
     query, external_score = args[0], args[6]
+    module = native()[0]
     with current_stream((query if external_score is None else external_score).device) as stream:
-        return _topk(stream, *args, **options)
+        choice = _scored(stream, *args, **options)
+        size = module.select_blocks_workspace(choice.rule, choice.sizes) // 4
+        lists = torch.empty(size, dtype=torch.int32, device=choice.scores.device)
+        module.select_blocks_cuda(
+            choice.rule, choice.amount, choice.addresses, choice.sizes, lists.data_ptr(), stream
+        )
+    return choice.results(args[_SCOPE_AT])
 
 
 def no_cuda_choice(pool: str, mass: float | None) -> str | None:
@@ -323,3 +361,66 @@ def select_pages_cuda(
         workspace = torch.empty(size, dtype=torch.int32, device=table.device)
         module.select_pages_cuda(addresses, sizes, workspace.data_ptr(), stream)
     return table
+
+
+def _split(args: tuple[Any, ...]) -> tuple[tuple[Any, ...], tuple[torch.Tensor | None, ...]]:
+    """The arguments of topk_pages as those of topk_blocks, and (block_pages, sinks, recent)."""
+    pages = slice(_TENSORS, _TENSORS + 3)
+    return args[: pages.start] + args[pages.stop :], args[pages]
+
+
+def topk_pages_cpu(*args: Any, **options: Any) -> tuple[torch.Tensor, ...]:
+    """See ``vicostream_kernels.topk_pages``; ``torch.get_num_threads()`` threads."""
+    blocks, pages = _split(args)
+    found = topk_blocks_cpu(*blocks, **options)
+    return select_pages_cpu(found[0], *pages), *found
+
+
+def _prepare_topk_pages(*args: Any, **options: Any) -> Callable[..., tuple[torch.Tensor, ...]]:
+    """The same for all calls with tensors laid out like these, in one native call where nothing
+    must be copied; else in three."""
+    blocks, listed = _split(args)
+    made = _topk_layout(*blocks, **options)
+    if made is None or any(x is not None and not x.is_contiguous() for x in listed):
+        return None
+    layout, make = made
+    like = make(*blocks[:_TENSORS])[0][0]
+    _, sizes, table, _kept = _pages(like, *listed)
+    module, shape, threads = native()[0], tuple(table.shape), torch.get_num_threads
+    page_layout, choose = module.PagesLayout(sizes), module.topk_pages_cpu
+
+    def run(*tensors):
+        found, addresses = make(*tensors[:_TENSORS])
+        block_pages, sink_pages, recent_pages = tensors[_TENSORS:]
+        index = found[0]
+        table = index.new_empty(*shape)
+        listed = (
+            index.data_ptr(), block_pages.data_ptr(), _address(sink_pages), _address(recent_pages),
+            table.data_ptr(),
+        )  # fmt: skip
+        choose(layout, addresses, page_layout, listed, threads())
+        return table, *found
+
+    return run
+
+
+topk_pages_cpu.prepare = _prepare_topk_pages
+
+
+def topk_pages_cuda(*args: Any, **options: Any) -> tuple[torch.Tensor, ...]:
+    """See ``vicostream_kernels.topk_pages``; on the current stream of the scores' device. A row's
+    pages are listed by the launch that chose its blocks."""
+    blocks, listed = _split(args)
+    query, external_score = blocks[0], blocks[6]
+    scope, module = blocks[_SCOPE_AT], native()[0]
+    with current_stream((query if external_score is None else external_score).device) as stream:
+        choice = _scored(stream, *blocks, **options)
+        found = choice.results(scope)
+        addresses, sizes, table, _kept = _pages(found[0], *listed)
+        size = module.select_block_pages_workspace(choice.rule, choice.sizes, sizes) // 4
+        workspace = torch.empty(size, dtype=torch.int32, device=table.device)
+        module.select_block_pages_cuda(
+            choice.rule, choice.amount, choice.addresses, choice.sizes, addresses, sizes,
+            workspace.data_ptr(), stream,
+        )  # fmt: skip
+    return table, *found

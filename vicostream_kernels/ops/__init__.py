@@ -13,6 +13,7 @@ from vicostream_kernels.ops.retrieve import (
     select_pages,
     summarize_blocks,
     topk_blocks,
+    topk_pages,
 )
 from vicostream_kernels.ops.reuse import Changed, gather_rows, merge_rows, select_changed
 
@@ -35,5 +36,6 @@ __all__ = [
     "smart_resize",
     "summarize_blocks",
     "topk_blocks",
+    "topk_pages",
     "varlen_attention",
 ]

@@ -11,7 +11,7 @@ from vicostream_kernels import backends, checks
 from vicostream_kernels.native.retrieve import no_cuda_choice
 from vicostream_kernels.ops._registry import register
 
-for _name in ("summarize_blocks", "topk_blocks", "select_pages"):
+for _name in ("summarize_blocks", "topk_blocks", "select_pages", "topk_pages"):
     backends.declare(
         "retrieve",
         _name,
@@ -24,7 +24,6 @@ for _name in ("summarize_blocks", "topk_blocks", "select_pages"):
 SCORES = ("dot", "cosine", "bound")
 POOLS = ("mean", "max", "softmax")
 SCOPES = ("stream", "kv_head", "query_head")
-_TOPK = "topk_blocks"
 
 
 @checks.remember
@@ -44,13 +43,13 @@ def _check_summarize(
 
 
 def _check_scoring(
-    dims, query, summary, summary_max, summary_count, cu_seqlens, score, pool, scope, sm_scale
+    op, dims, query, summary, summary_max, summary_count, cu_seqlens, score, pool, scope, sm_scale
 ) -> torch.Tensor:  # fmt: skip
     """Binds S, NB (and G, H where there are heads); returns the tensor that sets the device."""
     for name, value in (("query", query), ("summary", summary)):
         if not isinstance(value, torch.Tensor):
             raise TypeError(
-                f"{_TOPK}: {name} must be a tensor where there is no external_score, "
+                f"{op}: {name} must be a tensor where there is no external_score, "
                 f"got {type(value).__name__}"
             )
     tokens = "S" if cu_seqlens is None else "Q"
@@ -58,59 +57,59 @@ def _check_scoring(
     if query.dim() == 2:
         if scope != "stream" or score == "bound":
             raise ValueError(
-                f"{_TOPK}: query [{tokens}, D] has no heads, so scope must be 'stream' and score "
+                f"{op}: query [{tokens}, D] has no heads, so scope must be 'stream' and score "
                 f"'dot' or 'cosine', got scope={scope!r}, score={score!r}"
             )
         dims.bind("query", query, f"{tokens} D", floats)
+        checks.check_range(op, "D, the channels of the query,", dims["D"], 1)
         dims.bind("summary", summary, "S NB D", floats, device)
     else:
         dims.bind("query", query, f"{tokens} H d", floats)
-        checks.check_head_dim(_TOPK, dims["d"])
+        checks.check_head_dim(op, dims["d"])
         form = "S NB sub G d" if score == "bound" else "S NB G d"
         dims.bind("summary", summary, form, floats, device)
         if dims["G"] == 0 or dims["H"] % dims["G"]:
             raise ValueError(
-                f"{_TOPK}: query has H={dims['H']} heads, which must be a multiple of the "
+                f"{op}: query has H={dims['H']} heads, which must be a multiple of the "
                 f"summary's G={dims['G']}"
             )
         if score == "bound":
-            checks.check_range(_TOPK, "sub-pages of the summary", dims["sub"], 1)
+            checks.check_range(op, "sub-pages of the summary", dims["sub"], 1)
     if (score == "bound") != (summary_max is not None):
         raise ValueError(
-            f"{_TOPK}: score={score!r} needs a "
+            f"{op}: score={score!r} needs a "
             + ("(kmin, kmax) pair" if score == "bound" else "mean or external summary")
         )
     if summary_max is not None:
         dims.bind("kmax", summary_max, "S NB sub G d", summary.dtype, device)
     if summary_count is not None:
         if score == "bound":
-            raise ValueError(f"{_TOPK}: a count belongs to sums, not to score='bound'")
+            raise ValueError(f"{op}: a count belongs to sums, not to score='bound'")
         dims.bind("summary_count", summary_count, "S NB", torch.int32, device)
     if cu_seqlens is not None:
         dims.bind("cu_seqlens", cu_seqlens, "_", torch.int32, device)
         if cu_seqlens.shape[0] != dims["S"] + 1:
             raise ValueError(
-                f"{_TOPK}: cu_seqlens has {cu_seqlens.shape[0]} entries, "
-                f"expected S+1={dims['S'] + 1}"
+                f"{op}: cu_seqlens has {cu_seqlens.shape[0]} entries, expected S+1={dims['S'] + 1}"
             )
     if sm_scale is not None and pool != "softmax":
-        raise ValueError(f"{_TOPK}: sm_scale={sm_scale} needs pool='softmax', got pool={pool!r}")
+        raise ValueError(f"{op}: sm_scale={sm_scale} needs pool='softmax', got pool={pool!r}")
     return query
 
 
 def _check_topk(
-    query, summary, summary_max, summary_count, cu_seqlens, num_blocks, external_score,
+    op, query, summary, summary_max, summary_count, cu_seqlens, num_blocks, external_score,
     block_tokens, score, pool, scope, sm_scale, k, ratio, mass, token_budget, tokens_per_block,
     max_blocks, min_k, group, force_first, force_last,
 ) -> checks.Dims:  # fmt: skip
     """Raises for the first wrong argument; returns the bound sizes (S, NB, R)."""
-    checks.check_choice(_TOPK, "score", score, SCORES)
-    checks.check_choice(_TOPK, "pool", pool, POOLS)
-    checks.check_choice(_TOPK, "scope", scope, SCOPES)
-    dims = checks.Dims(_TOPK)
+    checks.check_choice(op, "score", score, SCORES)
+    checks.check_choice(op, "pool", pool, POOLS)
+    checks.check_choice(op, "scope", scope, SCOPES)
+    dims = checks.Dims(op)
     if external_score is None:
         first = _check_scoring(
-            dims, query, summary, summary_max, summary_count, cu_seqlens,
+            op, dims, query, summary, summary_max, summary_count, cu_seqlens,
             score, pool, scope, sm_scale,
         )  # fmt: skip
         heads = {"stream": 1, "kv_head": dims.sizes.get("G"), "query_head": dims.sizes.get("H")}
@@ -118,7 +117,7 @@ def _check_topk(
     else:
         if not (query is None and summary is None and cu_seqlens is None):
             raise ValueError(
-                f"{_TOPK}: external_score takes the place of query, summary and cu_seqlens; "
+                f"{op}: external_score takes the place of query, summary and cu_seqlens; "
                 "give None for them"
             )
         form = "S NB" if scope == "stream" else "S R NB"
@@ -129,53 +128,53 @@ def _check_topk(
     if block_tokens is not None:
         dims.bind("block_tokens", block_tokens, "S NB", torch.int32, first.device)
     _check_selection(
-        k, ratio, mass, token_budget, tokens_per_block, block_tokens, max_blocks, min_k, group,
+        op, k, ratio, mass, token_budget, tokens_per_block, block_tokens, max_blocks, min_k, group,
         force_first, force_last,
     )  # fmt: skip
     return dims
 
 
 def _check_selection(
-    k, ratio, mass, token_budget, tokens_per_block, block_tokens, max_blocks, min_k, group,
+    op, k, ratio, mass, token_budget, tokens_per_block, block_tokens, max_blocks, min_k, group,
     force_first, force_last,
 ) -> None:  # fmt: skip
     rules = {"k": k, "ratio": ratio, "mass": mass, "token_budget": token_budget}
     given = [name for name, value in rules.items() if value is not None]
     if len(given) != 1:
         raise ValueError(
-            f"{_TOPK}: give exactly one of {', '.join(rules)}, got {', '.join(given) or 'none'}"
+            f"{op}: give exactly one of {', '.join(rules)}, got {', '.join(given) or 'none'}"
         )
     for name, value in (("group", group), ("k", k), ("tokens_per_block", tokens_per_block)):
         if value is not None:
-            checks.check_range(_TOPK, name, value, 1)
+            checks.check_range(op, name, value, 1)
     for name, value in (("min_k", min_k), ("force_first", force_first), ("force_last", force_last)):
-        checks.check_range(_TOPK, name, value, 0)
+        checks.check_range(op, name, value, 0)
     if token_budget is not None:
-        checks.check_range(_TOPK, "token_budget", token_budget, 0)
+        checks.check_range(op, "token_budget", token_budget, 0)
     for name, value in (("ratio", ratio), ("mass", mass)):
         if value is not None and not 0 < value <= 1:
-            raise ValueError(f"{_TOPK}: {name}={value} is outside (0, 1]")
+            raise ValueError(f"{op}: {name}={value} is outside (0, 1]")
     has_tokens = block_tokens is not None or tokens_per_block is not None
     if token_budget is not None and not has_tokens:
         raise ValueError(
-            f"{_TOPK}: token_budget={token_budget} needs block_tokens, the tokens of each block"
+            f"{op}: token_budget={token_budget} needs block_tokens, the tokens of each block"
         )
     if has_tokens and token_budget is None and (mass is None or block_tokens is None):
         raise ValueError(
-            f"{_TOPK}: block_tokens goes with token_budget, or as a tensor with mass; "
+            f"{op}: block_tokens goes with token_budget, or as a tensor with mass; "
             f"got {given[0]}={rules[given[0]]}"
         )
     if block_tokens is not None and tokens_per_block is not None:
-        raise ValueError(f"{_TOPK}: give block_tokens or tokens_per_block, not both")
+        raise ValueError(f"{op}: give block_tokens or tokens_per_block, not both")
     for name, value in (("k", k), ("max_blocks", max_blocks)):
         if value is not None and value % group:
             raise ValueError(
-                f"{_TOPK}: {name}={value} counts blocks and must be a multiple of group={group}"
+                f"{op}: {name}={value} counts blocks and must be a multiple of group={group}"
             )
     least = group * _least_units(min_k, group, force_first, force_last)
     if max_blocks is not None and max_blocks < max(least, 1):
         raise ValueError(
-            f"{_TOPK}: max_blocks={max_blocks} is less than the {max(least, 1)} blocks that min_k, "
+            f"{op}: max_blocks={max_blocks} is less than the {max(least, 1)} blocks that min_k, "
             "force_first and force_last may take"
         )
 
@@ -209,24 +208,20 @@ def _capacity(
 # --- checks that read the device, with VICO_CHECK=1 only -----------------------------------------
 
 
-def _check_topk_values(query, cu_seqlens, num_blocks, block_tokens, blocks) -> None:
+def _check_topk_values(op, query, cu_seqlens, num_blocks, block_tokens, blocks) -> None:
     if num_blocks is not None and bool(((num_blocks < 0) | (num_blocks > blocks)).any()):
-        raise ValueError(f"{_TOPK}: num_blocks={num_blocks.tolist()} must lie in [0, NB={blocks}]")
+        raise ValueError(f"{op}: num_blocks={num_blocks.tolist()} must lie in [0, NB={blocks}]")
     if block_tokens is not None and bool((block_tokens < 0).any()):
-        raise ValueError(
-            f"{_TOPK}: block_tokens holds {int(block_tokens.min())}, allowed: 0 or more"
-        )
+        raise ValueError(f"{op}: block_tokens holds {int(block_tokens.min())}, allowed: 0 or more")
     if cu_seqlens is not None:
         steps = cu_seqlens.tolist()
         if steps[0] < 0 or steps[-1] > query.shape[0] or sorted(steps) != steps:
-            raise ValueError(
-                f"{_TOPK}: cu_seqlens={steps} must ascend within [0, Q={query.shape[0]}]"
-            )
+            raise ValueError(f"{op}: cu_seqlens={steps} must ascend within [0, Q={query.shape[0]}]")
         if len(set(steps)) != len(steps):
-            raise ValueError(f"{_TOPK}: cu_seqlens={steps} gives a stream no query token")
+            raise ValueError(f"{op}: cu_seqlens={steps} gives a stream no query token")
 
 
-def _warn_of_nan(scores: torch.Tensor, summary_count: torch.Tensor | None) -> None:
+def _warn_of_nan(op: str, scores: torch.Tensor, summary_count: torch.Tensor | None) -> None:
     """Names blocks that score NaN although they are not known to be empty."""
     nan = scores.isnan()
     nan = nan.any(1) if scores.dim() == 3 else nan
@@ -235,11 +230,20 @@ def _warn_of_nan(scores: torch.Tensor, summary_count: torch.Tensor | None) -> No
     if bool(nan.any()):
         where = nan.nonzero().tolist()
         warnings.warn(
-            f"{_TOPK}: {len(where)} blocks score NaN (empty, or NaN in query, summary or "
+            f"{op}: {len(where)} blocks score NaN (empty, or NaN in query, summary or "
             f"external_score) and rank last; the first [stream, block]: {where[:8]}",
             RuntimeWarning,
             stacklevel=2,
         )
+
+
+def _check_lists(dims: checks.Dims, sink_pages, recent_pages, device: torch.device) -> None:
+    for name, pages, form in (
+        ("sink_pages", sink_pages, "S Ms"),
+        ("recent_pages", recent_pages, "S Mr"),
+    ):
+        if pages is not None:
+            dims.bind(name, pages, form, torch.int32, device)
 
 
 def _check_select_pages(block_index, block_pages, sink_pages, recent_pages) -> None:
@@ -251,10 +255,7 @@ def _check_select_pages(block_index, block_pages, sink_pages, recent_pages) -> N
         dims.bind("block_index", block_index, "S K", torch.int32, device)
     else:
         dims.bind("block_index", block_index, "S R K", torch.int32, device)
-    if sink_pages is not None:
-        dims.bind("sink_pages", sink_pages, "S Ms", torch.int32, device)
-    if recent_pages is not None:
-        dims.bind("recent_pages", recent_pages, "S Mr", torch.int32, device)
+    _check_lists(dims, sink_pages, recent_pages, device)
 
 
 @checks.remember_pages
@@ -293,23 +294,14 @@ def _fake_summarize(k_pages, block_pages, page_fill, kind="mean", sub=1, backend
     return tuple(k_pages.new_empty(shape, dtype=torch.float32) for _ in range(2))
 
 
-@checks.remember
-def _serve_topk(
-    query, summary, summary_max, summary_count, cu_seqlens, num_blocks, external_score,
-    block_tokens, score, pool, scope, sm_scale, k, ratio, mass, token_budget, tokens_per_block,
-    max_blocks, min_k, group, force_first, force_last, backend,
+def _prepared_topk(
+    op, backend, dims, tensors, score, pool, scope, sm_scale, k, ratio, mass, token_budget,
+    tokens_per_block, max_blocks, min_k, group, force_first, force_last,
 ):  # fmt: skip
-    """Checks; returns what takes the tensors."""
-    tensors = (
-        query, summary, summary_max, summary_count, cu_seqlens, num_blocks, external_score,
-        block_tokens,
-    )  # fmt: skip
-    dims = _check_topk(
-        *tensors, score, pool, scope, sm_scale, k, ratio, mass, token_budget, tokens_per_block,
-        max_blocks, min_k, group, force_first, force_last,
-    )  # fmt: skip
+    """What takes the tensors of `topk_blocks` or `topk_pages`, once they are checked."""
+    query, external_score = tensors[0], tensors[6]
     return backends.prepared(
-        "topk_blocks",
+        op,
         backend,
         query if external_score is None else external_score,
         tensors,
@@ -324,6 +316,60 @@ def _serve_topk(
     )  # fmt: skip
 
 
+@checks.remember
+def _serve_topk(
+    query, summary, summary_max, summary_count, cu_seqlens, num_blocks, external_score,
+    block_tokens, score, pool, scope, sm_scale, k, ratio, mass, token_budget, tokens_per_block,
+    max_blocks, min_k, group, force_first, force_last, backend,
+):  # fmt: skip
+    """Checks; returns what takes the tensors."""
+    tensors = (
+        query, summary, summary_max, summary_count, cu_seqlens, num_blocks, external_score,
+        block_tokens,
+    )  # fmt: skip
+    options = (
+        score, pool, scope, sm_scale, k, ratio, mass, token_budget, tokens_per_block, max_blocks,
+        min_k, group, force_first, force_last,
+    )  # fmt: skip
+    dims = _check_topk("topk_blocks", *tensors, *options)
+    return _prepared_topk("topk_blocks", backend, dims, tensors, *options)
+
+
+def _check_topk_pages(tensors, block_pages, sink_pages, recent_pages, options) -> checks.Dims:
+    dims = _check_topk("topk_pages", *tensors, *options)
+    device = (tensors[0] if tensors[6] is None else tensors[6]).device
+    dims.bind("block_pages", block_pages, "S NB M", torch.int32, device)
+    _check_lists(dims, sink_pages, recent_pages, device)
+    return dims
+
+
+@checks.remember
+def _serve_topk_pages(
+    query, summary, summary_max, summary_count, cu_seqlens, num_blocks, external_score,
+    block_tokens, block_pages, sink_pages, recent_pages, score, pool, scope, sm_scale, k, ratio,
+    mass, token_budget, tokens_per_block, max_blocks, min_k, group, force_first, force_last,
+    backend,
+):  # fmt: skip
+    tensors = (
+        query, summary, summary_max, summary_count, cu_seqlens, num_blocks, external_score,
+        block_tokens,
+    )  # fmt: skip
+    options = (
+        score, pool, scope, sm_scale, k, ratio, mass, token_budget, tokens_per_block, max_blocks,
+        min_k, group, force_first, force_last,
+    )  # fmt: skip
+    pages = (block_pages, sink_pages, recent_pages)
+    dims = _check_topk_pages(tensors, *pages, options)
+    return _prepared_topk("topk_pages", backend, dims, (*tensors, *pages), *options)
+
+
+def _check_values(
+    op, query, summary, cu_seqlens, num_blocks, external_score, block_tokens
+) -> None:  # fmt: skip
+    blocks = summary.shape[1] if external_score is None else external_score.shape[-1]
+    _check_topk_values(op, query, cu_seqlens, num_blocks, block_tokens, blocks)
+
+
 def _run_topk(
     query, summary, summary_max=None, summary_count=None, cu_seqlens=None, num_blocks=None,
     external_score=None, block_tokens=None, score="dot", pool="mean", scope="stream",
@@ -336,15 +382,51 @@ def _run_topk(
         tokens_per_block, max_blocks, min_k, group, force_first, force_last, backend,
     )  # fmt: skip
     if checks.CHECK_VALUES:
-        blocks = summary.shape[1] if external_score is None else external_score.shape[-1]
-        _check_topk_values(query, cu_seqlens, num_blocks, block_tokens, blocks)
+        _check_values(
+            "topk_blocks", query, summary, cu_seqlens, num_blocks, external_score, block_tokens
+        )
     index, count, scores = run(
         query, summary, summary_max, summary_count, cu_seqlens, num_blocks, external_score,
         block_tokens,
     )  # fmt: skip
     if checks.CHECK_VALUES:
-        _warn_of_nan(scores, summary_count)
+        _warn_of_nan("topk_blocks", scores, summary_count)
     return index, count, scores
+
+
+def _run_topk_pages(
+    query, summary, block_pages, sink_pages=None, recent_pages=None, summary_max=None,
+    summary_count=None, cu_seqlens=None, num_blocks=None, external_score=None, block_tokens=None,
+    score="dot", pool="mean", scope="stream", sm_scale=None, k=None, ratio=None, mass=None,
+    token_budget=None, tokens_per_block=None, max_blocks=None, min_k=1, group=1, force_first=0,
+    force_last=0, backend="auto",
+):  # fmt: skip
+    tensors = (
+        query, summary, summary_max, summary_count, cu_seqlens, num_blocks, external_score,
+        block_tokens, block_pages, sink_pages, recent_pages,
+    )  # fmt: skip
+    run = _serve_topk_pages(
+        *tensors, score, pool, scope, sm_scale, k, ratio, mass, token_budget, tokens_per_block,
+        max_blocks, min_k, group, force_first, force_last, backend,
+    )  # fmt: skip
+    if checks.CHECK_VALUES:
+        _check_values(
+            "topk_pages", query, summary, cu_seqlens, num_blocks, external_score, block_tokens
+        )
+    found = run(*tensors)
+    if checks.CHECK_VALUES:
+        _warn_of_nan("topk_pages", found[3], summary_count)
+    return found
+
+
+def _fake_choice(dims, scope, like, k, ratio, mass, token_budget, tokens_per_block, *rest):
+    capacity = _capacity(dims["NB"], k, ratio, mass, token_budget, tokens_per_block, *rest)
+    rows = (dims["S"],) if scope == "stream" else (dims["S"], dims["R"])
+    return (
+        like.new_empty((*rows, capacity), dtype=torch.int32),
+        like.new_empty(rows, dtype=torch.int32),
+        like.new_empty((*rows, dims["NB"]), dtype=torch.float32),
+    )
 
 
 def _fake_topk(
@@ -353,22 +435,37 @@ def _fake_topk(
     sm_scale=None, k=None, ratio=None, mass=None, token_budget=None, tokens_per_block=None,
     max_blocks=None, min_k=1, group=1, force_first=0, force_last=0, backend="auto",
 ):  # fmt: skip
-    dims = _check_topk(
-        query, summary, summary_max, summary_count, cu_seqlens, num_blocks, external_score,
-        block_tokens, score, pool, scope, sm_scale, k, ratio, mass, token_budget,
-        tokens_per_block, max_blocks, min_k, group, force_first, force_last,
+    options = (
+        k, ratio, mass, token_budget, tokens_per_block, max_blocks, min_k, group, force_first,
+        force_last,
     )  # fmt: skip
-    capacity = _capacity(
-        dims["NB"], k, ratio, mass, token_budget, tokens_per_block, max_blocks, min_k, group,
-        force_first, force_last,
+    dims = _check_topk(
+        "topk_blocks", query, summary, summary_max, summary_count, cu_seqlens, num_blocks,
+        external_score, block_tokens, score, pool, scope, sm_scale, *options,
     )  # fmt: skip
     like = query if external_score is None else external_score
-    rows = (dims["S"],) if scope == "stream" else (dims["S"], dims["R"])
-    return (
-        like.new_empty((*rows, capacity), dtype=torch.int32),
-        like.new_empty(rows, dtype=torch.int32),
-        like.new_empty((*rows, dims["NB"]), dtype=torch.float32),
-    )
+    return _fake_choice(dims, scope, like, *options)
+
+
+def _fake_topk_pages(
+    query, summary, block_pages, sink_pages=None, recent_pages=None, summary_max=None,
+    summary_count=None, cu_seqlens=None, num_blocks=None, external_score=None, block_tokens=None,
+    score="dot", pool="mean", scope="stream", sm_scale=None, k=None, ratio=None, mass=None,
+    token_budget=None, tokens_per_block=None, max_blocks=None, min_k=1, group=1, force_first=0,
+    force_last=0, backend="auto",
+):  # fmt: skip
+    tensors = (
+        query, summary, summary_max, summary_count, cu_seqlens, num_blocks, external_score,
+        block_tokens,
+    )  # fmt: skip
+    options = (
+        k, ratio, mass, token_budget, tokens_per_block, max_blocks, min_k, group, force_first,
+        force_last,
+    )  # fmt: skip
+    pages = (block_pages, sink_pages, recent_pages)
+    dims = _check_topk_pages(tensors, *pages, (score, pool, scope, sm_scale, *options))
+    found = _fake_choice(dims, scope, query if external_score is None else external_score, *options)
+    return _fake_table(found[0], *pages), *found
 
 
 def _run_select_pages(
@@ -385,6 +482,10 @@ def _fake_select_pages(
     block_index, block_pages, sink_pages=None, recent_pages=None, backend="auto"
 ):  # fmt: skip
     _check_select_pages(block_index, block_pages, sink_pages, recent_pages)
+    return _fake_table(block_index, block_pages, sink_pages, recent_pages)
+
+
+def _fake_table(block_index, block_pages, sink_pages, recent_pages) -> torch.Tensor:
     length = block_index.shape[-1] * block_pages.shape[2]
     for extra in (sink_pages, recent_pages):
         length = length + (0 if extra is None else extra.shape[1])
@@ -397,16 +498,24 @@ summarize_blocks = register(
     _run_summarize,
     _fake_summarize,
 )
-topk_blocks = register(
-    "topk_blocks(Tensor? query, Tensor? summary, Tensor? summary_max=None, "
-    "Tensor? summary_count=None, Tensor? cu_seqlens=None, Tensor? num_blocks=None, "
-    'Tensor? external_score=None, Tensor? block_tokens=None, str score="dot", '
-    'str pool="mean", str scope="stream", float? sm_scale=None, int? k=None, float? ratio=None, '
-    "float? mass=None, int? token_budget=None, int? tokens_per_block=None, "
+_CHOICE = (
+    "Tensor? summary_max=None, Tensor? summary_count=None, Tensor? cu_seqlens=None, "
+    "Tensor? num_blocks=None, Tensor? external_score=None, Tensor? block_tokens=None, "
+    'str score="dot", str pool="mean", str scope="stream", float? sm_scale=None, int? k=None, '
+    "float? ratio=None, float? mass=None, int? token_budget=None, int? tokens_per_block=None, "
     "int? max_blocks=None, int min_k=1, int group=1, int force_first=0, int force_last=0, "
-    'str backend="auto") -> (Tensor, Tensor, Tensor)',
+    'str backend="auto"'
+)
+topk_blocks = register(
+    f"topk_blocks(Tensor? query, Tensor? summary, {_CHOICE}) -> (Tensor, Tensor, Tensor)",
     _run_topk,
     _fake_topk,
+)
+topk_pages = register(
+    "topk_pages(Tensor? query, Tensor? summary, Tensor block_pages, Tensor? sink_pages=None, "
+    f"Tensor? recent_pages=None, {_CHOICE}) -> (Tensor, Tensor, Tensor, Tensor)",
+    _run_topk_pages,
+    _fake_topk_pages,
 )
 select_pages = register(
     "select_pages(Tensor block_index, Tensor block_pages, Tensor? sink_pages=None, "

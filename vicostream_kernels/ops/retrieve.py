@@ -81,7 +81,7 @@ def _check_types(op: str, **tensors: object) -> None:
 
 
 def _summary_tensors(
-    summary: Summary | None, score: str
+    op: str, summary: Summary | None, score: str
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
     """(mean or sum or kmin, kmax, count) with a leading stream dimension."""
     if isinstance(summary, KeySummary):
@@ -89,7 +89,7 @@ def _summary_tensors(
         first, second = (getattr(summary, name) for name in names)
         if first is None or second is None:
             raise ValueError(
-                f"topk_blocks: score={score!r} needs a KeySummary with {names[0]} and {names[1]}"
+                f"{op}: score={score!r} needs a KeySummary with {names[0]} and {names[1]}"
             )
         if score == "bound":
             return first[None], second[None], None
@@ -97,7 +97,7 @@ def _summary_tensors(
     if isinstance(summary, tuple | list):
         if len(summary) != 2:
             raise ValueError(
-                f"topk_blocks: summary must be one tensor or (kmin, kmax), got {len(summary)} parts"
+                f"{op}: summary must be one tensor or (kmin, kmax), got {len(summary)} parts"
             )
         return summary[0], summary[1], None
     return summary, None, None
@@ -198,7 +198,7 @@ def topk_blocks(
     2502.14866: parts of pages, token budget), LiveVLM (arXiv 2505.15269: softmax, ratio), V-Rex
     (arXiv 2512.12284: mass).
     """
-    first, second, count = _summary_tensors(summary, score)
+    first, second, count = _summary_tensors("topk_blocks", summary, score)
     whole = block_tokens if isinstance(block_tokens, int) else None
     sizes = None if whole is not None else block_tokens
     try:
@@ -254,3 +254,73 @@ def select_pages(
             sink_pages=sink_pages, recent_pages=recent_pages,
         )  # fmt: skip
         raise
+
+
+def topk_pages(
+    query: torch.Tensor | None,
+    summary: Summary | None,
+    block_pages: torch.Tensor,
+    sink_pages: torch.Tensor | None = None,
+    recent_pages: torch.Tensor | None = None,
+    *,
+    k: int | None = None,
+    ratio: float | None = None,
+    mass: float | None = None,
+    token_budget: int | None = None,
+    block_tokens: torch.Tensor | int | None = None,
+    max_blocks: int | None = None,
+    min_k: int = 1,
+    score: str = "dot",
+    pool: str = "mean",
+    scope: str = "stream",
+    group: int = 1,
+    force_first: int = 0,
+    force_last: int = 0,
+    num_blocks: torch.Tensor | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+    external_score: torch.Tensor | None = None,
+    sm_scale: float | None = None,
+    backend: str = "auto",
+) -> tuple[torch.Tensor, TopBlocks]:
+    """From a question to the page table in one call: ``select_pages`` of ``topk_blocks``.
+
+    The bits of the two, with less in between: the CUDA C++ kernels list a row's pages in the launch
+    that has chosen its blocks, so that scores, choice and list are two launches.
+
+    Args:
+        query, summary: as ``topk_blocks`` has them.
+        block_pages: [S, NB, M] int32, the pages of each block, -1 padded; NB as in ``summary`` or
+            ``external_score``.
+        sink_pages, recent_pages: [S, Ms] and [S, Mr] int32?, as ``select_pages`` has them.
+        k, ratio, mass, token_budget, block_tokens, max_blocks, min_k, score, pool, scope, group,
+            force_first, force_last, num_blocks, cu_seqlens, external_score, sm_scale: as
+            ``topk_blocks`` has them.
+        backend: "auto", "cuda", "triton", "cpu" or "reference".
+
+    Returns:
+        (page_table [S, (R,) Ms + K * M + Mr] int32, ``TopBlocks``), R = G or H by ``scope``.
+        Nothing waits for the device.
+
+    Raises:
+        ValueError, TypeError: an argument's shape, dtype, device or value is wrong; with
+            VICO_CHECK=1 more, as for ``topk_blocks``.
+        BackendUnavailable: the backend asked for can't serve this; the message says what can.
+        RuntimeError: an input requires grad (there is no backward).
+    """
+    first, second, count = _summary_tensors("topk_pages", summary, score)
+    whole = block_tokens if isinstance(block_tokens, int) else None
+    sizes = None if whole is not None else block_tokens
+    try:
+        table, *found = _retrieve.topk_pages(
+            query, first, block_pages, sink_pages, recent_pages, second, count, cu_seqlens,
+            num_blocks, external_score, sizes, score, pool, scope, sm_scale, k, ratio, mass,
+            token_budget, whole, max_blocks, min_k, group, force_first, force_last, backend,
+        )  # fmt: skip
+    except (TypeError, RuntimeError):  # looked at when something is wrong only: it takes its time
+        _check_types(
+            "topk_pages", query=query, summary=first, kmax=second, block_pages=block_pages,
+            sink_pages=sink_pages, recent_pages=recent_pages, num_blocks=num_blocks,
+            cu_seqlens=cu_seqlens, external_score=external_score, block_tokens=sizes,
+        )  # fmt: skip
+        raise
+    return table, TopBlocks(*found)

@@ -15,7 +15,7 @@ from vicostream_kernels.methods import RetrieveRule
 from vicostream_kernels.models.text import PageList
 from vicostream_kernels.ops.retrieve import TopBlocks, select_pages
 from vicostream_kernels.pipeline.rebase import Rebase
-from vicostream_kernels.pipeline.selection import Asked, Rows, Selector
+from vicostream_kernels.pipeline.selection import Asked, Rows, RuleSelector, Selector
 from vicostream_kernels.pipeline.visibility import History
 
 #: Choices of layers that wait to be counted; more of them are counted at once.
@@ -229,8 +229,14 @@ class Reading:
 
     def _choose(self, who: int, layer: int | None, query, summary) -> PageList:
         asked = Asked(self.rows, self._time_s, layer, self._step, query, summary)
-        top = self._selector.select(asked)
-        pages = self._pages(top.block_index)
+        # Exactly a rule: whoever selects in another way is asked for rows. With tiers the pages are
+        # known when the rows have been fetched.
+        if type(self._selector) is RuleSelector and not self._tiered:
+            table, top = self._selector.select_pages(asked, self._prefix, self._suffix)
+            pages = self._shifted(table, top.block_index)
+        else:
+            top = self._selector.select(asked)
+            pages = self._pages(top.block_index)
         self._made[who] = self._step, pages
         self._note(who, top)
         return pages
@@ -255,6 +261,9 @@ class Reading:
             table = select_pages(
                 index, self.rows.pages, self._prefix, self._suffix, backend=self._backend
             )
+        return self._shifted(table, index)
+
+    def _shifted(self, table: torch.Tensor, index: torch.Tensor | None) -> PageList:
         shift = None
         if self._rebase is not None:
             chosen = None if index is None else self._chosen_chunks(index[0])

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
 from vicostream_kernels._blocks import to_device
 from vicostream_kernels.cache import Block
 from vicostream_kernels.methods import RetrieveRule
-from vicostream_kernels.ops.retrieve import Summary, TopBlocks, topk_blocks
+from vicostream_kernels.ops.retrieve import Summary, TopBlocks, topk_blocks, topk_pages
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ _AMOUNTS = ("k", "ratio", "mass", "token_budget", "block_tokens")
 
 
 class RuleSelector:
-    """A method's rule, by ``topk_blocks``."""
+    """A method's rule, by ``topk_blocks``, or with the list of its pages by ``topk_pages``."""
 
     def __init__(self, rule: RetrieveRule, page_size: int, backend: str = "auto") -> None:
         self._kwargs, self._backend = rule.kwargs(), backend
@@ -92,7 +92,25 @@ class RuleSelector:
         self.per_layer = rule.summary != "embedding"
 
     def select(self, asked: Asked) -> TopBlocks:
-        kwargs, query = dict(self._kwargs), asked.query
+        query, summary, kwargs, scores = self._question(asked)
+        return _reported(topk_blocks(query, summary, **kwargs), scores)
+
+    def select_pages(
+        self, asked: Asked, sink_pages: torch.Tensor, recent_pages: torch.Tensor
+    ) -> tuple[torch.Tensor, TopBlocks]:
+        """The same choice and the page table of it, between pages [1, Ms] and [1, Mr]."""
+        query, summary, kwargs, scores = self._question(asked)
+        table, chosen = topk_pages(
+            query, summary, asked.rows.pages, sink_pages, recent_pages, **kwargs
+        )
+        return table, _reported(chosen, scores)
+
+    def _question(
+        self, asked: Asked
+    ) -> tuple[torch.Tensor | None, Summary | None, dict[str, Any], torch.Tensor | None]:
+        """What ``topk_blocks`` is asked: query, summary and the rest; and the scores to report
+        where it is given others."""
+        kwargs, query = {**self._kwargs, "backend": self._backend}, asked.query
         if self._budget:
             kwargs["block_tokens"] = self._row_tokens or to_device(
                 asked.rows.tokens, torch.int32, query.device
@@ -100,16 +118,18 @@ class RuleSelector:
         if query.dim() == 3:
             kwargs["cu_seqlens"] = to_device((0, len(query)), torch.int32, query.device)
         if self._relevant is None:
-            return topk_blocks(query, asked.summary, backend=self._backend, **kwargs)
-        # The scores alone: how many are chosen is of no interest here.
+            return query, asked.summary, kwargs, None
+        # A call for the scores alone: torch ranks them, which no kernel does, before the choice.
         scored = {n: v for n, v in kwargs.items() if n not in _AMOUNTS}
         scored["k"] = kwargs["group"]
-        scores = topk_blocks(query, asked.summary, backend=self._backend, **scored).scores
-        chosen = topk_blocks(
-            None, None, external_score=_newest_relevant(scores, self._relevant),
-            backend=self._backend, **{n: v for n, v in kwargs.items() if n != "cu_seqlens"},
-        )  # fmt: skip
-        return replace(chosen, scores=scores)
+        scores = topk_blocks(query, asked.summary, **scored).scores
+        kwargs.pop("cu_seqlens", None)
+        kwargs["external_score"] = _newest_relevant(scores, self._relevant)
+        return None, None, kwargs, scores
+
+
+def _reported(chosen: TopBlocks, scores: torch.Tensor | None) -> TopBlocks:
+    return chosen if scores is None else replace(chosen, scores=scores)
 
 
 def _newest_relevant(scores: torch.Tensor, spread: float) -> torch.Tensor:
