@@ -12,6 +12,7 @@ import torch
 from cache_kit import add, make_cache
 
 from vicostream_kernels import _spill_file
+from vicostream_kernels._transfer import Transfer
 from vicostream_kernels.cache import DiskFull, LostBlock, NotResident, OutOfPages, Tiers
 
 #: Of make_cache: 4 tokens x 2 pools x 8 floats.
@@ -146,6 +147,34 @@ def test_host_memory_lies_between():
         assert set(cache.tier_bytes()) == {"memory", "host"}
         assert stream.forgotten.chunks and stream.forgotten.spans[0][0] == 0.0
         check(stream, stream.chunks, first=stream.forgotten.chunks)
+
+
+@pytest.mark.parametrize("way", ["up", "down"])
+def test_a_copy_that_fails_leaves_everything_where_it_was(monkeypatch, way):
+    def failing(self, *given):
+        copy(self, *given)
+        raise MemoryError("no more")
+
+    copy = getattr(Transfer, way)
+    with tiered(4, host_bytes=8 * PAGE, disk_bytes=0) as cache, cache.open() as stream:
+        blocks = fill(stream, 8)
+        before = [block.tier for block in blocks], cache.tier_bytes()
+        assert before[0] == ["host"] * 4 + ["memory"] * 4
+        with monkeypatch.context() as patch:
+            patch.setattr(Transfer, way, failing)
+            with pytest.raises(MemoryError, match="no more"):
+                if way == "up":
+                    stream.spill(blocks[4:6])
+                    before = [block.tier for block in blocks], cache.tier_bytes()
+                    stream.fetch(blocks[:2])
+                else:
+                    stream.spill(blocks[4:])
+        assert ([block.tier for block in blocks], cache.tier_bytes()) == before
+        check(stream, blocks)
+        assert stream.fetch(blocks[:2]) == ["host", "host"]
+        check(stream, blocks)
+        stream.spill(blocks[:2])
+        check(stream, blocks)
 
 
 def test_rows_of_summaries_count_and_bound_the_history():

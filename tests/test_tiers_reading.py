@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import threading
 
@@ -115,6 +116,54 @@ def test_what_nobody_expects_gives_the_pages_back_once_nothing_is_written(
         check(stream, blocks)
 
 
+def test_no_interrupt_gives_pages_back_that_are_still_written(tmp_path, monkeypatch):
+    """However many, and whatever a signal's handler raises."""
+    read, caller, go, running = SpillFolder.read, threading.current_thread(), threading.Event(), []
+
+    def slow(self, record, into):
+        if threading.current_thread() is caller:
+            assert begun.wait(60)
+            raise KeyboardInterrupt
+        running.append(None)
+        begun.set()
+        assert go.wait(60)
+        read(self, record, into)
+        running.pop()
+
+    def interrupted(futures):
+        if interrupts:
+            raise interrupts.pop()
+        go.set()
+        return wait(futures)
+
+    begun, wait = threading.Event(), _spill_file.wait
+    interrupts = [KeyboardInterrupt(), TimeoutError("an alarm")]
+    with tiered(10, folder=str(tmp_path)) as cache, cache.open() as stream:
+        blocks = spilled(cache, stream)
+        with monkeypatch.context() as patch:
+            patch.setattr(SpillFolder, "read", slow)
+            patch.setattr(_spill_file, "wait", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                stream.fetch(blocks)
+        assert not running and not interrupts and cache.used_pages == 2
+        assert stream.fetch(blocks) == ["disk"] * 8
+        check(stream, blocks)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork there")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_fork_reads_with_threads_of_its_own(tmp_path):
+    with tiered(10, folder=str(tmp_path)) as cache, cache.open() as stream:
+        blocks = spilled(cache, stream)
+        stream.fetch(blocks)
+        stream.spill(blocks)
+        child = os.fork()
+        if child == 0:
+            signal.alarm(60)  # ends it, should it wait for threads that are not there
+            os._exit(0 if stream.fetch(blocks) == ["disk"] * 8 else 1)
+        assert os.waitpid(child, 0)[1] == 0
+
+
 def ours():
     return [t for t in threading.enumerate() if t.name.startswith("vicostream-")]
 
@@ -147,6 +196,15 @@ def test_the_writing_thread_stands_back_and_no_other_one(tmp_path):
         }
         assert nice == {"vicostream-spill": max(mine, 10), "vicostream-read": mine}
     assert os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) == mine
+
+
+def test_a_thread_that_stands_back_further_stays_there(monkeypatch):
+    given = []
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(os, "getpriority", lambda which, who: 19)
+    monkeypatch.setattr(os, "setpriority", lambda which, who, nice: given.append(nice))
+    _spill_file._stand_back()
+    assert given == [19]
 
 
 class Device(Transfer):

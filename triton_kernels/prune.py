@@ -205,7 +205,9 @@ def prune_tokens(
 
     The arguments are those of the raw op `vicostream::prune_tokens`, the rule read; any strides.
     """
-    layout, packed = Layout.of(x, shapes), shapes is not None
+    with on(x):  # whose stream may be capturing
+        layout = Layout.of(x, shapes)
+    packed = shapes is not None
     width = x.shape[-1]
     terms = rule.terms
     i32 = dict(dtype=torch.int32, device=x.device)

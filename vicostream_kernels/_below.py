@@ -191,6 +191,11 @@ class Below:
                 return True
         return False
 
+    def give_back(self, group: Group) -> None:
+        """The buffer of a group that is not taken after all."""
+        self._transfer.settle()
+        self._release(group)
+
     def _release(self, group: Group) -> None:
         buffer, group.buffer, group.arrived = group.buffer, None, None
         self.buffer_bytes -= len(buffer)

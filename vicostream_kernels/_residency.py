@@ -148,11 +148,16 @@ class Residency:
         group.seal()
         group.buffer = self.below.buffer(group.nbytes)
         pools = list(cache._pools.values())
+        try:
+            for block, record in group.records.items():
+                self.transfer.down(pools, cache._runs(block), group.view(record))
+            group.arrived = self.transfer.mark()
+        except BaseException:
+            self.below.give_back(group)
+            raise
         for block, record in group.records.items():
-            self.transfer.down(pools, cache._runs(block), group.view(record))
             block._copy = record
         self._leave(blocks)
-        group.arrived = self.transfer.mark()
         self.below.take(group)
 
     def _leave(self, blocks: Sequence[Block]) -> None:
@@ -224,8 +229,13 @@ class Residency:
         failed = [one for one, error in zip(coming, errors) if error is not None]
         self._let_go(failed)
         here = [one for one, error in zip(coming, errors) if error is None]
+        try:
+            up = [(one.runs, one.record) for one in here if one.record is not None]
+            self.transfer.up(pools, up)
+        except BaseException:
+            self._let_go(here)  # nobody may read pages that do not hold the block
+            raise
         self._place(here)
-        self.transfer.up(pools, [(one.runs, one.record) for one in here if one.record is not None])
         for one, error in zip(failed, filter(None, errors)):
             one.block._stream._lose(one.block, str(error))
         if first < len(errors) and not self.tiers.allow_missing:

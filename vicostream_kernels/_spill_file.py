@@ -130,6 +130,7 @@ class SpillFolder:
         self._path: Path | None = None
         self._thread: ThreadPoolExecutor | None = None
         self._readers: ThreadPoolExecutor | None = None
+        self._readers_of = 0  # the process
         self._count = 0
 
     def write(self, group: Group) -> None:
@@ -216,31 +217,30 @@ class SpillFolder:
                         left.clear()
 
         helpers = min(torch.get_num_threads(), MOST_READERS, len(jobs)) - 1
-        if helpers > 0 and self._readers is None:
+        if helpers > 0 and self._readers_of != os.getpid():  # threads do not survive a fork
             self._readers = ThreadPoolExecutor(
                 MOST_READERS - 1, thread_name_prefix="vicostream-read"
             )
+            self._readers_of = os.getpid()
         helping: list[Future[None]] = []
         try:
-            for _ in range(helpers):
-                helping.append(self._readers.submit(work))
+            with contextlib.suppress(RuntimeError):  # no thread to be had: the caller reads alone
+                for _ in range(helpers):
+                    helping.append(self._readers.submit(work))
             work()
         finally:
             left.clear()
-            try:
-                wait(helping)
-            except KeyboardInterrupt:
-                wait(helping)  # first of all, nothing is written into the caller's memory any more
-                raise
+            helping = [helper for helper in helping if not helper.cancel()]
+            _wait_through(helping)
         for helper in helping:
             helper.result()
         return errors
 
     def close(self) -> None:
         """Removes all files; all threads have ended."""
-        if self._readers is not None:
+        if self._readers is not None and self._readers_of == os.getpid():
             self._readers.shutdown(wait=True, cancel_futures=True)
-            self._readers = None
+        self._readers, self._readers_of = None, 0
         if self._thread is not None:
             self._thread.shutdown(wait=True, cancel_futures=True)
             self._thread = None
@@ -249,13 +249,29 @@ class SpillFolder:
             self._path = None
 
 
+def _wait_through(futures: Sequence[Future[None]]) -> None:
+    """Until all have ended, whatever interrupts it meanwhile, which is raised then: first of all,
+    nothing is written into the caller's memory any more."""
+    interrupted: BaseException | None = None
+    while True:
+        try:
+            wait(futures)
+            break
+        except BaseException as error:
+            interrupted = error
+    if interrupted is not None:
+        raise interrupted
+
+
 def _stand_back() -> None:
     """The thread takes what the model leaves of the cores: a parallel region lasts as long as its
     slowest thread, so that each turn taken from one would cost all. Not further down: on a machine
     that is busy with something else it still gets a tenth of a core, more than ingest needs."""
     if sys.platform == "linux":  # elsewhere this would be the whole process
+        thread = threading.get_native_id()
         with contextlib.suppress(OSError):
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
+            nice = max(_NICE, os.getpriority(os.PRIO_PROCESS, thread))
+            os.setpriority(os.PRIO_PROCESS, thread, nice)
 
 
 def _locked_folder(parent: str) -> tuple[str, int | None]:

@@ -189,6 +189,8 @@ class CacheStream(StreamLife):
             count, kind=kind, markers=markers, start_s=start_s, end_s=end_s, pinned=pinned
         )
         slots = self.plan(block, count, count + sum(markers)).long()
+        if cache._residency is not None:
+            cache._residency.transfer.wait()  # what was fetched into these pages before
         for p, pool in enumerate(cache._pools.values()):
             pool.flatten(1, 2).index_copy_(1, slots, contents[:, p].to(cache.device))
         if summary is not None:

@@ -78,6 +78,23 @@ class Transfer:
         if not arriving:
             return
         slots = slots_in([run for runs, _ in arriving for run in runs], self._device)
+        try:
+            self._queue(pools, arriving, slots)
+        except BaseException:
+            self.settle()  # the pages will be given back
+            raise
+
+    def settle(self) -> None:
+        """Waits on the host until no copy is on its way."""
+        if self.on_gpu:
+            self._copying.synchronize()
+
+    def _queue(
+        self,
+        pools: Sequence[torch.Tensor],
+        arriving: Sequence[tuple[Runs, torch.Tensor]],
+        slots: torch.Tensor,
+    ) -> None:
         # The pages' previous owners may still be read by what is queued.
         self._copying.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._copying):

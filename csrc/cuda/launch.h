@@ -6,6 +6,7 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <mutex>
 
 #include "vico/dtype.h"
 
@@ -35,7 +36,12 @@ cudaError_t launch(void (*kernel)(Parameters...), int64_t blocks, int threads, s
                    cudaStream_t stream, const Arguments&... arguments) {
   if (blocks <= 0) return cudaSuccess;
   if (blocks > 0x7fffffff) return cudaErrorInvalidConfiguration;
-  if (shared > 32 * 1024) {  // with static shared memory more than 48 KiB has to be asked for
+  // With static shared memory more than 48 KiB has to be asked for, of the kernel rather than for
+  // the launch: another thread must not ask for less in between.
+  static std::mutex asking;
+  std::unique_lock<std::mutex> alone(asking, std::defer_lock);
+  if (shared > 32 * 1024) {
+    alone.lock();
     const cudaError_t status =
         cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                              cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));

@@ -213,6 +213,49 @@ def test_foreign_files_are_refused_with_the_reason(saved, tmp_path, monkeypatch)
         refused(tmp_path / "other", f"format {said} version; this one reads 2")
 
 
+def written(path, tensors):
+    with open(path, "wb", buffering=0) as file:
+        saving_module._write(file, [saving_module._whole(*named) for named in tensors.items()])
+
+
+@pytest.mark.parametrize(
+    "change,said",
+    [
+        ({"state": None}, "state"),
+        ({"state": b"{"}, "damaged"),
+        ({"state": b"[]"}, "its state is no object"),
+        ({"blocks/tokens": None}, "its blocks' tokens is missing"),
+        (
+            {"blocks/tokens": torch.tensor([3.0, 2.0])},
+            "its blocks' tokens is missing or of another",
+        ),
+        ({"blocks/tokens": torch.tensor([6, -1], dtype=torch.int32)}, "its blocks' tokens is neg"),
+        ({"blocks/kind": torch.tensor([1, 9], dtype=torch.uint8)}, "its blocks' kind is unknown"),
+        ({"blocks/number": torch.tensor([1])}, "facts differ in number"),
+        ({"contents": torch.zeros(4, 1)}, "its contents are not those of its blocks"),
+        ({"summaries": None}, "its summaries are not those of its blocks"),
+        ({"rows/kmin": torch.zeros(3, 1)}, "its rows/kmin are not those of its blocks"),
+    ],
+)
+def test_what_no_save_writes_is_refused_though_its_digest_fits(tmp_path, change, said):
+    facts = BlockFacts("chunk", "", 3, 0, 0, 0.5, 0.9, False, 0, 7, 104, 2, True)
+    two = to_columns([facts, facts._replace(tokens=2, rows=0)])
+    good = {"state": b"{}", "contents": torch.zeros(5, 1), "summaries": torch.zeros(2, 1)}
+    good |= {"rows/kmin": torch.zeros(2, 1)} | {f"blocks/{k}": v for k, v in two.items()}
+    for tensors, fits in ((good, True), ({**good, **change}, False)):
+        made = {
+            name: torch.frombuffer(bytearray(x), dtype=torch.uint8) if isinstance(x, bytes) else x
+            for name, x in tensors.items()
+            if x is not None
+        }
+        written(tmp_path / "s", made)
+        if fits:
+            Snapshot(tmp_path / "s").__exit__()
+            continue
+        with pytest.raises(SnapshotError, match=said):
+            Snapshot(tmp_path / "s")
+
+
 def test_a_stream_of_a_million_chunks_fits_a_file(tmp_path):
     """Facts alone, read back; keys and values are one tensor however many there are."""
     few = [
@@ -223,9 +266,11 @@ def test_a_stream_of_a_million_chunks_fits_a_file(tmp_path):
     tensors = {"state": torch.frombuffer(bytearray(b"{}"), dtype=torch.uint8)}
     for name, column in to_columns(few).items():
         tensors[f"blocks/{name}"] = torch.cat((column, column[2:].expand(10**6)))
+    total = {name: int(tensors[f"blocks/{name}"].sum()) for name in ("tokens", "summarised")}
+    tensors |= {"contents": torch.zeros(total["tokens"], 0), "summaries": torch.zeros(1, 0)}
+    assert total["summarised"] == 1
     path = tmp_path / "s"
-    with open(path, "wb", buffering=0) as file:
-        saving_module._write(file, [saving_module._whole(*named) for named in tensors.items()])
+    written(path, tensors)
     with Snapshot(path) as snapshot:
         found = snapshot.blocks()
         assert list(itertools.islice(found, 3)) == few

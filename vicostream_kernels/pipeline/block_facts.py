@@ -42,6 +42,7 @@ _DTYPES = {
     "summarised": torch.bool,
 }  # fmt: skip
 _WORDS = {"kind": _KINDS, "part": _PARTS}
+_COUNTS = ("tokens", "lead", "trail", "rows")
 
 
 def to_columns(blocks: Sequence[BlockFacts]) -> dict[str, torch.Tensor]:
@@ -62,3 +63,17 @@ def from_columns(columns: Mapping[str, torch.Tensor]) -> Iterator[BlockFacts]:
         values = columns[name].tolist()
         found.append(map(_WORDS[name].__getitem__, values) if name in _WORDS else values)
     return map(BlockFacts._make, zip(*found))
+
+
+def check_columns(columns: Mapping[str, torch.Tensor]) -> None:
+    """Raises ValueError for what `to_columns` never gives."""
+    for name in BlockFacts._fields:
+        column = columns.get(name)
+        if column is None or column.dim() != 1 or column.dtype != _DTYPES[name]:
+            raise ValueError(f"its blocks' {name} is missing or of another kind")
+        if name in _COUNTS and bool((column < 0).any()):
+            raise ValueError(f"its blocks' {name} is negative")
+        if name in _WORDS and bool((column >= len(_WORDS[name])).any()):
+            raise ValueError(f"its blocks' {name} is unknown")
+    if len({len(columns[name]) for name in BlockFacts._fields}) > 1:
+        raise ValueError("its blocks' facts differ in number")

@@ -26,7 +26,7 @@ from vicostream_kernels._tensor_file import (
     read_into,
 )
 from vicostream_kernels.ops.prune import PruneState
-from vicostream_kernels.pipeline.block_facts import BlockFacts, from_columns
+from vicostream_kernels.pipeline.block_facts import BlockFacts, check_columns, from_columns
 from vicostream_kernels.pipeline.errors import InputError, Trouble
 from vicostream_kernels.pipeline.report import BlockRead, QuestionFigures
 
@@ -105,7 +105,7 @@ class Snapshot:
             raise self._refused(error.strerror or str(error)) from error
         try:
             self._entries = self._verified()
-            self.state = json.loads(bytes(raw(self.tensor(STATE))))
+            self.state = self._readable()
         except BaseException as error:
             self._file.close()
             if isinstance(error, OSError):
@@ -151,6 +151,27 @@ class Snapshot:
         if self._file.read(32) != digest.digest():
             raise self._refused("it is damaged: its contents do not fit their digest")
         return entries
+
+    def _readable(self) -> dict[str, Any]:
+        """The state; there are also as many tokens, rows and summaries as the blocks say."""
+        try:
+            state = json.loads(bytes(raw(self.tensor(STATE))))
+            if not isinstance(state, dict):
+                raise ValueError("its state is no object")
+            columns = dict(self.named("blocks/"))
+            check_columns(columns)
+            tokens, rows, summaries = (
+                int(columns[name].sum()) for name in ("tokens", "rows", "summarised")
+            )
+            wanted = {"contents": tokens, "summaries": summaries}
+            wanted |= {name: rows for name in self._entries if name.startswith("rows/")}
+            for name, count in wanted.items():
+                entry = self._entries.get(name)
+                if count != (0 if entry is None or not entry.shape else entry.shape[0]):
+                    raise ValueError(f"its {name} are not those of its blocks")
+        except (KeyError, ValueError) as error:
+            raise self._refused(f"it is damaged: {error}") from error
+        return state
 
     def check(self, engine: StreamEngine) -> None:
         """Raises :class:`SnapshotError` where another model or configuration computed it."""
