@@ -159,8 +159,12 @@ def test_a_fork_reads_with_threads_of_its_own(tmp_path):
         stream.spill(blocks)
         child = os.fork()
         if child == 0:
-            signal.alarm(60)  # ends it, should it wait for threads that are not there
-            os._exit(0 if stream.fetch(blocks) == ["disk"] * 8 else 1)
+            found = []
+            try:
+                signal.alarm(20)  # ends it, should it wait for threads that are not there
+                found = stream.fetch(blocks)
+            finally:
+                os._exit(0 if found == ["disk"] * 8 else 1)
         assert os.waitpid(child, 0)[1] == 0
 
 
