@@ -38,7 +38,9 @@ def test_the_host_never_waits_for_a_chunk_but_for_its_count(engine):
 
 @pytest.mark.parametrize("preset", ["vicostream", "full-history", "streaming-llm"])
 def test_a_stream_gives_what_it_gives_on_the_cpu(preset):
-    changes = {"attention__window": 150} if preset == "streaming-llm" else {}
+    # A threshold that no token's score is near: cuDNN's convolutions are TF32 by default.
+    changes = {"streaming-llm": {"attention__window": 150}, "vicostream": {"prune__threshold": 0.2}}
+    changes = changes.get(preset, {})
     frames, kept, keys = pictures(48), [], []
     overrides = {**SMALL, **{key.replace("__", "."): value for key, value in changes.items()}}
     on_gpu = StreamEngine.from_pretrained(
