@@ -26,9 +26,10 @@ class Row:
     """One provider on one case in one cache state.
 
     Times are microseconds per call; ``gb_s`` and ``tflop_s`` are the case's least work over the
-    median; ``floor_pct`` is the roofline floor over the median, in percent; ``ratio`` is the
-    baseline's time over this one's, with its 95 % interval. A row that is not ``match`` has no
-    times, and ``reason`` says what was wrong; ``error`` is the relative RMS error of the check.
+    median; ``floor_us`` is the roofline's and ``floor_pct`` its share of the time, on a CPU by
+    rounds in which memory alone is timed too; ``ratio`` is the baseline's time over this one's,
+    with its 95 % interval. A row that is not ``match`` has no times, and ``reason`` says what was
+    wrong; ``error`` is the relative RMS error of the check.
     """
 
     case: str

@@ -1,19 +1,25 @@
 """What this device can do at best, measured: copy and read bandwidth, and matrix-product rate.
 
 The floor of a case is ``max(bytes / bandwidth, flops / rate)``; no implementation runs much faster.
+On a CPU its first half is timed in turn with the case, see `Ceiling`: shared machines change their
+speed by more than what is asked about.
 """
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
 from vicostream_kernels.bench.timer import last_level_cache_bytes
 
 _MIB = 1 << 20
+#: A pass over memory takes at least so much at a time: beside that, starting it is nothing.
+_PASS = 64 * _MIB
 
 
 @dataclass
@@ -71,6 +77,17 @@ class Roofline:
             self._cached[size] = max(rate, self.bandwidth)
         return self._cached[size]
 
+    def ceiling(self, moved_bytes: int, *, cold: bool, reads: bool = False) -> Ceiling:
+        """What moves ``moved_bytes`` as `bandwidth_at` says, to be timed in turn with a case."""
+        reading = reads and self._read(moved_bytes, cold) > self._copied(moved_bytes, cold)
+        at_once = max(moved_bytes, _PASS if cold else 4096)
+        return Ceiling(
+            at_once // (1 if reading else 2) // 8 * 8,
+            max(self.memory, at_once) // at_once if cold else 1,
+            reading,
+            moved_bytes / at_once,
+        )
+
     def rate(self, dtype: torch.dtype) -> float:
         if dtype not in self.rates:
             self.rates[dtype] = matmul_rate(self.device, dtype, quick=self.quick)
@@ -98,6 +115,39 @@ class Roofline:
         }
 
 
+class Ceiling:
+    """Calling it reads, or copies, the next ``size`` bytes of ``parts`` times as many on the CPU.
+
+    ``scale`` times what a call takes is the time of the case's bytes.
+    """
+
+    def __init__(self, size: int, parts: int, reading: bool, scale: float) -> None:
+        self.scale = scale
+        self._from = torch.ones(parts, size // 4)
+        self._to = None if reading else torch.zeros_like(self._from)
+        self._turns = itertools.cycle(range(parts))
+        self._pass = min(_PASSES, key=self._time_of) if reading else None
+
+    def _time_of(self, read: Callable[[torch.Tensor], object]) -> float:
+        return _seconds(lambda: read(self._from[next(self._turns)]), self._from.device, 3)
+
+    def __call__(self) -> None:
+        i = next(self._turns)
+        if self._to is None:
+            self._pass(self._from[i])
+        else:
+            self._to[i].copy_(self._from[i])
+
+
+def _halves(x: torch.Tensor) -> torch.Tensor:
+    """Two streams at once may be faster than one."""
+    return torch.dot(*x.view(2, -1))
+
+
+#: Passes that write no more than a number.
+_PASSES = (torch.Tensor.sum, torch.Tensor.amax, _halves)
+
+
 def copy_bandwidth(device: torch.device, size: int, *, repeats: int) -> float:
     """Bytes/s of ``copy_`` from one buffer of ``size`` bytes to another, read plus written."""
     source = torch.arange(size // 8, device=device)
@@ -110,9 +160,7 @@ def read_bandwidth(device: torch.device, size: int, *, repeats: int) -> float:
     """Bytes/s of reading a buffer of ``size`` bytes: torch's fastest pass that writes no more than
     a number."""
     buffer = torch.ones(size // 8 * 2, device=device)
-    one, other = buffer.view(2, -1)  # two streams at once may be faster than one
-    passes = (buffer.sum, buffer.amax, lambda: torch.dot(one, other))
-    return buffer.nbytes / min(_seconds(run, device, repeats) for run in passes)
+    return buffer.nbytes / min(_seconds(partial(run, buffer), device, repeats) for run in _PASSES)
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype, *, quick: bool = False) -> float:

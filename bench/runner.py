@@ -138,7 +138,7 @@ def run_case(case: Case, options: Options, roofline: Roofline) -> list[Row]:
                 # to make where they are large.
                 if inputs is None or options.device.type == "cpu":
                     inputs = case.make(options.device, options.seed + 1)
-                samples = _measure(case, options, timed, inputs, cold=cache == "cold")
+                samples = _measure(case, options, timed, inputs, roofline, cold=cache == "cold")
             rows += [
                 _row(case, p, verdicts[p.name], options, roofline, cache, samples, baseline)
                 for p in chosen
@@ -146,7 +146,13 @@ def run_case(case: Case, options: Options, roofline: Roofline) -> list[Row]:
     return rows
 
 
-def _measure(case: Case, options: Options, runs, inputs: Inputs, *, cold: bool) -> Samples:
+#: Among the samples: what memory alone took, each time as long as the case's bytes take.
+_CEILING = "ceiling"
+
+
+def _measure(
+    case: Case, options: Options, runs, inputs: Inputs, roofline: Roofline, *, cold: bool
+) -> Samples:
     if options.device.type == "cuda":
         from vicostream_kernels.bench.timer_cuda import CudaClock, measure_cuda
 
@@ -154,8 +160,13 @@ def _measure(case: Case, options: Options, runs, inputs: Inputs, *, cold: bool) 
         return measure_cuda(
             runs, inputs, cold=cold, budget=options.budget, clock=clock, graphs=options.graphs
         )
-    budget = HEAVY if case.heavy else options.budget
-    return measure_cpu(runs, inputs, case.bytes, cold=cold, budget=budget)
+    if case.heavy:
+        return measure_cpu(runs, inputs, case.bytes, cold=cold, budget=HEAVY)
+    ceiling = roofline.ceiling(case.bytes, cold=cold, reads=case.reads)
+    runs = {**runs, _CEILING: lambda inputs: ceiling()}
+    samples = measure_cpu(runs, inputs, case.bytes, cold=cold, budget=options.budget)
+    samples.nanoseconds[_CEILING] = [ceiling.scale * ns for ns in samples.nanoseconds[_CEILING]]
+    return samples
 
 
 def _row(
@@ -192,15 +203,21 @@ def _row(
         return row
     taken = samples.nanoseconds[provider.name]
     times = timing(taken)
-    floor = roofline.floor_us(
-        case.bytes, case.flops, case.dtype, cold=cache == "cold", reads=case.reads
-    )
     ratio: Ratio = paired_ratio(samples.nanoseconds[baseline], taken)
     row.method, row.samples = samples.method, times.samples
     row.p20_us, row.p50_us, row.p80_us = times.p20, times.p50, times.p80
     row.gb_s = case.bytes / times.p50 / 1e3
     row.tflop_s = case.flops / times.p50 / 1e6
-    row.floor_us, row.floor_pct = floor, 100 * floor / times.p50
+    if _CEILING in samples.nanoseconds:
+        moving = samples.nanoseconds[_CEILING]
+        computing = roofline.floor_us(0, case.flops, case.dtype, cold=True)
+        row.floor_us = max(timing(moving).p50, computing)
+        row.floor_pct = 100 * max(paired_ratio(moving, taken).median, computing / times.p50)
+    else:
+        row.floor_us = roofline.floor_us(
+            case.bytes, case.flops, case.dtype, cold=cache == "cold", reads=case.reads
+        )
+        row.floor_pct = 100 * row.floor_us / times.p50
     row.ratio, row.ratio_low, row.ratio_high = ratio.median, ratio.low, ratio.high
     row.significant = ratio.significant
     return row

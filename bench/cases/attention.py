@@ -174,6 +174,7 @@ def _paged_case(
         dtype=dtype,
         bytes=streams * (elements * dtype.itemsize + -(-keys // _PAGE) * 4),
         flops=4 * streams * pairs * heads * head_dim,
+        reads=queries == 1,
         make=partial(_make_paged, dtype=dtype, **axes),
         providers=partial(_paged_providers, queries=queries),
         reference=_paged_truth,

@@ -54,6 +54,26 @@ def test_reading_is_measured_once_for_each_size(known, monkeypatch):
     assert known.facts()["read_gb_s"] == {"131072": 50.0, str(known.memory): 50.0}
 
 
+@pytest.mark.parametrize("rate,passes", [(5e9, "_to"), (20e9, "_pass")])
+def test_a_ceiling_goes_the_faster_way_through_other_bytes_each_time(known, rate, passes):
+    known.memory, moved = 256 << 20, 10_000
+    known.reads[known.memory] = rate
+    cold = known.ceiling(moved, cold=True, reads=True)
+    assert getattr(cold, passes) is not None
+    assert cold.scale == moved / (64 << 20)
+    parts, floats = cold._from.shape
+    assert parts == 4 and floats * 4 == (64 << 20) // (2 if passes == "_to" else 1)
+    if passes == "_to":
+        for done in range(1, 5):
+            cold()
+            assert int(cold._to[:, 0].sum()) == done
+            assert cold._to[:, 0].eq(cold._to[:, -1]).all()
+    warm = known.ceiling(moved, cold=False)
+    assert warm.scale == 1.0 and warm._from.shape == (1, moved // 2 // 8 * 2)
+    warm()
+    assert warm._to.eq(1).all()
+
+
 def test_measured_ceilings_are_physical():
     assert 1e6 < copy_bandwidth(CPU, 1 << 20, repeats=3) < 1e13
     assert 1e6 < read_bandwidth(CPU, 1 << 20, repeats=3) < 1e13

@@ -33,8 +33,31 @@ def test_a_right_provider_gets_times_rates_and_a_ratio(toy, providers):
     assert ours.p20_us <= ours.p50_us <= ours.p80_us and ours.samples == 4
     assert ours.gb_s == pytest.approx(2 * 33 * 7 * 4 / ours.p50_us / 1e3)
     assert ours.tflop_s == pytest.approx(33 * 7 / ours.p50_us / 1e6)
-    assert ours.floor_pct == pytest.approx(100 * ours.floor_us / ours.p50_us)
     assert rows["torch"].ratio == 1.0 and rows["torch"].p50_us > 2000
+
+
+def test_the_floor_is_what_memory_takes_in_the_same_rounds(toy, providers, monkeypatch):
+    taken = {"torch": [8e3, 4e3, 2e3], "ours:cpu": [4e3, 2e3, 1e3], "ceiling": [8e3, 4e3, 2e3]}
+
+    def measured(runs, *_, **__):
+        assert list(runs) == list(taken)
+        return runner.Samples({name: list(ns) for name, ns in taken.items()}, "made up")
+
+    monkeypatch.setattr(runner, "measure_cpu", measured)
+    case = toy(torch=providers["double"], ours_cpu=providers["double"])
+    moved, fast = 2 * 33 * 7 * 4, Roofline(CPU, 10e9, rates={torch.float32: 1e18})
+    for cache, at_once in (("warm", 4096), ("cold", 64 << 20)):
+        options = Options(CPU, quick=True, caches=(cache,))
+        rows = {row.provider: row for row in run_case(case, options, fast)}
+        assert set(rows) == {"torch", "ours:cpu"}, "the ceiling is no provider"
+        scale = moved / at_once
+        assert rows["ours:cpu"].floor_pct == pytest.approx(100 * 2 * scale)
+        assert rows["torch"].floor_pct == pytest.approx(100 * scale)
+        assert rows["torch"].floor_us == pytest.approx(4 * scale)
+    slow = Roofline(CPU, 10e9, rates={torch.float32: 33 * 7 / 3e-6})  # 3 us for the case
+    rows = run_case(case, Options(CPU, quick=True, caches=("cold",)), slow)
+    assert [row.floor_us for row in rows] == pytest.approx([3.0, 3.0])
+    assert rows[1].floor_pct == pytest.approx(100 * 3 / 2)
 
 
 @pytest.mark.parametrize("wrong", ["off_by_little", "writes_too_far", "raises"])
