@@ -172,6 +172,10 @@ class PagedKeys {
   }
 
   int head_dim() const { return a_.head_dim; }
+  template <int KEYS>
+  bool after(Located<T, KEYS>*) const {
+    return false;
+  }
 
   // Whether the keys of an entry must be rotated; makes its angles.
   bool moved(int64_t entry) {

@@ -92,7 +92,7 @@ struct Scratch {
 // Rows that one pass of the tile kernels takes: as wide as registers allow, no wider than needed.
 inline int block_width(int rows_left) {
   if (kLanes == 16 && rows_left > 16) return 32;
-  if (kLanes == 16 && rows_left > 8) return 16;
+  if (kLanes >= 8 && rows_left > 8) return 16;
   return 8;
 }
 
@@ -129,10 +129,22 @@ VICO_INLINE void pack_columns(const float* const* rows, int n, int width, float*
       _mm512_storeu_si512(packed + int64_t{at + i} * width, r[i]);
   }
 }
+#elif defined(__AVX2__)
+// 8 rows of n elements to [n][width]; n is a multiple of 8.
+VICO_INLINE void pack_columns(const float* const* rows, int n, int width, float* packed) {
+  for (int at = 0; at < n; at += 8) {
+    __m256i r[8];
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i) r[i] = load<__m256i>(rows[i] + at);
+    transpose(r);
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i) store(packed + int64_t{at + i} * width, r[i]);
+  }
+}
 #endif
 
 // q, as [n][width] elements for each block of rows: scores take one of all its rows at a time. fp32
-// in blocks that score_keys_interleaved takes is [n / 2][width][2].
+// in blocks that score_keys_interleaved takes is [n / 2][width][2], in those of kByRows [width][n].
 template <typename T>
 void pack_queries(const T* q, int64_t q_token, int64_t q_head, const Work& w, bool pairs,
                   float* packed) {
@@ -154,6 +166,12 @@ void pack_queries(const T* q, int64_t q_token, int64_t q_head, const Work& w, bo
         continue;
       }
 #endif
+#if defined(__AVX2__) && !defined(__AVX512F__)
+      if (width == 8)  // kByRows
+        for (int r = 0; r < 8; ++r) std::memcpy(packed + r * n, rows[r], n * sizeof(float));
+      else
+        for (int r = 0; r < 16; r += 8) pack_columns(rows + r, n, width, packed + r);
+#else
       for (int r = 0; r < count; ++r) {
         if (width == 8 && !pairs && kInterleaved<8, Singles>)
           for (int c = 0; c < n; c += 2) std::memcpy(packed + c * 8 + 2 * r, rows[r] + c, 8);
@@ -161,6 +179,7 @@ void pack_queries(const T* q, int64_t q_token, int64_t q_head, const Work& w, bo
           for (int c = 0; c < n; ++c)
             std::memcpy(packed + int64_t{c} * width + part + r, rows[r] + c, sizeof(float));
       }
+#endif
     }
   }
 }
@@ -181,10 +200,20 @@ void attend_tile(TileRows& t, const float* q, int rows, const RowMask* mask, flo
   constexpr int kWidth = W * NV;
   const int groups = (t.n + kKeysAtOnce - 1) / kKeysAtOnce, keys = groups * kKeysAtOnce;
   const int elements = d / Dot::kPerElement;
-  const int parts = groups * ((elements + kPart - 1) / kPart);
-  int lines = (t.next_k.left() + parts - 1) / parts;
-  for (int j = 0; j < keys; j += kKeysAtOnce)
-    score_keys<W, NV, Dot>(q, t.k + j, elements, scores + j * kWidth, &t.next_k, lines);
+  if constexpr (kByRows<W, NV>) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+    if (rows > 4)
+      score_tile_by_rows<8>(q, t.k, keys, elements, scores, &t.next_k);
+    else if (rows > 2)
+      score_tile_by_rows<4>(q, t.k, keys, elements, scores, &t.next_k);
+    else if (rows == 2)
+      score_tile_by_rows<2>(q, t.k, keys, elements, scores, &t.next_k);
+    else
+      score_tile_by_rows<1>(q, t.k, keys, elements, scores, &t.next_k);
+#endif
+  } else {
+    score_tile<W, NV, Dot>(q, t.k, keys, elements, scores, &t.next_k);
+  }
   if (mask != nullptr)
     soften<W, NV, true>(scores, keys, scale, mask, state);
   else
@@ -196,19 +225,21 @@ void attend_tile(TileRows& t, const float* q, int rows, const RowMask* mask, flo
                 reinterpret_cast<uint32_t*>(scores + j / 2 * kWidth), kWidth);
   const auto* weights = reinterpret_cast<const Element*>(scores);
   const int steps = keys / Dot::kPerElement * ((d + 2 * kLanes - 1) / (2 * kLanes));
-  lines = (4 * t.next_v.left() + steps - 1) / steps;  // every fourth step asks
+  const int lines = (4 * t.next_v.left() + steps - 1) / steps;  // every fourth step asks
   for (int r = 0; r < rows;) {
     const int left = rows - r;
-    const auto run = [&](auto weigh_some, int count) {
-      weigh_some(weights + r, kWidth, t.v, keys, d, state.rescale + r, o + r * d, &t.next_v, lines);
+    const auto run = [&](auto count) {
+      weigh_rows<count, Dot>(weights + r, kWidth, t.v, keys, d, state.rescale + r, o + r * d,
+                             &t.next_v, lines);
       r += count;
     };
-    if (left > 4)
-      run(weigh_rows<8, Dot>, 8);
+    using std::integral_constant;
+    if (kLanes == 16 && left > 4)
+      run(integral_constant<int, 8>{});
     else if (left > 2)
-      run(weigh_rows<4, Dot>, 4);
+      run(integral_constant<int, 4>{});
     else
-      run(weigh_rows<2, Dot>, 2);
+      run(integral_constant<int, 2>{});
   }
 }
 
@@ -258,7 +289,10 @@ void attend_blocks(const Work& w, TileRows& t, const float* q, float* o, const R
     else
       run(attend_tile<8, 1, Dot>);
 #elif defined(__AVX2__)
-    run(attend_tile<8, 1, Dot>);
+    if (width == 16)
+      run(attend_tile<8, 2, Dot>);
+    else
+      run(attend_tile<8, 1, Dot>);
 #else
     run(attend_tile<4, 2, Dot>);
 #endif
@@ -369,7 +403,8 @@ struct Upcoming {
   const char *k_rows_[KEYS], *v_rows_[KEYS];
 };
 
-// Calls process(now, next) for the visible tiles of up to `keys` keys; next is null at the last.
+// Calls process(now, next) for the visible tiles of up to `keys` keys; next is the one to ask
+// memory for, at the last tile what the source knows to come `after` it, or null.
 template <typename T, int KEYS, typename Source, typename Process>
 void walk_tiles(const Work& w, int keys, Source& source, Process process) {
   Located<T, KEYS> located[2];
@@ -382,13 +417,15 @@ void walk_tiles(const Work& w, int keys, Source& source, Process process) {
     if (count > 0) process(located[(count + 1) % 2], &next);
     ++count;
   });
-  if (count > 0) process(located[(count + 1) % 2], static_cast<Located<T, KEYS>*>(nullptr));
+  if (count == 0) return;
+  Located<T, KEYS>* after = source.after(&located[count % 2]) ? &located[count % 2] : nullptr;
+  process(located[(count + 1) % 2], after);
 }
 
 // All of it, for `units` KV heads whose rows lie one after another in scratch.q (packed), scratch.o
 // and the state. Tokens hold all their KV heads side by side, so heads go through memory together,
-// tile by tile. Source: locate(first, n, &located), key(row, entry, out) -> fp32 row, head_dim(),
-// k_unit and v_unit from one KV head to the next.
+// tile by tile. Source: locate(first, n, &located), after(&located), key(row, entry, out) -> fp32
+// row, head_dim(), k_unit and v_unit from one KV head to the next.
 template <typename T, typename Dot, typename Source>
 void attend(const Work& w, int units, Source& source, const Scratch& scratch) {
   using Tile = Located<T, kTileKeys>;

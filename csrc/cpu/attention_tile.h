@@ -1,12 +1,15 @@
 // Attention of up to 32 query rows on one tile of keys: scores, online softmax, weighted sum.
 //
 // Scores have the query rows in the lanes: each element of a key is loaded once as a scalar and
-// meets every row, nothing is reduced across lanes, and the softmax runs over whole registers.
+// meets every row, nothing is reduced across lanes, and the softmax runs over whole registers. (Few
+// rows with AVX2 have the head dim in the lanes, see kByRows.)
 // The weighted sum has the head dim in the lanes and the rows in registers.
 #pragma once
 
 #include <limits>
+#include <type_traits>
 
+#include "cpu/lane_sums.h"
 #include "cpu/simd.h"
 #include "vico/softmax.h"
 
@@ -19,7 +22,7 @@ namespace VICO_ISA {
 
 constexpr int kTileKeys = 32;   // K and V of a tile, at d 128 in fp32: 32 KiB a KV head
 constexpr int kPart = 32;       // elements of a key between two looks at memory
-constexpr int kKeysAtOnce = 8;  // accumulators of the score kernel: 8 or 16 registers
+constexpr int kKeysAtOnce = 8;  // that tiles are padded to a multiple of
 constexpr float kNegInf = -std::numeric_limits<float>::infinity();
 
 // Lines that will be needed, asked for a few at a time in the order of their addresses: a decode
@@ -105,10 +108,10 @@ VICO_INLINE void score_keys_interleaved(const float* q, const float* const* k, i
 }
 #endif
 
-// s[key][row] = q[row] . k[key], for kKeysAtOnce keys. q is [n][W * NV]; n counts elements. Summed
-// in parts of kPart: one chain of 128 additions would lose a bit or two more than torch's sums do.
+// s[key][row] = q[row] . k[key], for KEYS keys. q is [n][W * NV]; n counts elements. Summed in
+// parts of kPart: one chain of 128 additions would lose a bit or two more than torch's sums do.
 // Asks for `lines` a part.
-template <int W, int NV, typename Dot>
+template <int W, int NV, int KEYS, typename Dot>
 VICO_INLINE void score_keys(const float* queries, const float* const* k, int n, float* s,
                             Ahead* ahead, int lines) {
 #if defined(__AVX512F__)
@@ -117,16 +120,16 @@ VICO_INLINE void score_keys(const float* queries, const float* const* k, int n, 
   using F = typename Lanes<W>::F;
   using Element = typename Dot::Element;
   const auto* q = reinterpret_cast<const Element*>(queries);
-  const Element* key[kKeysAtOnce];
+  const Element* key[KEYS];
 #pragma GCC unroll 8
-  for (int j = 0; j < kKeysAtOnce; ++j) key[j] = reinterpret_cast<const Element*>(k[j]);
+  for (int j = 0; j < KEYS; ++j) key[j] = reinterpret_cast<const Element*>(k[j]);
   for (int part = 0; part < n; part += kPart) {
-    F acc[kKeysAtOnce][NV] = {};
+    F acc[KEYS][NV] = {};
     const int end = part + kPart < n ? part + kPart : n;
     ahead->ask(lines);
     for (int c = part; c < end; ++c) {
 #pragma GCC unroll 8
-      for (int j = 0; j < kKeysAtOnce; ++j) {
+      for (int j = 0; j < KEYS; ++j) {
         Element y;
         std::memcpy(&y, key[j] + c, sizeof(y));
 #pragma GCC unroll 2
@@ -135,7 +138,7 @@ VICO_INLINE void score_keys(const float* queries, const float* const* k, int n, 
       }
     }
 #pragma GCC unroll 8
-    for (int j = 0; j < kKeysAtOnce; ++j)
+    for (int j = 0; j < KEYS; ++j)
 #pragma GCC unroll 2
       for (int v = 0; v < NV; ++v) {
         float* at = s + (j * NV + v) * W;
@@ -143,6 +146,79 @@ VICO_INLINE void score_keys(const float* queries, const float* const* k, int n, 
       }
   }
 }
+
+// The same for `keys` keys, a multiple of kKeysAtOnce: as many in a pass as registers have sums.
+template <int W, int NV, typename Dot>
+VICO_INLINE void score_tile(const float* q, const float* const* k, int keys, int n, float* s,
+                            Ahead* ahead) {
+  constexpr int kKeys = kLanes == 16 || NV == 1 ? kKeysAtOnce : 6;
+  const int passes = (keys + kKeys - 1) / kKeys * ((n + kPart - 1) / kPart);
+  const int lines = (ahead->left() + passes - 1) / passes;
+  int j = 0;
+  for (; j + kKeys <= keys; j += kKeys)
+    score_keys<W, NV, kKeys, Dot>(q, k + j, n, s + j * W * NV, ahead, lines);
+  if constexpr (kKeysAtOnce % kKeys != 0)
+    for (; j < keys; j += 2) score_keys<W, NV, 2, Dot>(q, k + j, n, s + j * W * NV, ahead, lines);
+}
+
+// Up to eight rows would load one key's element for each product; with the head dim in the lanes,
+// four rows and three keys take seven loads for twelve products.
+template <int W, int NV>
+constexpr bool kByRows = kLanes == 8 && W * NV == 8;
+
+#if defined(__AVX2__) && !defined(__AVX512F__)
+// s[key][row] of ROWS rows of q [row][n] and KEYS keys; ROWS * KEYS is a multiple of four or ROWS
+// is 4.
+template <int ROWS, int KEYS>
+VICO_INLINE void score_by_rows(const float* q, const float* const* k, int n, float* s) {
+  using F = Lanes<8>::F;
+  F acc[KEYS][ROWS] = {};
+  for (int c = 0; c < n; c += 8) {
+    F key[KEYS];
+#pragma GCC unroll 8
+    for (int j = 0; j < KEYS; ++j) key[j] = load<F>(k[j] + c);
+#pragma GCC unroll 4
+    for (int r = 0; r < ROWS; ++r) {
+      const F row = load<F>(q + r * n + c);
+#pragma GCC unroll 8
+      for (int j = 0; j < KEYS; ++j) acc[j][r] += row * key[j];
+    }
+  }
+  constexpr int kKeysOfSum = 4 / ROWS;
+#pragma GCC unroll 8
+  for (int j = 0; j < KEYS; j += kKeysOfSum) {
+    F four[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) four[i] = acc[j + i / ROWS][i % ROWS];
+    float sums[4];
+    sums_of(four, sums);
+#pragma GCC unroll 4
+    for (int i = 0; i < kKeysOfSum; ++i)
+      std::memcpy(s + (j + i) * 8, sums + i * ROWS, ROWS * sizeof(float));
+  }
+}
+
+// All keys of a tile; rows beyond the last four, two or one of q get zeros.
+template <int ROWS>
+VICO_INLINE void score_tile_by_rows(const float* q, const float* const* k, int keys, int n,
+                                    float* s, Ahead* ahead) {
+  constexpr int kStep = ROWS > 4 ? 4 : ROWS, kKeys = ROWS > 2 ? 3 : ROWS == 2 ? 4 : 8;
+  const int passes = (keys + kKeys - 1) / kKeys * (ROWS / kStep);
+  const int lines = (ahead->left() + passes - 1) / passes;
+  if (ROWS < 8)
+    for (int j = 0; j < keys; ++j) store(s + j * 8, Lanes<8>::F{});
+  int j = 0;
+  for (; j + kKeys <= keys; j += kKeys)
+    for (int r = 0; r < ROWS; r += kStep) {
+      ahead->ask(lines);
+      score_by_rows<kStep, kKeys>(q + r * n, k + j, n, s + j * 8 + r);
+    }
+  if constexpr (kKeys == 3)
+    for (; j < keys; ++j)
+      for (int r = 0; r < ROWS; r += kStep)
+        score_by_rows<kStep, 1>(q + r * n, k + j, n, s + j * 8 + r);
+}
+#endif
 
 // Which keys of a tile a row sees, as offsets from its first key:
 // key <= last and (key < sinks or key >= first).
@@ -228,20 +304,28 @@ VICO_INLINE void weigh(const typename Dot::Element* p, int p_stride, const float
     }
 }
 
-// All columns for ROWS rows: as many registers at once as leave room, then single ones, then the
-// half register that a head dim of 8 mod 16 has with AVX-512.
+// All columns for ROWS rows: as many registers at once as leave room, then what is left.
 template <int ROWS, typename Dot>
 VICO_INLINE void weigh_rows(const typename Dot::Element* p, int p_stride, const float* const* v,
                             int keys, int d, const float* rescale, float* o, Ahead* ahead,
                             int lines) {
-  constexpr int kWide = (kLanes == 16 ? 16 : 8) / (ROWS > 4 ? ROWS : 4);
   int at = 0;
-  for (; at + kWide * kLanes <= d; at += kWide * kLanes)
-    weigh<kLanes, kWide, ROWS, Dot>(p, p_stride, v, keys, at, rescale, o, d, ahead, lines);
-  for (; at + kLanes <= d; at += kLanes)
-    weigh<kLanes, 1, ROWS, Dot>(p, p_stride, v, keys, at, rescale, o, d, ahead, lines);
+  const auto columns = [&](auto width, int count) {
+    for (; count > 0; --count, at += width * kLanes)
+      weigh<kLanes, width, ROWS, Dot>(p, p_stride, v, keys, at, rescale, o, d, ahead, lines);
+  };
+  using std::integral_constant;
 #if defined(__AVX512F__)
+  constexpr int kWide = 16 / (ROWS > 4 ? ROWS : 4);
+  columns(integral_constant<int, kWide>{}, d / (kWide * kLanes));
+  columns(integral_constant<int, 1>{}, (d - at) / kLanes);
+  // the half register that a head dim of 8 mod 16 has
   if (at < d) weigh<8, 1, ROWS, Dot>(p, p_stride, v, keys, at, rescale, o, d, ahead, lines);
+#else
+  const int n = d / kLanes, twos = n == 1 ? 0 : (3 - n % 3) % 3;
+  columns(integral_constant<int, 2>{}, twos);
+  columns(integral_constant<int, 3>{}, n / 3 - twos / 2);
+  columns(integral_constant<int, 1>{}, n == 1);
 #endif
 }
 

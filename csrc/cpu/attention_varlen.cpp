@@ -49,6 +49,7 @@ struct WindowKeys {
   const T *k, *v;
   int64_t k_token, v_token;
   int d;
+  int64_t k_next, v_next, keys_next;  // to the head after this one, and how many keys it has
   int64_t k_unit = 0, v_unit = 0;
 
   template <int KEYS>
@@ -58,6 +59,16 @@ struct WindowKeys {
       out->v[j] = v + (first + j) * v_token;
       out->entry[j] = 0;
     }
+  }
+  // The first tile of what this thread is likely to do next: windows have few tiles.
+  template <int KEYS>
+  bool after(Located<T, KEYS>* out) const {
+    out->n = static_cast<int>(std::min<int64_t>(KEYS, keys_next));
+    for (int j = 0; j < out->n; ++j) {
+      out->k[j] = k + k_next + j * k_token;
+      out->v[j] = v + v_next + j * v_token;
+    }
+    return keys_next > 0;
   }
   int head_dim() const { return d; }
   bool moved(int64_t) const { return false; }
@@ -85,7 +96,12 @@ void attend_task(const Windows& windows, const Task& t, const EngineOf<T>& engin
   engine.pack(q, a.q_token, a.q_head, w, 0);
   WindowKeys<T> keys{static_cast<const T*>(a.k) + first_key * a.k_token + t.head * a.k_head,
                      static_cast<const T*>(a.v) + first_key * a.v_token + t.head * a.v_head,
-                     a.k_token, a.v_token, a.head_dim};
+                     a.k_token,
+                     a.v_token,
+                     a.head_dim,
+                     a.k_head,
+                     a.v_head,
+                     t.head + 1 < a.heads ? w.end : 0};
   engine.run(w, 1, keys);
   const RowState state = engine.m.state();
   T* out = static_cast<T*>(a.out) + first_query * a.out_token + t.head * a.out_head;
