@@ -5,16 +5,19 @@
 
 #include "vico/append.h"
 
+#include "cpu/lanes.h"
+#include "cpu/pack.h"
 #include "cpu/rows.h"
+#include "cpu/stream.h"
 #include "vico/rotary.h"
 
 namespace vico {
 namespace VICO_ISA {
 namespace {
 
-struct Angles {
-  float cosine[kMaxHalfDim];
-  float sine[kMaxHalfDim];
+struct Angles {  // read in whole vectors
+  alignas(64) float cosine[kMaxHalfDim];
+  alignas(64) float sine[kMaxHalfDim];
 };
 
 void angles_of(const AppendArgs& a, int64_t n, const double* turns_per_position, Angles* out) {
@@ -30,36 +33,55 @@ void angles_of(const AppendArgs& a, int64_t n, const double* turns_per_position,
   }
 }
 
-void rotate_row(const float* row, const Angles& angles, float* out, int half) {
-#pragma omp simd
-  for (int f = 0; f < half; ++f)
-    rotate_pair(row[f], row[f + half], angles.cosine[f], angles.sine[f], &out[f], &out[f + half]);
+// In registers, rounded once; `streamed` rows are whole vectors.
+template <typename T, bool kStreamed>
+void rotate_lanes(const T* row, const Angles& angles, T* out, int half) {
+  using F = Lanes<kLanes>::F;
+  const auto put = [&](T* at, F value, int left) {
+    const auto packed = pack_lanes<T>(value);
+    if constexpr (kStreamed) {
+      stream(at, packed);
+    } else if (left >= kLanes) {
+      store(at, packed);
+    } else {
+      std::memcpy(at, &packed, left * sizeof(T));
+    }
+  };
+  for (int f = 0; f < half; f += kLanes) {
+    const int left = half - f;
+    const F first = load_lanes(row + f, left), second = load_lanes(row + half + f, left);
+    const F cosine = load<F>(angles.cosine + f), sine = load<F>(angles.sine + f);
+    put(out + f, first * cosine - second * sine, left);
+    put(out + half + f, second * cosine + first * sine, left);
+  }
 }
 
 template <typename T>
-void append_token(const AppendArgs& a, int64_t n, const double* turns_per_position) {
+void rotate_row(const T* row, const Angles& angles, T* out, int half, bool streamed) {
+  if (streamed && half % kLanes == 0 && can_stream(out, 2 * half * sizeof(T)))
+    return rotate_lanes<T, true>(row, angles, out, half);
+  rotate_lanes<T, false>(row, angles, out, half);
+}
+
+template <typename T>
+void append_token(const AppendArgs& a, int64_t n, const double* turns_per_position, bool streamed) {
   const int d = a.head_dim, half = d / 2;
-  alignas(64) float row[kMaxHeadDim], rotated[kMaxHeadDim];
   Angles angles;
   angles_of(a, n, turns_per_position, &angles);
 
   const T* q = static_cast<const T*>(a.q) + n * a.q_token;
   T* q_out = static_cast<T*>(a.q_out) + n * a.q_out_token;
-  for (int64_t h = 0; h < a.heads; ++h) {
-    load_row(q + h * a.q_head, row, d);
-    rotate_row(row, angles, rotated, half);
-    store_row(rotated, q_out + h * a.q_out_head, d);
-  }
+  for (int64_t h = 0; h < a.heads; ++h)
+    rotate_row(q + h * a.q_head, angles, q_out + h * a.q_out_head, half, streamed);
 
   const int64_t slot = a.slots[n * a.slots_token];
   if (slot < 0 || slot >= a.pages * a.page_size) return;
   const int64_t page = slot / a.page_size, offset = slot % a.page_size;
   for (int64_t g = 0; g < a.kv_heads; ++g) {
     const T* k = static_cast<const T*>(a.k) + n * a.k_token + g * a.k_head;
-    load_row(k, row, d);
-    rotate_row(row, angles, rotated, half);
-    store_row(rotated,
-              static_cast<T*>(a.k_pages) + page * a.k_page + offset * a.k_slot + g * a.k_kv, d);
+    rotate_row(k, angles,
+               static_cast<T*>(a.k_pages) + page * a.k_page + offset * a.k_slot + g * a.k_kv, half,
+               false);
     const T* v = static_cast<const T*>(a.v) + n * a.v_token + g * a.v_head;
     std::memcpy(static_cast<T*>(a.v_pages) + page * a.v_page + offset * a.v_slot + g * a.v_kv, v,
                 d * sizeof(T));
@@ -110,8 +132,14 @@ void append(const AppendArgs& a, int n_threads) {
   double turns_per_position[kMaxHalfDim];
   for (int f = 0; f < a.head_dim / 2; ++f)
     turns_per_position[f] = static_cast<double>(a.inv_freq[f]) * kInvTwoPi;
-#pragma omp parallel for num_threads(n_threads) schedule(static) if (a.tokens > 1)
-  for (int64_t n = 0; n < a.tokens; ++n) append_token<T>(a, n, turns_per_position);
+  const bool streamed =
+      a.tokens * a.heads * a.head_dim * static_cast<int64_t>(sizeof(T)) >= kStreamedBytes;
+#pragma omp parallel num_threads(n_threads) if (a.tokens > 1)
+  {
+#pragma omp for schedule(static) nowait
+    for (int64_t n = 0; n < a.tokens; ++n) append_token<T>(a, n, turns_per_position, streamed);
+    end_stream();
+  }
   if (a.block_of_page == nullptr) return;
 #pragma omp parallel for num_threads(n_threads) schedule(static) if (a.tokens > 1)
   for (int64_t g = 0; g < a.kv_heads; ++g) summarize_head<T>(a, g);

@@ -10,6 +10,7 @@
 #include <cstring>
 #include <type_traits>
 
+#include "cpu/lane_sums.h"
 #include "cpu/lanes.h"
 
 #if defined(__AVX2__)
@@ -45,36 +46,6 @@ F load_up_to(const T* from, int64_t n) {
   return load_lanes(from, n);
 }
 
-// The sum of each vector, in one order: halves are added until eight lanes are left, then
-// neighbours, then pairs, then quads.
-#if defined(__AVX2__)
-VICO_INLINE __m256 eight_lanes(F v) {
-#if defined(__AVX512F__)
-  __m256 half[2];
-  std::memcpy(half, &v, sizeof(half));
-  return _mm256_add_ps(half[0], half[1]);
-#else
-  return reinterpret_cast<__m256>(v);
-#endif
-}
-VICO_INLINE void sums_of(const F (&v)[4], float* out) {
-  const __m256 pairs0 = _mm256_hadd_ps(eight_lanes(v[0]), eight_lanes(v[1]));
-  const __m256 pairs1 = _mm256_hadd_ps(eight_lanes(v[2]), eight_lanes(v[3]));
-  const __m256 quads = _mm256_hadd_ps(pairs0, pairs1);
-  _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(quads), _mm256_extractf128_ps(quads, 1)));
-}
-#else
-VICO_INLINE void sums_of(const F (&v)[4], float* out) {
-  for (int i = 0; i < 4; ++i) out[i] = (v[i][0] + v[i][1]) + (v[i][2] + v[i][3]);
-}
-#endif
-
-inline float sum_of(F v) {
-  float out[4];
-  sums_of({v, v, v, v}, out);
-  return out[0];
-}
-
 // A row of any length in fp32; load_row takes multiples of 8.
 template <typename T>
 void load_any(const T* row, float* out, int64_t n) {
@@ -105,6 +76,9 @@ VICO_INLINE void ask_for(const void* at) {
   for (size_t i = 0; i < kBytes; i += 64)
     __builtin_prefetch(reinterpret_cast<const char*>(reinterpret_cast<uintptr_t>(at) + i), 0, 2);
 }
+
+template <typename T>
+constexpr int64_t kLineOf = 64 / sizeof(T);  // elements
 
 // sum[i] += k * the channels of query row i. Unrolled: an array is in registers only when every
 // index is a constant.
@@ -240,10 +214,12 @@ void bounds_of_two(BlockRows<T> low, BlockRows<T> high, int64_t ahead, const Row
     };
     for (; c + kLanes <= d; c += kLanes) {
       const T *a = k0 + c, *b = k1 + c;
-      ask_for<kLanes * sizeof(T)>(a + ahead * low.step);
-      ask_for<kLanes * sizeof(T)>(a + (ahead + 1) * low.step);
-      ask_for<kLanes * sizeof(T)>(b + ahead * high.step);
-      ask_for<kLanes * sizeof(T)>(b + (ahead + 1) * high.step);
+      if (c % kLineOf<T> == 0) {
+        ask_for<64>(a + ahead * low.step);
+        ask_for<64>(a + (ahead + 1) * low.step);
+        ask_for<64>(b + ahead * high.step);
+        ask_for<64>(b + (ahead + 1) * high.step);
+      }
       add(load_lanes(a), load_lanes(b), load_lanes(a + low.step), load_lanes(b + high.step));
     }
     if (c < d)

@@ -19,8 +19,9 @@ constexpr int64_t kQueryFloats = 1 << 18;  // of one pass over the summaries: wh
 constexpr int64_t kLogitFloats = 1 << 23;  // of one pass, where softmax needs them all at once
 constexpr int64_t kSmallWork = 1 << 15;    // multiplications that are not worth a second thread
 constexpr int64_t kTile = 16;              // blocks whose scores are written together
-constexpr int64_t kTilesAtOnce = 4;  // that a thread takes: what is asked for ahead is its own
-constexpr int64_t kBlocksAhead = 8;  // that memory is asked for: measured, cold
+constexpr int64_t kTilesAtOnce = 4;       // that a thread takes: what is asked for ahead is its own
+constexpr int64_t kBlocksAhead = 8;       // that memory is asked for: measured, cold
+constexpr int64_t kNearFloats = 1 << 13;  // query rows, with their positive parts 64 KiB
 constexpr float kInf = std::numeric_limits<float>::infinity();
 constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 
@@ -71,12 +72,14 @@ float exact_bound(const Plan& plan, const Queries& q, BlockRows<T> low, BlockRow
   return total;
 }
 
-// best[block, unit, token, row] of a tile: the bound, the largest over the parts of a block. Unit
-// by unit, so that its query rows stay in the nearest cache.
+// best[block, unit, token, row] of a tile: the bound, the largest over the parts of a block.
 template <typename T>
 void bound_tile(const ScoreArgs& a, const Plan& plan, const Queries& q, int64_t stream,
                 int64_t block, int64_t blocks, Buffers& buffers, float* best) {
   const int64_t n = q.per_unit(plan), all = plan.units * n, wide = plan.shape.query_row();
+  // Two blocks at a time follow the order of the memory. Many query rows stay in the nearest cache
+  // unit by unit only.
+  const int64_t together = all * wide <= kNearFloats ? 2 : blocks;
   const bool parts = a.sub > 1;
   float* const found = parts ? buffers.part.data() : best;
   if (parts) std::fill(best, best + blocks * all, -kInf);
@@ -87,29 +90,30 @@ void bound_tile(const ScoreArgs& a, const Plan& plan, const Queries& q, int64_t 
                       block * a.sum_block + part * a.sum_sub;
     const T* high_at = static_cast<const T*>(a.summary_max) + stream * a.max_stream +
                        block * a.max_block + part * a.max_sub;
-    for (int64_t u = 0; u < plan.units; ++u)
-      in_fours(n, [&](int64_t i, auto count) {
-        const float* negative = &q.rows[(u * n + i) * wide];
-        const float* positive = &q.positives[(u * n + i) * wide];
-        for (int64_t b = 0; b < blocks; b += 2) {
-          const int64_t pair = std::min<int64_t>(2, blocks - b);
-          BlockRows<T> low{low_at + u * a.sum_kv + b * a.sum_block, a.sum_kv, a.sum_block};
-          BlockRows<T> high{high_at + u * a.max_kv + b * a.max_block, a.max_kv, a.max_block};
-          if (pair == 1) low.step = high.step = 0;  // the last one of an odd number goes twice
-          bool crossed[2];
-          float out[2][count];
-          bounds_of_two<count>(low, high, kBlocksAhead, plan.shape, negative, positive, crossed,
-                               out);
-          for (int64_t j = 0; j < pair; ++j, low.at += low.step, high.at += high.step) {
-            empty[b + j] |= crossed[j];
-            for (int k = 0; k < count; ++k) {
-              if (!crossed[j] && !std::isfinite(out[j][k]))
-                out[j][k] = exact_bound(plan, q, low, high, u, i + k, buffers);
-              found[(b + j) * all + u * n + i + k] = out[j][k];
-            }
-          }
+    const auto bound_pair = [&](int64_t b, int64_t u, int64_t i, auto count) {
+      const int64_t pair = std::min<int64_t>(2, blocks - b);
+      BlockRows<T> low{low_at + u * a.sum_kv + b * a.sum_block, a.sum_kv, a.sum_block};
+      BlockRows<T> high{high_at + u * a.max_kv + b * a.max_block, a.max_kv, a.max_block};
+      if (pair == 1) low.step = high.step = 0;  // the last one of an odd number goes twice
+      bool crossed[2];
+      float out[2][count];
+      bounds_of_two<count>(low, high, kBlocksAhead, plan.shape, &q.rows[(u * n + i) * wide],
+                           &q.positives[(u * n + i) * wide], crossed, out);
+      for (int64_t j = 0; j < pair; ++j, low.at += low.step, high.at += high.step) {
+        empty[b + j] |= crossed[j];
+        for (int k = 0; k < count; ++k) {
+          if (!crossed[j] && !std::isfinite(out[j][k]))
+            out[j][k] = exact_bound(plan, q, low, high, u, i + k, buffers);
+          found[(b + j) * all + u * n + i + k] = out[j][k];
         }
-      });
+      }
+    };
+    for (int64_t first = 0; first < blocks; first += together)
+      for (int64_t u = 0; u < plan.units; ++u)
+        in_fours(n, [&](int64_t i, auto count) {
+          for (int64_t b = first; b < std::min(first + together, blocks); b += 2)
+            bound_pair(b, u, i, count);
+        });
     for (int64_t b = 0; b < blocks; ++b) {
       if (empty[b]) continue;
       any[b] = true;
