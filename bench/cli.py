@@ -103,13 +103,20 @@ def bench(
     except ValueError as error:
         raise _fail(str(error)) from None
 
+    screen = report.Screen()
+
     def keep(document: results.Document) -> None:
         if json is not None:
             results.write_json(document, json)
+        _clear()
+        screen.case(list(report.by_case(document).values())[-1])
 
     with runner.threads(threads):
         document = runner.run(chosen, options, progress=_progress, each=keep)
-    report.print_report(document)
+    _clear()
+    if not document.rows:
+        raise _fail("no case is left: see above")
+    screen.end(document)
     try:
         if csv is not None:
             results.append_csv(document, csv)
@@ -217,10 +224,20 @@ def _wrong(error: Exception) -> typer.Exit:
 
 
 def _progress(line: str) -> None:
-    if sys.stderr.isatty() and "NO_COLOR" not in os.environ:
+    if _rewrites():
         typer.echo(f"\r\x1b[2K{line}", err=True, nl=False)
         return
     typer.echo(line, err=True)
+
+
+def _clear() -> None:
+    """Makes room where the last line of progress stands."""
+    if _rewrites():
+        _progress("")
+
+
+def _rewrites() -> bool:
+    return sys.stderr.isatty() and "NO_COLOR" not in os.environ
 
 
 def _list(cases: list[registry.Case], options: runner.Options) -> None:

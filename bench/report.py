@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from vicostream_kernels.bench.environment import busy
 from vicostream_kernels.bench.results import Document, Row
@@ -13,52 +13,68 @@ _COLUMNS = tuple("provider|cache|µs|p20-p80|GB/s|TFLOP/s|% floor|ratio|95 %|mat
 _WIDTH = 120
 
 
-def print_report(document: Document) -> None:
-    """Prints with rich where it is installed, else as plain text."""
-    try:
-        from rich.console import Console
-    except ImportError:
-        print("\n".join(plain_lines(document)))
-        return
-    console = Console()
-    _print_rich(document, console if console.width >= _WIDTH else Console(width=_WIDTH))
+class Screen:
+    """Prints with rich where it is installed, else as plain text: a case as soon as it is done, so
+    that a stop loses nothing, and at the end what holds for all of them."""
 
+    def __init__(self) -> None:
+        self._console = None
+        try:
+            from rich.console import Console
+        except ImportError:
+            return
+        console = Console()
+        self._console = console if console.width >= _WIDTH else Console(width=_WIDTH)
 
-def plain_lines(document: Document) -> Iterator[str]:
-    """The report without colours, one string a line."""
-    yield headline(document)
-    widths = [max(len(c), 8) for c in _COLUMNS]
-    widths[0] = max([len(row.provider) for row in document.rows] + [8])
-    widths[3] = widths[8] = 13
-    for case, rows in by_case(document).items():
-        yield f"\n{case}"
-        yield "  ".join(c.ljust(w) for c, w in zip(_COLUMNS, widths))
-        for row in rows:
-            yield "  ".join(c.ljust(w) for c, w in zip(cells(row), widths))
-            if row.reason:
-                yield f"  {row.provider}: {row.reason}"
-    yield ""
-    yield from summary_lines(document)
+    def case(self, rows: Sequence[Row]) -> None:
+        """All rows of one case."""
+        if self._console is None:
+            print("\n".join(_plain_case(rows)))
+            return
+        from rich.markup import escape
+        from rich.table import Table
 
-
-def _print_rich(document: Document, console) -> None:
-    from rich.markup import escape
-    from rich.table import Table
-
-    console.print(headline(document), highlight=False, markup=False)
-    for case, rows in by_case(document).items():
-        table = Table(title=case, title_justify="left", title_style="bold", box=None)
+        table = Table(title=rows[0].case, title_justify="left", title_style="bold", box=None)
         for column in _COLUMNS:
             left = column in ("provider", "cache", "match")
             table.add_column(column, justify="left" if left else "right", no_wrap=True)
         for row in rows:
             style = "red" if not row.match else "bold" if row.provider.startswith("ours:") else ""
             table.add_row(*(escape(cell) for cell in cells(row)), style=style)
-        console.print(table)
+        self._console.print(table)
         for reason in dict.fromkeys(f"{row.provider}: {row.reason}" for row in rows if row.reason):
-            console.print(f"  {reason}", style="red", highlight=False, markup=False)
-    for line in summary_lines(document):
-        console.print(line, highlight=False, markup=False)
+            self._line(f"  {reason}", style="red")
+
+    def end(self, document: Document) -> None:
+        """Where it ran, what the ceilings were, geomeans and what was wrong."""
+        for line in (headline(document), *summary_lines(document)):
+            self._line(line)
+
+    def _line(self, text: str, style: str | None = None) -> None:
+        if self._console is None:
+            print(text)
+        else:
+            self._console.print(text, style=style, highlight=False, markup=False)
+
+
+def print_report(document: Document) -> None:
+    """All of it at once."""
+    screen = Screen()
+    for rows in by_case(document).values():
+        screen.case(rows)
+    screen.end(document)
+
+
+def _plain_case(rows: Sequence[Row]) -> Iterator[str]:
+    widths = [max(len(c), 8) for c in _COLUMNS]
+    widths[0] = max([len(row.provider) for row in rows] + [8])
+    widths[3] = widths[8] = 13
+    yield f"\n{rows[0].case}"
+    yield "  ".join(c.ljust(w) for c, w in zip(_COLUMNS, widths))
+    for row in rows:
+        yield "  ".join(c.ljust(w) for c, w in zip(cells(row), widths))
+        if row.reason:
+            yield f"  {row.provider}: {row.reason}"
 
 
 def headline(document: Document) -> str:

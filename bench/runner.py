@@ -107,11 +107,29 @@ def run(
     roofline = Roofline.measure(options.device, quick=options.quick)
     document = Document(environment.collect(options.device))
     for case in cases:
+        if reason := too_slow(case, options, roofline):
+            progress(f"{case.name}: left out, {reason}")
+            continue
         progress(case.name)
         document.rows.extend(run_case(case, options, roofline))
         document.roofline = roofline.facts()
         each(document)
     return document
+
+
+#: A case of which one call takes longer than this is not for this machine.
+_MOST_SECONDS = 60
+
+
+def too_slow(case: Case, options: Options, roofline: Roofline) -> str:
+    """Why a case would keep this CPU busy for too long, or "": its GEMMs are torch's."""
+    if options.device.type != "cpu" or not case.heavy:
+        return ""
+    seconds = case.flops / roofline.own_rate(case.dtype)
+    if seconds < _MOST_SECONDS:
+        return ""
+    kind = str(case.dtype).removeprefix("torch.")
+    return f"one call would take {seconds:.0f} s: torch's {kind} product is that slow here"
 
 
 def run_case(case: Case, options: Options, roofline: Roofline) -> list[Row]:

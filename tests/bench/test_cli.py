@@ -61,6 +61,20 @@ def test_a_run_prints_a_table_and_writes_json_csv_and_a_plot(call, tmp_path):
     assert all(path.stat().st_size > 100 for path in files.values())
 
 
+def test_a_case_is_shown_as_soon_as_it_is_done(call, monkeypatch):
+    real = runner.run_case
+
+    def interrupted(case, options, roofline):
+        if case.name == "append/wrong":
+            raise KeyboardInterrupt
+        return real(case, options, roofline)
+
+    monkeypatch.setattr(runner, "run_case", interrupted)
+    result = call("append", "--quick", "--device", "cpu")
+    assert result.exit_code == 130
+    assert any(line.split()[:1] == ["ours:cpu"] for line in result.stdout.splitlines())
+
+
 def test_a_wrong_provider_is_exit_code_1_and_no_speed(call, tmp_path):
     done = call("append/wrong", "--device", "cpu", "--quick", "--json", str(tmp_path / "r.json"))
     assert done.exit_code == 1

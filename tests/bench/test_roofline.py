@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from vicostream_kernels.bench import roofline
 from vicostream_kernels.bench.roofline import (
     Roofline,
     copy_bandwidth,
@@ -93,3 +94,23 @@ def test_rates_are_measured_once(known, monkeypatch):
     monkeypatch.setattr("vicostream_kernels.bench.roofline.matmul_rate", lambda *a, **k: 5e12)
     assert known.rate(torch.bfloat16) == known.rate(torch.bfloat16) == 5e12
     assert known.rate(torch.float32) == 1e12
+
+
+def test_a_cpu_without_instructions_for_a_type_may_widen_it(known):
+    known.rates[torch.bfloat16] = 1e9
+    assert known.rate(torch.bfloat16) == 1e12 and known.own_rate(torch.bfloat16) == 1e9
+    on_gpu = Roofline(torch.device("cuda"), 1e12, rates=dict(known.rates))
+    assert on_gpu.rate(torch.bfloat16) == 1e9
+
+
+def test_a_slow_product_is_not_measured_for_minutes(monkeypatch):
+    clock, calls = [0.0], []
+
+    def run():
+        calls.append(1)
+        clock[0] += 2.0
+
+    monkeypatch.setattr(roofline.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(roofline.time, "perf_counter_ns", lambda: int(1e9 * clock[0]))
+    assert roofline._seconds(run, CPU, 11) == 2.0
+    assert len(calls) == 3

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -138,3 +140,14 @@ def test_a_device_that_is_not_there_is_refused(text):
 def test_a_backend_name_means_our_provider():
     names = runner.provider_names("cpu, torch,ours:triton,")
     assert names == ("ours:cpu", "torch", "ours:triton")
+
+
+def test_a_case_that_would_take_minutes_is_left_out_and_said_so(toy, providers, monkeypatch):
+    case = replace(toy(torch=providers["double"]), heavy=True)
+    slow = Roofline(CPU, 10e9, rates={torch.float32: case.flops / 100.0})
+    monkeypatch.setattr(Roofline, "measure", staticmethod(lambda device, quick: slow))
+    said = []
+    document = run([case], Options(CPU, quick=True), progress=said.append)
+    assert document.rows == [] and "100 s" in said[-1] and "left out" in said[-1]
+    for fine, roof in ((replace(case, heavy=False), slow), (case, ROOF)):
+        assert runner.too_slow(fine, Options(CPU), roof) == ""
