@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -94,14 +95,39 @@ def files(word: str) -> list[str]:
     return sorted(f"tests/ops/{name.name}" for name in names)
 
 
+def left_out_of(word: str) -> list[str]:
+    return [test for test in _LONG if test.startswith(tuple(files(word)))]
+
+
+def run_word(word: str) -> interpreter.Run:
+    options = [f"--deselect={test}" for test in left_out_of(word)]
+    # bfloat16 is refused there: the interpreter computes it wrongly.
+    return interpreter.run(files(word), "-k", "triton-cpu and not bfloat16", *options)
+
+
+@pytest.fixture(scope="module")
+def runs(request):
+    """A process for each selected word (none comes near the limit of a process), two at a time:
+    each has one thread. The longest come first."""
+    chosen = {
+        item.callspec.params["word"]
+        for item in request.session.items
+        if getattr(item, "originalname", "") == "test_the_ops_tests_pass_in_the_interpreter"
+    }
+    first = ("attention", "retrieve", "preprocess", "prune")
+    with ThreadPoolExecutor(2) as two:
+        yield {
+            word: two.submit(run_word, word)
+            for word in sorted(chosen, key=lambda word: (word not in first, word))
+        }
+        two.shutdown(cancel_futures=True)
+
+
 @pytest.mark.skipif(interpreter.ACTIVE, reason="this is the interpreter's process")
 @pytest.mark.parametrize("word", WORDS)
-def test_the_ops_tests_pass_in_the_interpreter(word):
-    """A process for each word: none comes near the limit of a process."""
-    left_out = [test for test in _LONG if test.startswith(tuple(files(word)))]
-    options = [f"--deselect={test}" for test in left_out]
-    # bfloat16 is refused there: the interpreter computes it wrongly.
-    ran = interpreter.run(files(word), "-k", "triton-cpu and not bfloat16", *options)
+def test_the_ops_tests_pass_in_the_interpreter(runs, word):
+    ran = runs[word].result()
+    left_out = left_out_of(word)
     failed = [f"{nodeid}\n{o.text}" for nodeid, o in ran.outcomes.items() if o.outcome == "failed"]
     assert not failed, "\n\n".join(failed)
     passed = [nodeid for nodeid, o in ran.outcomes.items() if o.outcome == "passed"]
