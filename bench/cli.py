@@ -115,7 +115,8 @@ def bench(
         document = runner.run(chosen, options, progress=_progress, each=keep)
     _clear()
     if not document.rows:
-        raise _fail("no case is left: see above")
+        left_out = "; ".join(f"{name}: {why}" for name, why in document.left_out.items())
+        raise _fail(f"no case is left ({left_out})")
     screen.end(document)
     try:
         if csv is not None:

@@ -29,7 +29,7 @@ class Screen:
     def case(self, rows: Sequence[Row]) -> None:
         """All rows of one case."""
         if self._console is None:
-            print("\n".join(_plain_case(rows)))
+            print("\n".join(_plain_case(rows)), flush=True)
             return
         from rich.markup import escape
         from rich.table import Table
@@ -52,7 +52,7 @@ class Screen:
 
     def _line(self, text: str, style: str | None = None) -> None:
         if self._console is None:
-            print(text)
+            print(text, flush=True)
         else:
             self._console.print(text, style=style, highlight=False, markup=False)
 
@@ -129,6 +129,8 @@ def _number(value: float | None) -> str:
 def summary_lines(document: Document) -> Iterator[str]:
     for (provider, cache), (mean, count) in document.geomeans().items():
         yield f"geomean of {count} ratios, {provider}, {cache}: {mean:.2f}x"
+    for name, reason in document.left_out.items():
+        yield f"left out: {name}: {reason}"
     if busy(document.environment):
         yield busy(document.environment)
     wrong = [row for row in document.rows if not row.match]

@@ -68,6 +68,8 @@ class Document:
     environment: dict[str, Any]
     roofline: dict[str, Any] = field(default_factory=dict)
     rows: list[Row] = field(default_factory=list)
+    #: Cases that would have taken this machine too long, and why.
+    left_out: dict[str, str] = field(default_factory=dict)
 
     @property
     def all_match(self) -> bool:
@@ -87,6 +89,7 @@ class Document:
             "environment": self.environment,
             "roofline": self.roofline,
             "rows": [_without_nan(asdict(row)) for row in self.rows],
+            "left_out": self.left_out,
         }
 
 
@@ -122,7 +125,7 @@ def read_json(path: Path) -> Document:
     for row in data["rows"]:
         row["error"] = float("nan") if row["error"] is None else row["error"]
         rows.append(Row(**row))
-    return Document(data["environment"], data["roofline"], rows)
+    return Document(data["environment"], data["roofline"], rows, data.get("left_out", {}))
 
 
 def append_csv(document: Document, path: Path) -> None:

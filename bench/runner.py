@@ -108,7 +108,7 @@ def run(
     document = Document(environment.collect(options.device))
     for case in cases:
         if reason := too_slow(case, options, roofline):
-            progress(f"{case.name}: left out, {reason}")
+            document.left_out[case.name] = reason
             continue
         progress(case.name)
         document.rows.extend(run_case(case, options, roofline))

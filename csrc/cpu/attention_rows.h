@@ -224,7 +224,7 @@ void attend_tile(TileRows& t, const float* q, int rows, const RowMask* mask, flo
       pair_rows(scores + j * kWidth, scores + (j + 1) * kWidth,
                 reinterpret_cast<uint32_t*>(scores + j / 2 * kWidth), kWidth);
   const auto* weights = reinterpret_cast<const Element*>(scores);
-  const int steps = keys / Dot::kPerElement * ((d + 2 * kLanes - 1) / (2 * kLanes));
+  const int steps = keys / Dot::kPerElement * passes_over(d);
   const int lines = (4 * t.next_v.left() + steps - 1) / steps;  // every fourth step asks
   for (int r = 0; r < rows;) {
     const int left = rows - r;

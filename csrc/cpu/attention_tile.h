@@ -214,9 +214,11 @@ VICO_INLINE void score_tile_by_rows(const float* q, const float* const* k, int k
       score_by_rows<kStep, kKeys>(q + r * n, k + j, n, s + j * 8 + r);
     }
   if constexpr (kKeys == 3)
-    for (; j < keys; ++j)
+    for (; j < keys; ++j) {
+      ahead->ask(lines);
       for (int r = 0; r < ROWS; r += kStep)
         score_by_rows<kStep, 1>(q + r * n, k + j, n, s + j * 8 + r);
+    }
 }
 #endif
 
@@ -302,6 +304,11 @@ VICO_INLINE void weigh(const typename Dot::Element* p, int p_stride, const float
       float* sums = o + r * o_stride + at + n * W;
       store(sums, load<F>(sums) * rescale[r] + acc[r][n]);
     }
+}
+
+// Passes of weigh_rows over the head dim, at least: each asks memory for its share.
+constexpr int passes_over(int d) {
+  return kLanes == 16 ? (d + 4 * kLanes - 1) / (4 * kLanes) : (d / kLanes + 2) / 3;
 }
 
 // All columns for ROWS rows: as many registers at once as leave room, then what is left.

@@ -36,7 +36,7 @@ VICO_INLINE Lanes<kLanes>::F load_lanes(const Half* at) {
   // The mask of all lanes: the plain intrinsic warns of its own undefined operand in GCC 12.
   const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at));
   return (Lanes<kLanes>::F)_mm512_maskz_cvtph_ps(static_cast<__mmask16>(0xffff), halves);
-#elif defined(__F16C__)
+#elif defined(__AVX2__) && defined(__F16C__)
   return (Lanes<kLanes>::F)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at)));
 #else
   alignas(64) float wide[8];

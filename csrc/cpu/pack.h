@@ -37,7 +37,7 @@ VICO_INLINE auto pack_lanes(Lanes<kLanes>::F v) {
 #if defined(__AVX512F__)
     return (Shorts)_mm512_maskz_cvtps_ph(static_cast<__mmask16>(0xffff), (__m512)v,
                                          _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-#elif defined(__F16C__)
+#elif defined(__AVX2__) && defined(__F16C__)
     return (Shorts)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #else
     alignas(64) float wide[kLanes];

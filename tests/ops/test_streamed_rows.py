@@ -12,6 +12,7 @@ from vicostream_kernels import (
     gather_rows,
     merge_rows,
     prune_tokens,
+    rope_append,
     select_changed,
 )
 
@@ -29,6 +30,33 @@ def rows_of(shape, dtype, seed):
     made[0, :8, :5] = torch.tensor([float("nan"), float("inf"), 6.5e4, 3.3e38, 3e-8])
     made[1, 3] *= 1e-7
     return made.to(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("width", [128, 80, 24])
+def test_append(dtype, width):
+    tokens, heads = 1100, 4 * (1056 // width)
+    q = rows_of((tokens, heads, width), dtype, 0)
+    assert q.numel() * q.element_size() > 4 << 20
+    k, v = torch.randn(2, tokens, 2, width).to(dtype)
+    inv_freq, sections = torch.rand(width // 2), [width // 2 - 8, 4, 4]
+    ids = torch.randint(0, 10_000, (3, tokens), dtype=torch.int32)
+    slots = torch.randperm(tokens).int()
+
+    def appended(pieces):
+        pages = torch.zeros(2, 11, 100, 2, width, dtype=dtype).unbind()
+        made = [
+            rope_append(
+                *(x[part] for x in (q, k, v)), ids[:, part], inv_freq, sections, *pages,
+                slots[part], backend="cpu",
+            )
+            for part in pieces
+        ]  # fmt: skip
+        return torch.cat(made), *pages
+
+    whole = appended([slice(0, tokens)])
+    for one, other in zip(whole, appended([slice(i, i + 50) for i in range(0, tokens, 50)])):
+        assert_same_bits(one, other)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
