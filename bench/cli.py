@@ -114,6 +114,8 @@ def bench(
     with runner.threads(threads):
         document = runner.run(chosen, options, progress=_progress, each=keep)
     _clear()
+    if json is not None:
+        results.write_json(document, json)  # with what was left out after the last case
     if not document.rows:
         left_out = "; ".join(f"{name}: {why}" for name, why in document.left_out.items())
         raise _fail(f"no case is left ({left_out})")

@@ -109,6 +109,7 @@ def run(
     for case in cases:
         if reason := too_slow(case, options, roofline):
             document.left_out[case.name] = reason
+            document.roofline = roofline.facts()
             continue
         progress(case.name)
         document.rows.extend(run_case(case, options, roofline))

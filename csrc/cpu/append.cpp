@@ -51,8 +51,10 @@ void rotate_lanes(const T* row, const Angles& angles, T* out, int half) {
     const int left = half - f;
     const F first = load_lanes(row + f, left), second = load_lanes(row + half + f, left);
     const F cosine = load<F>(angles.cosine + f), sine = load<F>(angles.sine + f);
-    put(out + f, first * cosine - second * sine, left);
-    put(out + half + f, second * cosine + first * sine, left);
+    F low, high;
+    rotate_pair(first, second, cosine, sine, &low, &high);
+    put(out + f, low, left);
+    put(out + half + f, high, left);
   }
 }
 

@@ -75,6 +75,15 @@ def test_a_case_is_shown_as_soon_as_it_is_done(call, monkeypatch):
     assert any(line.split()[:1] == ["ours:cpu"] for line in result.stdout.splitlines())
 
 
+def test_what_is_left_out_last_is_in_the_json(call, tmp_path, monkeypatch):
+    slow = lambda case, *_: "too slow" if case.name == "append/wrong" else ""  # noqa: E731
+    monkeypatch.setattr(runner, "too_slow", slow)
+    path = tmp_path / "r.json"
+    result = call("append", "--quick", "--device", "cpu", "--json", str(path))
+    assert result.exit_code == 0 and "left out: append/wrong: too slow" in result.stdout
+    assert json.loads(path.read_text())["left_out"] == {"append/wrong": "too slow"}
+
+
 def test_a_wrong_provider_is_exit_code_1_and_no_speed(call, tmp_path):
     done = call("append/wrong", "--device", "cpu", "--quick", "--json", str(tmp_path / "r.json"))
     assert done.exit_code == 1

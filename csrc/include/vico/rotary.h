@@ -44,9 +44,9 @@ VICO_INLINE int rotary_axis(int f, int t_section, int h_section) {
   return f < t_section ? 0 : (f < t_section + h_section ? 1 : 2);
 }
 
-// rotate_half on one pair of channels (f, f + d/2).
-VICO_INLINE void rotate_pair(float first, float second, float cosine, float sine, float* out_first,
-                             float* out_second) {
+// rotate_half on one pair of channels (f, f + d/2), or on a vector of them.
+template <typename F>
+VICO_INLINE void rotate_pair(F first, F second, F cosine, F sine, F* out_first, F* out_second) {
   *out_first = first * cosine - second * sine;
   *out_second = second * cosine + first * sine;
 }

@@ -1,0 +1,90 @@
+// What a piece of attention is about, and the memory of a thread that does it.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <memory>
+
+#include "cpu/attention_tile.h"
+#include "vico/rotary.h"
+
+namespace vico {
+namespace VICO_ISA {
+
+constexpr int kGroupRows = 128;
+
+// Rows [row0, row0 + rows) of each KV head, row = query * share + head, and the keys they may see.
+struct Work {
+  int64_t row0;
+  int rows;
+  int64_t share;
+  int64_t first_query;  // logical position of query 0
+  int64_t sinks, window, start;
+  bool causal;
+  int64_t begin, end;  // logical keys that this piece of work is about
+  float scale;
+  int d;
+
+  int64_t query(int row) const { return (row0 + row) / share; }
+  int64_t last_seen(int row) const { return causal ? first_query + query(row) : end - 1; }
+  int64_t first_seen(int row) const {
+    return std::max(start, causal ? first_query + query(row) - window + 1 : 0);
+  }
+};
+
+// Floats for one call, kept by the calling thread for its next one unless they are many.
+struct Memory {
+  static constexpr int64_t kKept = 1 << 22;
+  explicit Memory(int64_t floats) {
+    static thread_local std::unique_ptr<float[]> kept;
+    static thread_local int64_t size = 0;
+    if (floats > kKept) {
+      own.reset(new float[floats]);
+      at = own.get();
+      return;
+    }
+    if (floats > size) {
+      kept.reset();
+      size = 0;  // should the next line throw
+      kept.reset(new float[floats]);
+      size = floats;
+    }
+    at = kept.get();
+  }
+  std::unique_ptr<float[]> own;
+  float* at;
+};
+
+// Memory of one thread.
+struct Scratch {
+  float* q;       // [kGroupRows * d], block by block [d][width]
+  float* o;       // [kGroupRows, d]
+  float* scores;  // [kTileKeys, 32]
+  float* k;       // [kTileKeys, d], where keys must be converted or rotated
+  float* v;       // [kTileKeys, d]
+  float* rows;    // [3, kGroupRows]
+  float* angles;  // [2, kMaxHalfDim]
+
+  static int64_t floats(int d) {
+    return int64_t{d} * (2 * kGroupRows + 2 * kTileKeys) + 32 * kTileKeys + 3 * kGroupRows +
+           2 * kMaxHalfDim;
+  }
+  explicit Scratch(float* at, int d) {
+    const auto take = [&at](int64_t floats) {
+      float* taken = at;
+      at += floats;
+      return taken;
+    };
+    q = take(int64_t{kGroupRows} * d);
+    o = take(int64_t{kGroupRows} * d);
+    k = take(int64_t{kTileKeys} * d);
+    v = take(int64_t{kTileKeys} * d);
+    scores = take(32 * kTileKeys);
+    rows = take(3 * kGroupRows);
+    angles = take(2 * kMaxHalfDim);
+  }
+  RowState state() const { return {rows, rows + kGroupRows, rows + 2 * kGroupRows}; }
+};
+
+}  // namespace VICO_ISA
+}  // namespace vico
