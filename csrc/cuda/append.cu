@@ -102,31 +102,75 @@ __global__ void __launch_bounds__(kThreads) rope_append_kernel(const AppendArgs 
   }
 }
 
-// The summary row of token n, or -1.
-__device__ __forceinline__ int block_of_token(const AppendArgs& a, int64_t n) {
-  const int64_t slot = a.slots[n * a.slots_token];
-  if (slot < 0 || slot >= a.pages * a.page_size) return -1;
-  const int block = a.block_of_page[slot / a.page_size];
-  return block >= 0 && block < a.blocks ? block : -1;
+// Where a token was written, and the summary row of its block; block -1: none.
+struct Place {
+  int page, offset, block;
+};
+
+__device__ __forceinline__ Place place_of_token(const AppendArgs& a, int64_t n) {
+  Place at{0, 0, -1};
+  if (n < 0 || n >= a.tokens) return at;
+  const int32_t slot = a.slots[n * a.slots_token];
+  if (slot < 0 || slot >= a.pages * a.page_size) return at;
+  // Slots have 31 bits: a division of 64 takes as long as the read that it is for.
+  const unsigned size = static_cast<unsigned>(min(a.page_size, int64_t{0x80000000}));
+  at.page = static_cast<int>(static_cast<unsigned>(slot) / size);
+  at.offset = static_cast<int>(static_cast<unsigned>(slot) % size);
+  const int block = a.block_of_page[at.page];
+  if (block >= 0 && block < a.blocks) at.block = block;
+  return at;
 }
+
+constexpr int kSummaryWarps = 4;
+constexpr int kAhead = 16;  // keys whose reads are under way together
+
+// The bounds of one part of a block, in registers until the tokens leave the part.
+struct Bounds {
+  const AppendArgs& a;
+  int64_t block, g;
+  int channel;
+  int part = -1;
+  float low = 0.0f, high = 0.0f;
+
+  __device__ __forceinline__ float* low_at() const {
+    return a.kmin + block * a.min_block + part * a.min_sub + g * a.min_kv + channel;
+  }
+  __device__ __forceinline__ float* high_at() const {
+    return a.kmax + block * a.max_block + part * a.max_sub + g * a.max_kv + channel;
+  }
+  __device__ __forceinline__ void leave() const {
+    if (part < 0) return;
+    *low_at() = low;
+    *high_at() = high;
+  }
+  __device__ __forceinline__ void take(int of_part, float key) {
+    if (of_part != part) {
+      leave();
+      part = of_part;
+      low = *low_at();
+      high = *high_at();
+    }
+    low = bound_min(low, key);
+    high = bound_max(high, key);
+  }
+};
 
 // One warp per (token, KV head, 32 channels); the warp of a block's first token does that block's
 // whole update, tokens in order, so there is one writer and one order of additions. It reads each
-// stored key of the call once; the search for the first token reads N slots from L2.
+// stored key of the call once, many at a time: their reads are what it waits for. Most others find
+// their block among the 32 tokens before.
 template <typename T>
-__global__ void __launch_bounds__(kWarp) summarize_kernel(const AppendArgs a) {
-  const int64_t pieces = (a.head_dim + kWarp - 1) / kWarp;
-  const int64_t n = blockIdx.x / (a.kv_heads * pieces);
-  const int64_t g = blockIdx.x / pieces % a.kv_heads;
-  const int lane = threadIdx.x;
-  const int channel = static_cast<int>(blockIdx.x % pieces) * kWarp + lane;
+__global__ void __launch_bounds__(kSummaryWarps* kWarp, 5) summarize_kernel(const AppendArgs a) {
+  const int64_t pieces = (a.head_dim + kWarp - 1) / kWarp, warps = a.kv_heads * pieces;
+  const int64_t item = int64_t{blockIdx.x} * kSummaryWarps + threadIdx.x / kWarp;
+  const int64_t n = item / warps, g = item % warps / pieces;
+  const int lane = threadIdx.x % kWarp;
+  const int channel = static_cast<int>(item % pieces) * kWarp + lane;
   const bool active = channel < a.head_dim;
-  const int block = block_of_token(a, n);
+  const int block = place_of_token(a, n).block;
   if (block < 0) return;
-  for (int64_t start = 0; start < n; start += kWarp) {
-    const int64_t m = start + lane;
-    if (__any_sync(~0u, m < n && block_of_token(a, m) == block)) return;
-  }
+  for (int64_t stop = n; stop > 0; stop -= kWarp)
+    if (__any_sync(kAllLanes, place_of_token(a, stop - 1 - lane).block == block)) return;
 
   float sum = 0.0f;
   int count = 0;
@@ -135,32 +179,40 @@ __global__ void __launch_bounds__(kWarp) summarize_kernel(const AppendArgs a) {
     sum_out = a.sum + block * a.sum_block + g * a.sum_kv + channel;
     sum = *sum_out;
   }
+  Bounds bounds{a, block, g, channel};
+  const T* const keys = a.summary_raw ? static_cast<const T*>(a.k) + g * a.k_head + channel
+                                      : static_cast<const T*>(a.k_pages) + g * a.k_kv + channel;
+  Place next = place_of_token(a, n + lane);
   for (int64_t start = n; start < a.tokens; start += kWarp) {
-    const int64_t m = start + lane;
-    unsigned same = __ballot_sync(~0u, m < a.tokens && block_of_token(a, m) == block);
+    const Place place = next;
+    next = place_of_token(a, start + kWarp + lane);
+    const int64_t mine = a.summary_raw ? (start + lane) * a.k_token
+                                       : place.page * a.k_page + place.offset * a.k_slot;
+    const int my_part =
+        a.kmin == nullptr ? 0 : static_cast<int>(place.offset * a.sub / a.page_size);
+    unsigned same = __ballot_sync(kAllLanes, place.block == block);
     count += __popc(same);
     while (same != 0) {
-      const int64_t token = start + __ffs(same) - 1;
-      same &= same - 1;
-      if (!active) continue;
-      const int64_t slot = a.slots[token * a.slots_token];
-      const int64_t page = slot / a.page_size, offset = slot - page * a.page_size;
-      const T* stored =
-          a.summary_raw
-              ? static_cast<const T*>(a.k) + token * a.k_token + g * a.k_head
-              : static_cast<const T*>(a.k_pages) + page * a.k_page + offset * a.k_slot + g * a.k_kv;
-      const float key = to_float(stored[channel]);
-      sum += key;
-      if (a.kmin != nullptr) {
-        const int64_t part = offset * a.sub / a.page_size;
-        float* low = a.kmin + block * a.min_block + part * a.min_sub + g * a.min_kv + channel;
-        float* high = a.kmax + block * a.max_block + part * a.max_sub + g * a.max_kv + channel;
-        *low = bound_min(*low, key);
-        *high = bound_max(*high, key);
+      float key[kAhead];
+      unsigned left = same;
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i) {
+        const int64_t at = __shfl_sync(kAllLanes, mine, left == 0 ? 0 : __ffs(left) - 1);
+        key[i] = left != 0 && active ? to_float(keys[at]) : 0.0f;
+        left &= left - 1;
+      }
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i) {
+        if (same == 0) break;
+        const int part = __shfl_sync(kAllLanes, my_part, __ffs(same) - 1);
+        same &= same - 1;
+        sum += key[i];
+        if (a.kmin != nullptr && active) bounds.take(part, key[i]);
       }
     }
   }
   if (sum_out != nullptr) *sum_out = sum;
+  if (active) bounds.leave();
   if (a.count != nullptr && g == 0 && channel == 0) a.count[block] += count;
 }
 
@@ -186,7 +238,9 @@ cudaError_t append(const AppendArgs& a, cudaStream_t stream) {
   const cudaError_t status = launch(kernel, a.tokens, kThreads, 0, stream, a);
   if (status != cudaSuccess || a.block_of_page == nullptr) return status;
   const int64_t pieces = (a.head_dim + kWarp - 1) / kWarp;
-  return launch(summarize_kernel<T>, a.tokens * a.kv_heads * pieces, kWarp, 0, stream, a);
+  const int64_t warps = a.tokens * a.kv_heads * pieces;
+  return launch(summarize_kernel<T>, (warps + kSummaryWarps - 1) / kSummaryWarps,
+                kSummaryWarps * kWarp, 0, stream, a);
 }
 
 }  // namespace

@@ -63,9 +63,10 @@ def test_matches_the_reference(where, dtype, d, sections):
 @pytest.mark.parametrize("where", BACKENDS)
 @pytest.mark.parametrize("source", ["rotated", "raw"])
 @pytest.mark.parametrize("kind", ["mean", "minmax", "both"])
-def test_summaries_are_those_of_the_stored_keys(where, source, kind):
+@pytest.mark.parametrize(("n", "pages"), ((11, 5), (90, 40)))  # few; more than a warp looks at
+def test_summaries_are_those_of_the_stored_keys(where, source, kind, n, pages):
     backend, device = where
-    call = Call(n=11, dtype=torch.float16, device=device, source=source, kind=kind)
+    call = Call(n=n, pages=pages, dtype=torch.float16, device=device, source=source, kind=kind)
     call.run(backend)
     stored = (call.k_pages if source == "rotated" else call.raw_k_pages).cpu().float()
     sums = torch.zeros(3, 2, 16)
