@@ -6,7 +6,9 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <map>
 #include <mutex>
+#include <utility>
 
 #include "vico/dtype.h"
 
@@ -30,23 +32,33 @@ __device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float x) {
   return __float2bfloat16_rn(x);
 }
 
+// More shared memory than 48 KiB, static memory included, has to be asked for: of a kernel on a
+// device rather than for a launch. A captured graph launches later, another thread at any time, so
+// what a kernel may have never becomes less.
+inline cudaError_t allow_shared(const void* kernel, size_t bytes) {
+  if (bytes <= 32 * 1024) return cudaSuccess;
+  static std::mutex asking;
+  static std::map<std::pair<const void*, int>, size_t> allowed;
+  int device = 0;
+  cudaError_t status = cudaGetDevice(&device);
+  if (status != cudaSuccess) return status;
+  const std::lock_guard<std::mutex> alone(asking);
+  size_t& most = allowed[{kernel, device}];
+  if (bytes <= most) return cudaSuccess;
+  status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                static_cast<int>(bytes));
+  if (status == cudaSuccess) most = bytes;
+  return status;
+}
+
 // Blocks lie along x alone, which takes 2^31 - 1 of them; y and z end at 65,535.
 template <typename... Parameters, typename... Arguments>
 cudaError_t launch(void (*kernel)(Parameters...), int64_t blocks, int threads, size_t shared,
                    cudaStream_t stream, const Arguments&... arguments) {
   if (blocks <= 0) return cudaSuccess;
   if (blocks > 0x7fffffff) return cudaErrorInvalidConfiguration;
-  // With static shared memory more than 48 KiB has to be asked for, of the kernel rather than for
-  // the launch: another thread must not ask for less in between.
-  static std::mutex asking;
-  std::unique_lock<std::mutex> alone(asking, std::defer_lock);
-  if (shared > 32 * 1024) {
-    alone.lock();
-    const cudaError_t status =
-        cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                             cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
-    if (status != cudaSuccess) return status;
-  }
+  const cudaError_t status = allow_shared(reinterpret_cast<const void*>(kernel), shared);
+  if (status != cudaSuccess) return status;
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(blocks));
   config.blockDim = dim3(static_cast<unsigned>(threads));

@@ -143,6 +143,10 @@ inline cudaError_t cudaGetLastError() {
 inline const char* cudaGetErrorString(cudaError_t status) {
   return status == cudaErrorUnknown ? emulator::last_error() : "invalid launch";
 }
+inline cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
 inline cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int bytes) {
   if (bytes > 99 * 1024) return cudaErrorInvalidValue;  // of the smallest devices that we serve
   emulator::allow(kernel, static_cast<size_t>(bytes));
