@@ -46,25 +46,30 @@ __global__ void __launch_bounds__(Plan<T, kHead>::kThreads, Plan<T, kHead>::kBlo
   const AttentionArgs& a = p.a;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
 
-  // Groups side by side: their keys are neighbours in memory.
-  int64_t block = blockIdx.x;
-  const int group = static_cast<int>(block % p.groups);
-  block /= p.groups;
-  const int run = static_cast<int>(block % p.runs);
-  block /= p.runs;
-  const int first_tile = static_cast<int>(block % p.row_tiles);
-  const int64_t stream = block / p.row_tiles;
+  // Groups side by side: their keys are neighbours in memory. Divisions of 32 bits: those of 64
+  // take as long as the reads that wait for them.
+  unsigned block = blockIdx.x;
+  const int group = static_cast<int>(block % static_cast<unsigned>(p.groups));
+  block /= static_cast<unsigned>(p.groups);
+  const int run = static_cast<int>(block % static_cast<unsigned>(p.runs));
+  block /= static_cast<unsigned>(p.runs);
+  const int first_tile = static_cast<int>(block % static_cast<unsigned>(p.row_tiles));
+  const int64_t stream = block / static_cast<unsigned>(p.row_tiles);
 
-  const shared::Rows stream_rows = rows_of(a, stream);
-  if (stream_rows.count == 0) return;
-  const int queries = static_cast<int>(stream_rows.count);
-  int most = static_cast<int>(a.entries * a.page_size);
-  if (a.kv_len != nullptr) most = min(most, max(a.kv_len[stream * a.len_stride], 0));
-  // Run 0 goes on: it tells the combination how many keys there are.
-  if (run > 0 && run >= shared::most_runs(shared::granules_of(most))) return;
-
+  // What comes before the first keys is a chain of reads: whatever can be asked for now, is.
   const int x = table_of(p, group);
   const int32_t* table = a.page_table + stream * a.table_stream + x * a.table_head;
+  TableScan<P::kThreads>::prefetch(a, table);
+  const Rule rule = rule_of(p, stream);
+  const shared::Rows stream_rows = rows_of(a, stream);
+  int most = static_cast<int>(a.entries * a.page_size);
+  if (a.kv_len != nullptr) most = min(most, max(a.kv_len[stream * a.len_stride], 0));
+  // Run 0 goes on: it tells the combination how many keys there are. No `||`: it would wait for
+  // the rows before it asks for the length.
+  const bool beyond = run > 0 && run >= shared::most_runs(shared::granules_of(most));
+  if ((stream_rows.count == 0) | beyond) return;
+  const int queries = static_cast<int>(stream_rows.count);
+
   Cursor* const cursors = reinterpret_cast<Cursor*>(memory + P::kCursorsAt);
   if (threadIdx.x <= P::kWarps) cursors[threadIdx.x] = {static_cast<int>(a.entries), 0};
   const TableScan<P::kThreads> scan(a, table, reinterpret_cast<int*>(memory + P::kSumsAt));
@@ -72,7 +77,6 @@ __global__ void __launch_bounds__(Plan<T, kHead>::kThreads, Plan<T, kHead>::kBlo
   if (run == 0 && first_tile == 0 && threadIdx.x == 0 && (a.tables > 1 || group == 0))
     p.totals[stream * a.tables + x] = keys;
 
-  const Rule rule = rule_of(p, stream);
   const Visible visible = shared::visible_keys(rule, keys, queries);
   const int each = shared::granules_of_run(visible.granules);
   const int from = run * each * shared::kGranule;
@@ -94,13 +98,14 @@ __global__ void __launch_bounds__(Plan<T, kHead>::kThreads, Plan<T, kHead>::kBlo
       rule.lowest(keys - queries, keys),
       share(warp),
       share(warp + 1),
-      static_cast<int>(group * a.kv_heads / p.groups),
+      group / (p.groups / static_cast<int>(a.kv_heads)),
       lane,
       memory + warp * (P::kStages * 2 * P::kTileBytes),
       reinterpret_cast<RowAt*>(memory + P::kRowsAt) + warp * kTileKeys,
       reinterpret_cast<int*>(memory + P::kEntriesAt) + warp * P::kStages * kTileKeys,
       cursors[warp],
       cursors[P::kWarps],
+      Lanes(a.head_dim / (kChunk / static_cast<int>(sizeof(T))), lane),
       {}};
   const int32_t* shifts =
       a.page_shift == nullptr ? nullptr : a.page_shift + stream * a.shift_stream + x * a.shift_head;
@@ -110,15 +115,16 @@ __global__ void __launch_bounds__(Plan<T, kHead>::kThreads, Plan<T, kHead>::kBlo
 #pragma unroll 1
   for (int tile = first_tile; tile * kRows < rows; tile += p.row_tiles) {
     const RowTile row_tile{a,     stream_rows.start, tile * kRows, rows, p.per_group,
-                           group, keys - queries};
-    Work work;
-    work.start(row_tile, memory + P::kPipeline, memory + P::kWarpAt + warp * Work::kWarpBytes,
-               lane);
+                           group, keys - queries,    p.pairs};
+    // The keys first: the queries come while these are under way.
 #pragma unroll
     for (int n = 0; n < P::kStages - 1; ++n) {
       pipeline.fetch(n, n);
       ptx::copy_async_commit();
     }
+    Work work;
+    work.start(row_tile, memory + P::kPipeline, memory + P::kWarpAt + warp * Work::kWarpBytes,
+               lane);
     // No row of the tile stands before or behind these: keys in between need no mask.
     const int first_position = keys - queries + tile * kRows / p.per_group;
     const int last_position =
@@ -294,6 +300,10 @@ bool rows_aligned(const AttentionArgs& a, int64_t bytes) {
          reinterpret_cast<uintptr_t>(a.v_pages) % kChunk == 0;
 }
 
+bool in_pairs(const AttentionArgs& a) {
+  return a.q_token % 2 == 0 && a.q_head % 2 == 0 && reinterpret_cast<uintptr_t>(a.q) % 4 == 0;
+}
+
 template <typename T, int kHead>
 cudaError_t launch_split(const DecodeArgs& p, cudaStream_t stream) {
   using P = Plan<T, kHead>;
@@ -330,6 +340,7 @@ const char* sink_window_attention_cuda(const AttentionArgs& a, void* workspace, 
   p.sink_tokens = static_cast<int>(clamped(a.sink_tokens, slots));
   p.window = static_cast<int>(clamped(a.window, shared::kMaxPosition - a.queries));
   p.scale = a.sm_scale * kLog2E;
+  p.pairs = in_pairs(a);
   p.row_tiles = static_cast<int>(clamped(rows_hint < 1 ? 1 : rows_hint, a.queries) * p.per_group);
   const cudaStream_t on = static_cast<cudaStream_t>(stream);
   const cudaError_t status = with_type(a.dtype, [&](auto zero) {

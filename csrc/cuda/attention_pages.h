@@ -1,6 +1,7 @@
 // How decode finds its keys: a table's entries -> logical keys -> pages and offsets.
 #pragma once
 
+#include "cuda/ptx.h"
 #include "cuda/warp.h"
 #include "vico/attention.h"
 #include "vico/decode.h"
@@ -34,9 +35,17 @@ struct TableScan {
   int before, mine;  // logical keys before them and in them
   int total;
 
+  static __device__ __forceinline__ int stretch(const AttentionArgs& a) {
+    return static_cast<int>((a.entries + kThreads - 1) / kThreads);
+  }
+  static __device__ __forceinline__ void prefetch(const AttentionArgs& a, const int32_t* table) {
+    const int64_t e = int64_t{threadIdx.x} * stretch(a);
+    if (e < a.entries) ptx::prefetch(table + e * a.table_entry);
+  }
+
   // `sums` [kThreads / kWarp] is shared memory; ends with a barrier between writing and reading it.
   __device__ __forceinline__ TableScan(const AttentionArgs& a, const int32_t* table, int* sums) {
-    const int each = static_cast<int>((a.entries + kThreads - 1) / kThreads);
+    const int each = stretch(a);
     const int entries = static_cast<int>(a.entries), lane = threadIdx.x % kWarp;
     first = min(static_cast<int>(threadIdx.x) * each, entries);
     last = min(first + each, entries);

@@ -22,6 +22,7 @@ struct DecodeArgs {
   int sink_tokens, window;
   float scale;   // to base 2
   bool aligned;  // K and V rows stand at multiples of 16 bytes
+  bool pairs;    // see RowTile
 };
 
 // Where a key's row of channels starts, in elements; k -1: the key is not read.
@@ -41,7 +42,7 @@ struct Plan {
                                       : (kHead <= 128 ? 4 : 2);
   static constexpr int kStages = kWide || kHead == 256 ? 2 : kHead == 128 ? 3 : 4;
   static constexpr int kThreads = kWarps * kWarp;
-  static constexpr int kBlocks = kHead <= 64 ? 3 : 2;  // a multiprocessor, by their registers
+  static constexpr int kBlocks = kHead <= 64 && !kWide ? 3 : 2;  // a multiprocessor, by registers
   static constexpr int kTileBytes = kTileKeys * kHead * static_cast<int>(sizeof(T));
 
   static constexpr int kPipeline = kWarps * kStages * 2 * kTileBytes;
@@ -69,6 +70,20 @@ __device__ __forceinline__ uint4 gather_16(const T* from) {
   return make_uint4(two(0), two(2), two(4), two(6));
 }
 
+// Lanes take the chunks of a tile one after the other, a pair of chunks at least per row: an odd
+// number of eights of channels is filled up with zeros for the tensor cores.
+struct Lanes {
+  int chunks;  // of a row
+  int key, chunk, key_step, chunk_step;
+
+  __device__ __forceinline__ Lanes(int there, int lane)
+      : chunks((there + 1) / 2 * 2),
+        key(lane / chunks),
+        chunk(lane % chunks),
+        key_step(kWarp / chunks),
+        chunk_step(kWarp % chunks) {}
+};
+
 // One warp's share of a run: fetches its keys' tiles in order, some ahead of their use.
 template <typename T, int kHead>
 struct Pipeline {
@@ -84,6 +99,7 @@ struct Pipeline {
   RowAt* rows;   // [kTileKeys]
   int* entries;  // [kStages, kTileKeys]: table entries, -1 where there is no key
   Cursor opening, seam;
+  Lanes lanes;
   Walker walker;
 
   __device__ __forceinline__ char* tile(int stage, int which) const {
@@ -112,35 +128,50 @@ struct Pipeline {
       entries[stage * kTileKeys + lane] = page >= 0 ? entry : -1;
     }
     __syncwarp();
-    // Lanes take the chunks of the tile one after the other, a pair of chunks at least per row:
-    // an odd number of eights of channels is filled up with zeros for the tensor cores.
-    constexpr int kElements = kChunk / sizeof(T);
-    const T* const k = static_cast<const T*>(a.k_pages) + kv_head * a.k_kv;
-    const T* const v = static_cast<const T*>(a.v_pages) + kv_head * a.v_kv;
-    const int there = a.head_dim / kElements, chunks = (there + 1) / 2 * 2;
-    int key = lane / chunks, chunk = lane % chunks;
-    const int key_step = kWarp / chunks, chunk_step = kWarp % chunks;
-    for (int i = 0; i < chunks / 2; ++i) {
-      const RowAt at = rows[key];
-      const bool read = at.k >= 0 && chunk < there;
-      copy(chunk_at<T, kHead>(tile(stage, 0), key, chunk), read ? k + at.k + chunk * kElements : k,
-           read);
-      copy(chunk_at<T, kHead>(tile(stage, 1), key, chunk), read ? v + at.v + chunk * kElements : v,
-           read);
-      key += key_step;
-      chunk += chunk_step;
-      if (chunk >= chunks) {
-        chunk -= chunks;
-        ++key;
-      }
-    }
+    if (p.aligned)
+      copy_tile(stage, [](char* to, const T* from, bool read) {
+        ptx::copy_async_16(to, from, read ? 16 : 0);
+      });
+    else
+      copy_tile(stage, [](char* to, const T* from, bool read) {
+        *reinterpret_cast<uint4*>(to) = read ? gather_16(from) : make_uint4(0, 0, 0, 0);
+      });
   }
 
-  __device__ __forceinline__ void copy(char* to, const T* from, bool read) const {
-    if (p.aligned) {
-      ptx::copy_async_16(to, from, read ? 16 : 0);
-    } else {
-      *reinterpret_cast<uint4*>(to) = read ? gather_16(from) : make_uint4(0, 0, 0, 0);
+  template <typename Copy>
+  __device__ __forceinline__ void copy_tile(int stage, Copy&& copy) const {
+    constexpr int kElements = kChunk / sizeof(T);
+    constexpr int kTogether = P::kWide ? 2 : 4;  // places that are read before the first copy
+    const AttentionArgs& a = p.a;
+    const T* const k = static_cast<const T*>(a.k_pages) + kv_head * a.k_kv;
+    const T* const v = static_cast<const T*>(a.v_pages) + kv_head * a.v_kv;
+    const int there = a.head_dim / kElements;
+    int key = lanes.key, chunk = lanes.chunk;
+    for (int i = 0; i < lanes.chunks / 2; i += kTogether) {
+      RowAt at[kTogether];
+      int keys[kTogether], at_chunk[kTogether];
+#pragma unroll
+      for (int j = 0; j < kTogether; ++j) {
+        keys[j] = key;
+        at_chunk[j] = chunk;
+        at[j] = rows[i + j < lanes.chunks / 2 ? key : 0];
+        key += lanes.key_step;
+        chunk += lanes.chunk_step;
+        if (chunk >= lanes.chunks) {
+          chunk -= lanes.chunks;
+          ++key;
+        }
+      }
+#pragma unroll
+      for (int j = 0; j < kTogether; ++j) {
+        if (i + j >= lanes.chunks / 2) break;
+        const bool read = at[j].k >= 0 && at_chunk[j] < there;
+        const int channel = at_chunk[j] * kElements;
+        copy(chunk_at<T, kHead>(tile(stage, 0), keys[j], at_chunk[j]),
+             read ? k + at[j].k + channel : k, read);
+        copy(chunk_at<T, kHead>(tile(stage, 1), keys[j], at_chunk[j]),
+             read ? v + at[j].v + channel : v, read);
+      }
     }
   }
 

@@ -38,6 +38,7 @@ struct RowTile {
   int first, rows;    // of the tile, in the stream's queries * per_group
   int per_group, group;
   int before;  // logical keys before the stream's first query; negative where there are too few
+  bool pairs;  // 16-bit elements of the queries stand two by two at multiples of 4 bytes
 
   __device__ __forceinline__ bool live(int row) const { return first + row < rows; }
   __device__ __forceinline__ int position(int row) const {
@@ -63,6 +64,9 @@ struct Fold {
   // The queries stay in registers, or in shared memory where the sums leave no room for them; there
   // each lane's part of a step stands together.
   static constexpr bool kInRegisters = kHead <= 128;
+  // Steps whose keys or values are read before the first product: each read takes as long as a
+  // product, and few warps stand by.
+  static constexpr int kTogether = kInRegisters ? 4 : 1;
   // Of shared memory beside the pipeline, for the block and for each warp.
   static constexpr int kBlockBytes = kInRegisters ? 0 : kSteps * kWarp * 16, kWarpBytes = 0;
 
@@ -84,23 +88,28 @@ struct Fold {
       top[i] = kNothing;
       total[i] = 0.0f;
     }
-    const auto load = [&](int k, int i) -> uint32_t {
-      const int c = 16 * k + 2 * (lane % 4) + 8 * (i / 2);
-      if (!live[i % 2] || c >= rows.a.head_dim) return 0;
-      return at[i % 2][c] | static_cast<uint32_t>(at[i % 2][c + 1]) << 16;
-    };
     shared_q = reinterpret_cast<const uint4*>(block) + lane;
-    if constexpr (kInRegisters) {
+    const auto load_all = [&](const auto& two_at) {
+      const auto load = [&](int k, int i) -> uint32_t {
+        const int c = 16 * k + 2 * (lane % 4) + 8 * (i / 2);
+        return live[i % 2] && c < rows.a.head_dim ? two_at(at[i % 2] + c) : 0;
+      };
+      if constexpr (kInRegisters) {
 #pragma unroll
-      for (int k = 0; k < kSteps; ++k)
+        for (int k = 0; k < kSteps; ++k)
 #pragma unroll
-        for (int i = 0; i < 4; ++i) q[k][i] = load(k, i);
-    } else {
-      for (int k = threadIdx.x / kWarp; k < kSteps; k += blockDim.x / kWarp)
-        reinterpret_cast<uint4*>(block)[k * kWarp + lane] =
-            make_uint4(load(k, 0), load(k, 1), load(k, 2), load(k, 3));
-      __syncthreads();
-    }
+          for (int i = 0; i < 4; ++i) q[k][i] = load(k, i);
+      } else {
+        for (int k = threadIdx.x / kWarp; k < kSteps; k += blockDim.x / kWarp)
+          reinterpret_cast<uint4*>(block)[k * kWarp + lane] =
+              make_uint4(load(k, 0), load(k, 1), load(k, 2), load(k, 3));
+      }
+    };
+    if (rows.pairs)
+      load_all([](const uint16_t* x) { return *reinterpret_cast<const uint32_t*>(x); });
+    else
+      load_all([](const uint16_t* x) { return x[0] | static_cast<uint32_t>(x[1]) << 16; });
+    if constexpr (!kInRegisters) __syncthreads();
 #pragma unroll
     for (int n = 0; n < kHead / 8; ++n)
 #pragma unroll
@@ -114,18 +123,26 @@ struct Fold {
     const int matrix = lane / 8, matrix_row = lane % 8;
     float score[2][4] = {};
 #pragma unroll
-    for (int k = 0; k < kSteps; ++k) {
-      if (16 * k >= head_dim) break;
-      if constexpr (!kInRegisters) {
-        const uint4 x = shared_q[k * kWarp];
-        q[0][0] = x.x, q[0][1] = x.y, q[0][2] = x.z, q[0][3] = x.w;
+    for (int from = 0; from < kSteps; from += kTogether) {
+      if (16 * from >= head_dim) break;
+      uint32_t b[kTogether][4];
+#pragma unroll
+      for (int j = 0; j < kTogether; ++j)
+        if (16 * (from + j) < head_dim)
+          ptx::load_matrices(b[j], chunk_at<T, kHead>(keys, matrix / 2 * 8 + matrix_row,
+                                                      2 * (from + j) + matrix % 2));
+#pragma unroll
+      for (int j = 0; j < kTogether; ++j) {
+        const int k = from + j;
+        if (16 * k >= head_dim) break;
+        if constexpr (!kInRegisters) {
+          const uint4 x = shared_q[k * kWarp];
+          q[0][0] = x.x, q[0][1] = x.y, q[0][2] = x.z, q[0][3] = x.w;
+        }
+        const uint32_t (&a)[4] = q[kInRegisters ? k : 0];
+        ptx::multiply_add<T>(score[0], a, b[j][0], b[j][1]);
+        ptx::multiply_add<T>(score[1], a, b[j][2], b[j][3]);
       }
-      const uint32_t (&a)[4] = q[kInRegisters ? k : 0];
-      uint32_t b[4];
-      ptx::load_matrices(b,
-                         chunk_at<T, kHead>(keys, matrix / 2 * 8 + matrix_row, 2 * k + matrix % 2));
-      ptx::multiply_add<T>(score[0], a, b[0], b[1]);
-      ptx::multiply_add<T>(score[1], a, b[2], b[3]);
     }
     float most[2] = {kNothing, kNothing};
 #pragma unroll
@@ -160,17 +177,25 @@ struct Fold {
         weights[2 * n + i] = pack(from_float<T>(w0), from_float<T>(w1));
       }
 #pragma unroll
-    for (int n = 0; n < kHead / 16; ++n) {
-      if (16 * n >= head_dim) break;
-      uint32_t b[4];
-      ptx::load_matrices_transposed(
-          b, chunk_at<T, kHead>(values, matrix % 2 * 8 + matrix_row, 2 * n + matrix / 2));
+    for (int from = 0; from < kSteps; from += kTogether) {
+      if (16 * from >= head_dim) break;
+      uint32_t b[kTogether][4];
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        float (&s)[4] = sum[2 * n + half];
+      for (int j = 0; j < kTogether; ++j)
+        if (16 * (from + j) < head_dim)
+          ptx::load_matrices_transposed(
+              b[j],
+              chunk_at<T, kHead>(values, matrix % 2 * 8 + matrix_row, 2 * (from + j) + matrix / 2));
 #pragma unroll
-        for (int i = 0; i < 4; ++i) s[i] *= shrink[i / 2];
-        ptx::multiply_add<T>(s, weights, b[2 * half], b[2 * half + 1]);
+      for (int j = 0; j < kTogether; ++j) {
+        if (16 * (from + j) >= head_dim) break;
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          float (&s)[4] = sum[2 * (from + j) + half];
+#pragma unroll
+          for (int i = 0; i < 4; ++i) s[i] *= shrink[i / 2];
+          ptx::multiply_add<T>(s, weights, b[j][2 * half], b[j][2 * half + 1]);
+        }
       }
     }
   }

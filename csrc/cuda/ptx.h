@@ -35,6 +35,11 @@ __device__ __forceinline__ void copy_async_wait() {
   asm volatile("cp.async.wait_group %0;\n" ::"n"(kPending) : "memory");
 }
 
+// Has the line of an address brought into L2; nothing waits for it. The address must be valid.
+__device__ __forceinline__ void prefetch(const void* p) {
+  asm volatile("prefetch.global.L2 [%0];\n" ::"l"(p));
+}
+
 // Four 8 x 8 matrices of 16-bit elements; lane 8 m + r gives the address of row r of matrix m. Of
 // each matrix a lane gets row lane / 4, columns 2 (lane % 4) and the next.
 __device__ __forceinline__ void load_matrices(uint32_t (&to)[4], const void* row) {

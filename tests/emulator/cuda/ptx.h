@@ -21,6 +21,8 @@ void copy_async_wait() {
   emulator::wait_for_copies(kPending);
 }
 
+inline void prefetch(const void* p) { (void)*static_cast<const volatile char*>(p); }
+
 template <bool kTransposed>
 void exchange_matrices(uint32_t (&to)[4], const void* row) {
   emulator::check_shared(row, 16);
