@@ -129,6 +129,21 @@ struct Scorer {
     return found;
   }
 
+  // Sends the first 2 KiB of each block's row on their way into L2 while the query rows are made,
+  // which takes as long as it takes them to come.
+  __device__ __forceinline__ void prefetch() const {
+    constexpr int kLine = 128, kLanes = kWarp / kBlocks, kLines = 2;
+    const ScoreArgs& a = p.a;
+    const char* const at =
+        reinterpret_cast<const char*>(static_cast<const T*>(a.summary) + stream * a.sum_stream +
+                                      (first + block(lane / kLanes)) * a.sum_block + u * a.sum_kv);
+#pragma unroll
+    for (int i = 0; i < kLines; ++i) {
+      const int offset = (lane % kLanes + i * kLanes) * kLine;
+      if (offset / static_cast<int>(sizeof(T)) < p.inner) ptx::prefetch(at + offset);
+    }
+  }
+
   // Sixteen bytes of each block at a time, and those of the next step under way.
   __device__ __forceinline__ void add_wide(const float* const (&rows)[kRows],
                                            float (&value)[kValues],
@@ -274,9 +289,11 @@ __global__ void __launch_bounds__(kThreads, kRows == 1 && sizeof(T) == 4 ? 3 : 2
   const ScoreArgs& a = p.a;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int64_t tiles = (a.blocks + kTile - 1) / kTile;
-  const int64_t u = blockIdx.x % p.plan.units;
-  const int64_t tile = blockIdx.x / p.plan.units % tiles;
-  const int64_t stream = blockIdx.x / (p.plan.units * tiles);
+  // Divisions of 32 bits: those of 64 would hold up the first read.
+  const unsigned of_tile = blockIdx.x / static_cast<unsigned>(p.plan.units);
+  const int64_t u = blockIdx.x % static_cast<unsigned>(p.plan.units);
+  const int64_t tile = of_tile % static_cast<unsigned>(tiles);
+  const int64_t stream = of_tile / static_cast<unsigned>(tiles);
 
   int64_t blocks = a.blocks;
   if (a.num_blocks != nullptr) {
@@ -292,6 +309,11 @@ __global__ void __launch_bounds__(kThreads, kRows == 1 && sizeof(T) == 4 ? 3 : 2
     scores[i / kTile * a.blocks + b] = b < blocks ? __int_as_float(0x7fc00000) : -kInfinity;
   }
   if (tile * kTile >= blocks || !asked) return;
+
+  const int64_t first = tile * kTile + warp * Work::kBlocks;
+  const int last = static_cast<int>(min(blocks - 1 - first, int64_t{Work::kBlocks}));
+  const Work work{p, stream, u, first, last, lane};
+  if (!kBound && p.packs && p.wide && first < blocks) work.prefetch();
 
   // Row r of token t at rows + (t * of_token + r) * stride.
   const float *rows, *norms;
@@ -314,10 +336,7 @@ __global__ void __launch_bounds__(kThreads, kRows == 1 && sizeof(T) == 4 ? 3 : 2
     norms = p.norms + token * of_token + u * p.plan.rows;
   }
 
-  const int64_t first = tile * kTile + warp * Work::kBlocks;
   if (first >= blocks) return;
-  const int last = static_cast<int>(min(blocks - 1 - first, int64_t{Work::kBlocks}));
-  const Work work{p, stream, u, first, last, lane};
   const bool writes = lane % Work::kLanesEach == 0 && work.my_block() <= last;
   // Side by side stand rows of one token, or tokens of one row whose largest score counts.
   const bool largest_of_tokens = a.pool == Pool::kMax && !p.packs;
