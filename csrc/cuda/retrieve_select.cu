@@ -21,6 +21,7 @@ constexpr float kInfinity = __builtin_huge_valf();
 constexpr int kSelectThreads = 1024;
 constexpr int kCopies = 4;          // of the histograms, against collisions
 constexpr int kEach = 4;            // items of a thread at a time, side by side
+constexpr int kReads = 8;           // of a thread, under way together
 constexpr int64_t kCached = 20000;  // keys in shared memory
 constexpr int64_t kPart = 16384;    // units of which one block of threads lists the best
 
@@ -70,17 +71,17 @@ struct Selection {
   }
   // In `room`, filled up to a multiple of kEach.
   __device__ __forceinline__ void keep_keys(uint32_t* room) {
-    if (a.group == 1) {  // the reads of kEach scores are under way together
-      for (int from = threadIdx.x; from < items; from += kEach * kSelectThreads) {
-        int unit[kEach];
-        float score[kEach];
+    if (a.group == 1) {  // the reads of kReads scores are under way together
+      for (int from = threadIdx.x; from < items; from += kReads * kSelectThreads) {
+        int unit[kReads];
+        float score[kReads];
 #pragma unroll
-        for (int i = 0; i < kEach; ++i)
+        for (int i = 0; i < kReads; ++i)
           unit[i] = unit_of(min(from + i * kSelectThreads, items - 1));
 #pragma unroll
-        for (int i = 0; i < kEach; ++i) score[i] = scores[max(unit[i], 0)];
+        for (int i = 0; i < kReads; ++i) score[i] = scores[max(unit[i], 0)];
 #pragma unroll
-        for (int i = 0; i < kEach; ++i)
+        for (int i = 0; i < kReads; ++i)
           if (from + i * kSelectThreads < items)
             room[from + i * kSelectThreads] = key_for(unit[i], score[i]);
       }
