@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import vicostream_kernels as vico
@@ -106,6 +106,7 @@ def cases(draw):
 @given(case=cases())
 def test_choice_by_the_words_of_the_contract(backend, case):
     name, device = backend
+    assume(name != "cuda" or case["rule"] != "mass")  # declined: it would skip the whole test
     streams, rows = len(case["scores"]), len(case["scores"][0])
     scores = torch.tensor(case["scores"], dtype=torch.float32).view(streams, rows, case["blocks"])
     tokens, whole = case["tokens"], isinstance(case["tokens"], int)
@@ -215,6 +216,8 @@ def test_permuting_the_blocks_permutes_the_choice(backend):
     scores = tensors.randn((3, 50), seed=3).to(device)
     order = torch.randperm(50, generator=torch.Generator().manual_seed(4))
     for rule in ({"k": 7}, {"ratio": 0.3}, {"mass": 0.6}, {"token_budget": 90, "block_tokens": 9}):
+        if name == "cuda" and "mass" in rule:
+            continue
         got = vico.topk_blocks(None, None, external_score=scores, **rule, backend=name)
         moved = vico.topk_blocks(
             None, None, external_score=scores[:, order.to(device)], **rule, backend=name
@@ -253,13 +256,16 @@ def test_the_width_follows_from_shapes_and_options(options, width):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_no_blocks(backend):
     name, device = backend
+    pool, rules = "softmax", ({"mass": 0.5}, {"ratio": 0.5})
+    if name == "cuda":  # serves neither
+        pool, rules = "max", rules[1:]
     for summary in (torch.zeros(2, 0, 2, 8), torch.zeros(2, 3, 2, 8)):
         got = vico.topk_blocks(
-            torch.zeros(2, 4, 8, device=device), summary.to(device), k=2, pool="softmax",
+            torch.zeros(2, 4, 8, device=device), summary.to(device), k=2, pool=pool,
             num_blocks=torch.zeros(2, dtype=torch.int32, device=device), backend=name,
         )  # fmt: skip
         assert got.block_index.tolist() == [[-1, -1]] * 2 and got.count.tolist() == [0, 0]
-        for rule in ({"mass": 0.5}, {"ratio": 0.5}):
+        for rule in rules:
             score = torch.zeros(2, summary.shape[1], device=device)
             got = vico.topk_blocks(
                 None, None, external_score=score, **rule, backend=name,
