@@ -82,15 +82,19 @@ def _prefill_config(width: int, itemsize: int, turned: bool, wgmma: bool) -> dic
         # parts of two widths take more registers
         keys = 16 if width < 256 and not wgmma else 32
         return _config(64, keys, 8, _AHEAD if wgmma and not turned else 2)
-    return _config(128, 64 if wgmma and not turned else 32, 8, _AHEAD)
+    return _config(128, 64 if wgmma and not turned else 32, 8, _AHEAD if wgmma or not turned else 2)
 
 
-def _decode_config(width: int, itemsize: int, turned: bool, wgmma: bool) -> dict[str, int]:
+def _decode_config(
+    width: int, itemsize: int, turned: bool, wgmma: bool, ragged: bool
+) -> dict[str, int]:
+    """``ragged``: a part is wider than its channels."""
     if itemsize == 4:
         return _config(16, 32, 8 if width > 64 else 4, 1)
-    # Angles are twice as large as keys: of more stages, fewer programs fit beside each other.
     keys = 64 if wgmma and width in (16, 32, 64, 128) else 32
-    return _config(16, keys, 4, 3 if turned else _AHEAD)
+    # Angles are twice as large as keys: of more stages, fewer programs fit beside each other.
+    ahead = not turned and (width < 128 or (not ragged and (width == 128 or wgmma)))
+    return _config(16, keys, 4, _AHEAD if ahead else 3)
 
 
 def _varlen_config(width: int, itemsize: int, ragged: bool, wgmma: bool) -> dict[str, int]:
@@ -233,7 +237,7 @@ def sink_window_attention(
                 few_queries=FEW_QUERIES, **found, **keys, **results, **config
             )
 
-        config = _decode_config(*launch_class)
+        config = _decode_config(*launch_class, ragged=width > head_dim)
         few = min(rows, FEW_QUERIES)
         by_row = rows <= streams * FEW_QUERIES
         partial_rows = rows if by_row else streams * FEW_QUERIES
