@@ -176,6 +176,20 @@ def test_keys_and_values_are_copied_in_16_bytes_and_asynchronously(monkeypatch):
     assert launch.grid == (4 * 64,), "one tile of rows, 4 key heads, a run for each 256 keys"
 
 
+def test_a_pool_without_gaps_has_pages_of_one_slot():
+    def launched(pool):
+        x, table = empty(1, 28, 128, dtype=BF16), empty(1, 20)
+        _, split, _ = record_launches(
+            lambda: attention.sink_window_attention(
+                x, pool, pool, table, empty(2), x, None, None, empty(30)
+            )
+        )
+        return split.arguments["PAGE_SIZE"], split.arguments["k_stride_p"]
+
+    assert launched(empty(30, 64, 4, 128, dtype=BF16)) == (1, 4 * 128)
+    assert launched(empty(30, 80, 4, 128, dtype=BF16)[:, :64]) == (64, 80 * 4 * 128)
+
+
 @pytest.mark.parametrize("rows", [1, 320])
 @pytest.mark.parametrize("capability", [80, 90])
 def test_keys_are_on_their_way_while_the_tile_before_is_worked_on(monkeypatch, rows, capability):
