@@ -109,13 +109,14 @@ def split_kernel(
     first_tile = tl.program_id(0) // (runs * groups) % row_tiles
     s = tl.program_id(0) // (runs * groups * row_tiles)
     from_row, queries = rows_of_stream(cu_seqlens_ptr, s, rows)
-    if (queries == 0) | (queries > _FEW):
-        return
+    # Asked for with the rows: a load that the branch did not need would be put behind it.
     table = s * TABLES + heads % TABLES
     keys = tl.load(totals_ptr + table)
     window_first = 0
     if window_start_ptr is not None:
         window_first = tl.load(window_start_ptr + s)
+    if (queries == 0) | (queries > _FEW) | (keys == 0):
+        return
     WINDOWED: tl.constexpr = (window is not None) | (window_start_ptr is not None)
     sinks, hidden, listed = listed_range(keys, queries, sink_tokens, window, window_first)
     per_run = _granules_of_run(listed)

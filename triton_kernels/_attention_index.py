@@ -125,6 +125,15 @@ def index_kernel(
     x = table % per_stream
     table_ptr += s.to(tl.int64) * table_stride_s + x.to(tl.int64) * table_stride_x
 
+    # The compiler keeps loads in order: these are on their way while the table is read.
+    from_row, queries = rows_of_stream(cu_seqlens_ptr, s, rows)
+    most = length * PAGE_SIZE
+    if kv_len_ptr is not None:
+        most = tl.maximum(tl.load(kv_len_ptr + s), 0)
+    window_first = 0
+    if window_start_ptr is not None:
+        window_first = tl.load(window_start_ptr + s)
+
     before = 0
     total = 0
     for scan in range(0, length, SCAN):
@@ -132,16 +141,11 @@ def index_kernel(
         _, fill = _entries(table_ptr, table_stride_l, page_fill_ptr, e, length, pages, PAGE_SIZE)
         total += tl.sum(fill, 0)
         before += tl.sum(tl.where(e < first, fill, 0), 0)
-    if kv_len_ptr is not None:
-        total = tl.minimum(total, tl.maximum(tl.load(kv_len_ptr + s), 0))
+    total = tl.minimum(total, most)
     if first == 0:
         tl.store(totals_ptr + table, total)
-    _, queries = rows_of_stream(cu_seqlens_ptr, s, rows)
     if queries == 0:
         return
-    window_first = 0
-    if window_start_ptr is not None:
-        window_first = tl.load(window_start_ptr + s)
     sinks, hidden, _ = listed_range(total, queries, sink_tokens, window, window_first)
 
     e = first + tl.arange(0, ENTRIES)

@@ -20,14 +20,14 @@ def wide(n):
 @triton.jit
 def counts_around(counts_ptr, own, tiles, SIZE: tl.constexpr):
     """How many entries stand before tile `own` of a row, and in all of its tiles."""
-    before = 0
-    total = 0
+    before = tl.zeros((SIZE,), tl.int32)
+    total = tl.zeros((SIZE,), tl.int32)
     for start in range(0, tiles, SIZE):
         i = start + tl.arange(0, SIZE)
         count = tl.load(counts_ptr + i, mask=i < tiles, other=0)
-        before += tl.sum(tl.where(i < own, count, 0), 0)
-        total += tl.sum(count, 0)
-    return before, total
+        before += tl.where(i < own, count, 0)
+        total += count
+    return tl.sum(before, 0), tl.sum(total, 0)
 
 
 @triton.jit(do_not_specialize=["length", "tiles", "capacity"])

@@ -90,7 +90,8 @@ def compact_kernel(
     at = (beside // places).to(tl.int64) * kept_t + (beside % places).to(tl.int64) * kept_stride_n
     stays = (tl.load(kept_ptr + at, mask=beside < size, other=0) != 0)[None, :]
     ahead = tl.sum((stays & (beside[None, :] < local[:, None])).to(tl.int32), 1)
-    keep = tl.sum((stays & (beside[None, :] == local[:, None])).to(tl.int32), 1) != 0
+    at = t.to(tl.int64) * kept_t + n * kept_stride_n
+    keep = tl.load(kept_ptr + at, mask=there, other=0) != 0
     slot = before + ahead
     listed = keep & (slot < capacity)
 

@@ -31,33 +31,63 @@ def passes(score, threshold, KEEP: tl.constexpr):
 
 
 @triton.jit
-def _other(
-    x_ptr, state_ptr, mean_ptr, step, at_x, at_state, at_mean, mask, in_row,
-    REFERENCE: tl.constexpr,
+def _tiles(
+    x_ptr, state_ptr, mean_ptr, step, at_x, at_state, at_mean, begin, width, x_stride_d,
+    REFERENCE: tl.constexpr, CHUNK: tl.constexpr, UNROLL: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    """The reference's channels: a mean, else of the step of each row, of the state before it."""
-    if (REFERENCE == "frame_mean") | (REFERENCE == "running_mean"):
-        other = tl.load(mean_ptr + at_mean, mask=in_row, other=0.0)[None, :]
-    else:
-        here = (step >= 0)[:, None]
-        other = tl.load(x_ptr + at_x, mask=mask & here, other=0.0).to(tl.float32)
-        if state_ptr is not None:
-            before = tl.load(state_ptr + at_state, mask=mask & (here == 0), other=0.0)
-            other = tl.where(here, other, before.to(tl.float32))
-    return other
+    """UNROLL tiles of rows as they are stored, from channel `begin` on: of the tokens ("none"), of
+    a mean, else of the step of each row, of the state before it; of any step where there is no
+    state, as a row without a reference has no score."""
+    # All loads stand before the first use of one, and none is converted before its use.
+    tiles = ()
+    for u in tl.static_range(UNROLL):
+        c = begin + u * CHUNK + tl.arange(0, CHUNK)
+        in_row = (c < width)[None, :]
+        if EVEN:
+            in_row = tl.full((1, CHUNK), True, tl.int1)
+        d = c.to(tl.int64)[None, :]
+        if (REFERENCE == "frame_mean") | (REFERENCE == "running_mean"):
+            tile = tl.load(mean_ptr + at_mean + c[None, :], mask=in_row, other=0.0)
+        elif (REFERENCE != "none") & (state_ptr is not None):
+            here = (step >= 0)[:, None]
+            at = at_x[:, None] + d * x_stride_d
+            tile = tl.load(x_ptr + at, mask=in_row & here, other=0.0)
+            at = at_state[:, None] + d
+            before = tl.load(state_ptr + at, mask=in_row & (here == 0), other=0.0)
+            tile = tl.where(here, tile, before)
+        elif EVEN:
+            tile = tl.load(x_ptr + at_x[:, None] + d * x_stride_d)
+        else:
+            tile = tl.load(x_ptr + at_x[:, None] + d * x_stride_d, mask=in_row, other=0.0)
+        tiles = tiles + (tile,)
+    return tiles
+
+
+@triton.jit
+def _shown(channels_ptr, begin, width, CHUNK: tl.constexpr, UNROLL: tl.constexpr):
+    """Which channels of UNROLL tiles are compared."""
+    tiles = ()
+    for u in tl.static_range(UNROLL):
+        c = begin + u * CHUNK + tl.arange(0, CHUNK)
+        tiles = tiles + ((tl.load(channels_ptr + c, mask=c < width, other=0) != 0)[None, :],)
+    return tiles
 
 
 @triton.jit
 def _add(first, second, token, other, METRIC: tl.constexpr):
-    """The sums of a metric after some more channels."""
+    """The sums of a metric after some more channels.
+
+    Products are added by fma in so many words, as those of `squares` are: a compiler that fuses
+    one of the sums and not the other takes equal vectors for unequal.
+    """
     if METRIC == "cosine":
-        first += token * other
+        first = tl.fma(token, other, first)
     elif METRIC == "l1":
         first += tl.abs(token - other)
     elif METRIC == "l2":
-        first += (token - other) * (token - other)
+        first = tl.fma(token - other, token - other, first)
     if (METRIC == "cosine") | (METRIC == "gaussian"):
-        second += other * other
+        second = tl.fma(other, other, second)
     return first, second
 
 
@@ -134,6 +164,8 @@ def score_kernel(
     PACKED: tl.constexpr,
     ROWS: tl.constexpr,
     CHUNK: tl.constexpr,
+    UNROLL: tl.constexpr,
+    EVEN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """One program: ROWS places, for `span` steps one after another.
@@ -148,7 +180,8 @@ def score_kernel(
     from_step = tl.program_id(0) % spans * span
     steps, places, start, first_step, _ = segment_of(table_ptr, s, steps, places, BLOCK)
     there = n < places
-    far = n.to(tl.int64)
+    # Rows that are not there read another's: what a mask keeps from the loads costs them time.
+    far = tl.minimum(n, places - 1).to(tl.int64)
     stride_t = step_stride(places, x_stride_t, x_stride_n, PACKED)
     x_ptr += wide(start) * x_stride_n
     rows = far * x_stride_n
@@ -166,6 +199,7 @@ def score_kernel(
         second1 = tl.zeros((ROWS, CHUNK), tl.float32)
         step0 = _step_of(t, kept, REFERENCE0)
         step1 = _step_of(t, kept, REFERENCE1)
+        row = rows + wide(t) * stride_t
         row0 = rows + tl.maximum(step0, 0).to(tl.int64) * stride_t
         row1 = rows + tl.maximum(step1, 0).to(tl.int64) * stride_t
         by_step = wide(first_step + t) * width
@@ -176,31 +210,37 @@ def score_kernel(
                 mean0 = s * width
             if REFERENCE1 == "running_mean":
                 mean1 = s * width
-        for begin in range(0, width if TERMS > 0 else 0, CHUNK):
-            c = begin + tl.arange(0, CHUNK)
-            in_row = c < width
-            d = c.to(tl.int64)[None, :]
-            mask = there[:, None] & in_row[None, :]
-            at = rows[:, None] + wide(t) * stride_t + d * x_stride_d
-            token = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
-            squares += token * token
-            if channels_ptr is not None:
-                in_row &= tl.load(channels_ptr + s * width + c, mask=in_row, other=0) != 0
-                mask &= in_row[None, :]
-                token = tl.where(mask, token, 0.0)
-                shown_squares += token * token
-            if TERMS > 0:
-                other = _other(
-                    x_ptr, state0_ptr, mean0_ptr, step0, row0[:, None] + d * x_stride_d,
-                    state0[:, None] + d, mean0 + c, mask, in_row, REFERENCE0,
-                )  # fmt: skip
-                first0, second0 = _add(first0, second0, token, other, METRIC0)
+        for begin in range(0, width if TERMS > 0 else 0, CHUNK * UNROLL):
+            tokens = _tiles(
+                x_ptr, None, None, step0, row, state0, mean0, begin, width, x_stride_d,
+                "none", CHUNK, UNROLL, EVEN,
+            )  # fmt: skip
+            others0 = _tiles(
+                x_ptr, state0_ptr, mean0_ptr, step0, row0, state0, mean0, begin, width,
+                x_stride_d, REFERENCE0, CHUNK, UNROLL, EVEN,
+            )  # fmt: skip
             if TERMS > 1:
-                other = _other(
-                    x_ptr, state1_ptr, mean1_ptr, step1, row1[:, None] + d * x_stride_d,
-                    state1[:, None] + d, mean1 + c, mask, in_row, REFERENCE1,
+                others1 = _tiles(
+                    x_ptr, state1_ptr, mean1_ptr, step1, row1, state1, mean1, begin, width,
+                    x_stride_d, REFERENCE1, CHUNK, UNROLL, EVEN,
                 )  # fmt: skip
-                first1, second1 = _add(first1, second1, token, other, METRIC1)
+            if channels_ptr is not None:
+                shown = _shown(channels_ptr + s * width, begin, width, CHUNK, UNROLL)
+            for u in tl.static_range(UNROLL):
+                token = tokens[u].to(tl.float32)
+                squares = tl.fma(token, token, squares)
+                if channels_ptr is not None:
+                    token = tl.where(shown[u], token, 0.0)
+                    shown_squares = tl.fma(token, token, shown_squares)
+                other = others0[u].to(tl.float32)
+                if channels_ptr is not None:
+                    other = tl.where(shown[u], other, 0.0)
+                first0, second0 = _add(first0, second0, token, other, METRIC0)
+                if TERMS > 1:
+                    other = others1[u].to(tl.float32)
+                    if channels_ptr is not None:
+                        other = tl.where(shown[u], other, 0.0)
+                    first1, second1 = _add(first1, second1, token, other, METRIC1)
         all_squares = tl.sum(squares, 1)
         own_squares = all_squares
         if channels_ptr is not None:
@@ -217,29 +257,35 @@ def score_kernel(
                 scale0 = tl.full((ROWS, 1), 1.0, tl.float32)
             if REFERENCE1 == "frame_mean":
                 scale1 = tl.full((ROWS, 1), 1.0, tl.float32)
-            for begin in range(0, width, CHUNK):
-                c = begin + tl.arange(0, CHUNK)
-                in_row = c < width
-                if channels_ptr is not None:
-                    in_row &= tl.load(channels_ptr + s * width + c, mask=in_row, other=0) != 0
-                d = c.to(tl.int64)[None, :]
-                mask = there[:, None] & in_row[None, :]
-                at = rows[:, None] + wide(t) * stride_t + d * x_stride_d
-                token = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32) * own_scale
+            for begin in range(0, width, CHUNK * UNROLL):
+                tokens = _tiles(
+                    x_ptr, None, None, step0, row, state0, mean0, begin, width, x_stride_d,
+                    "none", CHUNK, UNROLL, EVEN,
+                )  # fmt: skip
                 if METRIC0 == "gaussian":
-                    other = _other(
-                        x_ptr, state0_ptr, mean0_ptr, step0, row0[:, None] + d * x_stride_d,
-                        state0[:, None] + d, mean0 + c, mask, in_row, REFERENCE0,
+                    others0 = _tiles(
+                        x_ptr, state0_ptr, mean0_ptr, step0, row0, state0, mean0, begin,
+                        width, x_stride_d, REFERENCE0, CHUNK, UNROLL, EVEN,
                     )  # fmt: skip
-                    apart = token - other * scale0
-                    first0 += apart * apart
                 if METRIC1 == "gaussian":
-                    other = _other(
-                        x_ptr, state1_ptr, mean1_ptr, step1, row1[:, None] + d * x_stride_d,
-                        state1[:, None] + d, mean1 + c, mask, in_row, REFERENCE1,
+                    others1 = _tiles(
+                        x_ptr, state1_ptr, mean1_ptr, step1, row1, state1, mean1, begin,
+                        width, x_stride_d, REFERENCE1, CHUNK, UNROLL, EVEN,
                     )  # fmt: skip
-                    apart = token - other * scale1
-                    first1 += apart * apart
+                if channels_ptr is not None:
+                    shown = _shown(channels_ptr + s * width, begin, width, CHUNK, UNROLL)
+                for u in tl.static_range(UNROLL):
+                    token = tokens[u].to(tl.float32) * own_scale
+                    if METRIC0 == "gaussian":
+                        apart = token - others0[u].to(tl.float32) * scale0
+                        if channels_ptr is not None:
+                            apart = tl.where(shown[u], apart, 0.0)
+                        first0 = tl.fma(apart, apart, first0)
+                    if METRIC1 == "gaussian":
+                        apart = token - others1[u].to(tl.float32) * scale1
+                        if channels_ptr is not None:
+                            apart = tl.where(shown[u], apart, 0.0)
+                        first1 = tl.fma(apart, apart, first1)
 
         score = tl.zeros((ROWS,), tl.float32)
         if external_ptr is not None:

@@ -26,7 +26,7 @@ def tokens_of(cu_seqlens_ptr, cu_stride, s, tokens):
     return first, stop
 
 
-@triton.jit(do_not_specialize=["tokens", "chunks", "heads", "total"])
+@triton.jit(do_not_specialize=["tokens", "chunks", "heads"])
 def queries_kernel(
     query_ptr,
     cu_seqlens_ptr,
@@ -153,7 +153,7 @@ def _score(
 
 @triton.jit(
     do_not_specialize=[
-        "tokens", "blocks", "tiles", "chunks", "rows", "parts", "total",
+        "tokens", "blocks", "tiles", "chunks", "rows", "parts",
         "count_stride_s",  # grows with the history
     ]
 )  # fmt: skip

@@ -22,7 +22,9 @@ def similarity_kernel(
     reference_stride_c,
     METRIC: tl.constexpr,
     ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    CHUNK: tl.constexpr,
+    UNROLL: tl.constexpr,
+    EVEN: tl.constexpr,  # no tile goes beyond the width
 ):
     """One program: ROWS rows of a frame. The frames of a place are neighbours, so that a shared
     reference is read once from memory.
@@ -32,30 +34,44 @@ def similarity_kernel(
     frame = (tl.program_id(0) % frames).to(tl.int64)
     n = tl.program_id(0) // frames * ROWS + tl.arange(0, ROWS)
     known = n < places
-    n = n.to(tl.int64)
-    features = feature_ptr + frame * feature_stride_f + n * feature_stride_n
-    references = reference_ptr + frame * reference_stride_f + n * reference_stride_n
+    # Rows that are not there read another's: what a mask keeps from the loads costs them time.
+    row = tl.minimum(n, places - 1).to(tl.int64)[:, None]
+    features = feature_ptr + frame * feature_stride_f + row * feature_stride_n
+    references = reference_ptr + frame * reference_stride_f + row * reference_stride_n
 
-    total = tl.zeros((ROWS, BLOCK), tl.float32)
-    a_squares = tl.zeros((ROWS, BLOCK), tl.float32)
-    b_squares = tl.zeros((ROWS, BLOCK), tl.float32)
-    for start in range(0, width, BLOCK):
-        c = start + tl.arange(0, BLOCK)
-        inside = known[:, None] & (c < width)[None, :]
-        c = c.to(tl.int64)[None, :]
-        a = tl.load(features[:, None] + c * feature_stride_c, mask=inside, other=0.0)
-        b = tl.load(references[:, None] + c * reference_stride_c, mask=inside, other=0.0)
-        a = a.to(tl.float32)
-        b = b.to(tl.float32)
-        if METRIC == "l1":
-            total += tl.abs(a - b)
-        elif METRIC == "l2":
-            total += (a - b) * (a - b)
-        else:
-            total += a * b
-        if METRIC == "cosine":
-            a_squares += a * a
-            b_squares += b * b
+    total = tl.zeros((ROWS, CHUNK), tl.float32)
+    a_squares = tl.zeros((ROWS, CHUNK), tl.float32)
+    b_squares = tl.zeros((ROWS, CHUNK), tl.float32)
+    for start in range(0, width, CHUNK * UNROLL):
+        # All loads stand before the first use of one.
+        of_feature = ()
+        of_reference = ()
+        for u in tl.static_range(UNROLL):
+            c = (start + u * CHUNK + tl.arange(0, CHUNK))[None, :]
+            inside = c < width
+            c = c.to(tl.int64)
+            if EVEN:
+                a = tl.load(features + c * feature_stride_c)
+                b = tl.load(references + c * reference_stride_c)
+            else:
+                a = tl.load(features + c * feature_stride_c, mask=inside, other=0.0)
+                b = tl.load(references + c * reference_stride_c, mask=inside, other=0.0)
+            of_feature = of_feature + (a,)
+            of_reference = of_reference + (b,)
+        for u in tl.static_range(UNROLL):
+            a = of_feature[u].to(tl.float32)
+            b = of_reference[u].to(tl.float32)
+            # By fma in so many words: were one of the sums fused and not the other, equal vectors
+            # would not have exactly 1.
+            if METRIC == "l1":
+                total += tl.abs(a - b)
+            elif METRIC == "l2":
+                total = tl.fma(a - b, a - b, total)
+            else:
+                total = tl.fma(a, b, total)
+            if METRIC == "cosine":
+                a_squares = tl.fma(a, a, a_squares)
+                b_squares = tl.fma(b, b, b_squares)
     result = tl.sum(total, 1)
     channels = tl.full((ROWS,), 1, tl.float32) * width
     if METRIC == "l1":
@@ -64,7 +80,7 @@ def similarity_kernel(
         result = -tl.sqrt_rn(tl.div_rn(result, channels))
     elif METRIC == "cosine":
         result = cosine_of(result, tl.sum(a_squares, 1), tl.sum(b_squares, 1))
-    tl.store(similarity_ptr + frame * places + n, result, mask=known)
+    tl.store(similarity_ptr + frame * places + n.to(tl.int64), result, mask=known)
 
 
 @triton.jit

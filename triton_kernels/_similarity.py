@@ -17,6 +17,27 @@ def row_tile(width: int) -> tuple[int, int]:
     return max(1, min(32, 2048 // block)), block
 
 
+def sum_tiles(width: int, most: int) -> dict[str, int]:
+    """The launch of kernels that sum over rows: tiles of CHUNK channels, UNROLL loaded at once.
+
+    A warp has a row of its own: with four to a row, most of what they issue is what all of them do
+    alike. Its tiles are 256 channels, 8 of each thread, which keeps a sum for each of those; up to
+    ``most`` of them are in flight, for which ptxas is given registers: it would rather have more
+    programs at a time. Narrow rows share a tile of four warps instead. EVEN: no tile goes beyond
+    the width, and none needs a mask.
+    """
+    if width < 256:
+        rows, chunk = row_tile(width)
+        return {"ROWS": rows, "CHUNK": chunk, "UNROLL": 1, "EVEN": width == chunk, "num_warps": 4}
+    tiles = triton.cdiv(width, 256)
+    unroll = triton.cdiv(tiles, triton.cdiv(tiles, most))
+    fit = [n for n in range(unroll, unroll // 2, -1) if width % (256 * n) == 0]
+    return {
+        "ROWS": 1, "CHUNK": 256, "UNROLL": fit[0] if fit else unroll, "EVEN": bool(fit),
+        "num_warps": 1, "maxnreg": 128,
+    }  # fmt: skip
+
+
 @triton.jit
 def cosine_of(dot, a_squares, b_squares):
     """Cosine from a dot product and sums of squares: 1 of two zero vectors, 0 of one.

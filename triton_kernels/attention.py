@@ -65,6 +65,11 @@ def _config(rows: int, keys: int, warps: int, stages: int) -> dict[str, int]:
 # Tiles and launches are fixed by class: the channels that the parts have together, the bytes of an
 # element, and whether the device has wgmma, whose operands stay in shared memory. Each is as large
 # as the compile gate allows without a spill. A float32 product takes no tensor core.
+#
+# Keys are loaded from slots that are loaded themselves, and the stages are shared out between the
+# two: with less than 5 a tile of keys is waited for as soon as it is asked for, and with 5 it is on
+# its way while the one before is worked on. Where that has no registers, there are 2 or 3.
+_AHEAD = 5
 
 
 def _prefill_config(width: int, itemsize: int, turned: bool, wgmma: bool) -> dict[str, int]:
@@ -75,14 +80,21 @@ def _prefill_config(width: int, itemsize: int, turned: bool, wgmma: bool) -> dic
         if turned and not wgmma:
             return _config(32, 16, 4, 2)
         # parts of two widths take more registers
-        return _config(64, 16 if width < 256 and not wgmma else 32, 8, 2)
-    return _config(128, 64 if wgmma and not turned else 32, 8, 2 if turned else 3)
+        keys = 16 if width < 256 and not wgmma else 32
+        return _config(64, keys, 8, _AHEAD if wgmma and not turned else 2)
+    return _config(128, 64 if wgmma and not turned else 32, 8, _AHEAD if wgmma or not turned else 2)
 
 
-def _decode_config(width: int, itemsize: int, wgmma: bool) -> dict[str, int]:
+def _decode_config(
+    width: int, itemsize: int, turned: bool, wgmma: bool, ragged: bool
+) -> dict[str, int]:
+    """``ragged``: a part is wider than its channels."""
     if itemsize == 4:
         return _config(16, 32, 8 if width > 64 else 4, 1)
-    return _config(16, 64 if wgmma and width in (16, 32, 64, 128) else 32, 4, 3)
+    keys = 64 if wgmma and width in (16, 32, 64, 128) else 32
+    # Angles are twice as large as keys: of more stages, fewer programs fit beside each other.
+    ahead = not turned and (width < 128 or (not ragged and (width == 128 or wgmma)))
+    return _config(16, keys, 4, _AHEAD if ahead else 3)
 
 
 def _varlen_config(width: int, itemsize: int, ragged: bool, wgmma: bool) -> dict[str, int]:
@@ -206,6 +218,7 @@ def sink_window_attention(
             **_strides(k_pages, "k", "pbhd"),
             **_strides(v_pages, "v", "pbhd"),
             "PAGE_SIZE": page_size,
+            **_flat_pool(k_pages, v_pages),
             "GROUP": heads // groups,
             **parts,
         }
@@ -217,16 +230,15 @@ def sink_window_attention(
             "out_stride_h": out.stride(1),
             "lse_stride_n": 0 if lse is None else lse.stride(0),
         }
+        launch_class = (width, q.element_size(), page_shift is not None, _has_wgmma(q.device))
         if rows > FEW_QUERIES:
-            config = _prefill_config(
-                width, q.element_size(), page_shift is not None, _has_wgmma(q.device)
-            )
+            config = _prefill_config(*launch_class)
             tiles = rows * (heads // groups) // config["BLOCK_M"] + streams + 1
             prefill_kernel[(tiles, groups)](
                 few_queries=FEW_QUERIES, **found, **keys, **results, **config
             )
 
-        config = _decode_config(width, q.element_size(), _has_wgmma(q.device))
+        config = _decode_config(*launch_class, ragged=width > head_dim)
         few = min(rows, FEW_QUERIES)
         by_row = rows <= streams * FEW_QUERIES
         partial_rows = rows if by_row else streams * FEW_QUERIES
@@ -245,6 +257,14 @@ def sink_window_attention(
             **results, HEAD_DIM=head_dim, CHANNELS=triton.next_power_of_2(head_dim), RUNS=16,
             num_warps=4 if head_dim > 64 else 2,
         )  # fmt: skip
+
+
+def _flat_pool(k_pages: torch.Tensor, v_pages: torch.Tensor) -> dict[str, int]:
+    """Where slots of the pool are evenly spaced, as they usually are, pages of one slot: a key's
+    address is one product then and not two, a quarter of the work beside a tile's products."""
+    if any(x.stride(0) != x.shape[1] * x.stride(1) for x in (k_pages, v_pages)):
+        return {}
+    return {"PAGE_SIZE": 1, "k_stride_p": k_pages.stride(1), "v_stride_p": v_pages.stride(1)}
 
 
 def _index(

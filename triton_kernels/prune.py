@@ -29,7 +29,7 @@ from vicostream_kernels.triton_kernels._prune_means import (
     squares_kernel,
 )
 from vicostream_kernels.triton_kernels._prune_score import score_kernel
-from vicostream_kernels.triton_kernels._similarity import row_tile
+from vicostream_kernels.triton_kernels._similarity import row_tile, sum_tiles
 
 # From so many programs on, each takes all steps of its places: a GPU has work enough then.
 _MANY = 1024
@@ -216,7 +216,8 @@ def prune_tokens(
     if not packed and x.shape[0] == 1:
         at_x["x_stride_t"] = 0  # one step: whatever its stride, the kernel is the same
     rows, chunk = row_tile(width)
-    tile = {"ROWS": rows, "CHUNK": chunk, "num_warps": 4}
+    # A warp copies a wide row alone: most of what it issues is to find out where to.
+    tile = {"ROWS": rows, "CHUNK": chunk, "num_warps": 1 if rows == 1 else 4}
     kept = mask.view(torch.uint8)
     at_kept = {"kept_ptr": kept, **_places(kept, "kept", "tn", packed)}
     score = torch.empty((layout.total,), dtype=torch.float32, device=x.device)
@@ -239,7 +240,11 @@ def prune_tokens(
                 f"REFERENCE{k}": reference,
                 f"METRIC{k}": metric,
             }
-        tiles = triton.cdiv(layout.places, rows)
+        # As many tiles at once as there are registers for: of the tokens, and of each reference
+        # what lies in x and what lies in its state or mean.
+        loaded = 1 + sum(1 + (by_term[f"state{k}_ptr"] is not None) for k in range(len(terms)))
+        at_sums = sum_tiles(width, max(1, 32 // (x.element_size() * loaded)))
+        tiles = triton.cdiv(layout.places, at_sums["ROWS"])
         sequential = any(reference == "last_kept" for reference, _, _ in terms)
         whole = sequential or layout.segments * tiles >= _MANY
         span = layout.steps if whole else 1
@@ -265,7 +270,7 @@ def prune_tokens(
             **by_term,
             **at_layout,
             **at_x,
-            **tile,
+            **at_sums,
         )
         chosen = None
         if rule.ranked:
@@ -311,7 +316,7 @@ def prune_tokens(
             last_kept_stride_s=0 if last_kept is None else last_kept.stride(0),
             last_kept_stride_n=0 if last_kept is None else last_kept.stride(1),
             BY_STEP=rule.history == "step",
-            SCAN=128,
+            SCAN=256,
             **at_kept,
             **at_layout,
             **at_x,

@@ -28,9 +28,9 @@ from vicostream_kernels.triton_kernels._retrieve_select import (
 )
 from vicostream_kernels.triton_kernels._retrieve_summary import summary_kernel
 
-# (elements of a tile of summaries, warps): the loads of a tile are in flight at once. Norms are
-# summed beside the products, for which eight warps have the registers.
-_TILES = {"dot": (4096, 4), "bound": (4096, 4), "cosine": (2048, 8)}
+# (elements of a tile of summaries, warps): the loads of a tile are in flight at once, as many as
+# there are registers for: norms are summed beside the products, and bounds are two tiles.
+_TILES = {"dot": (4096, 4), "bound": (4096, 8), "cosine": (2048, 4)}
 
 
 def _stride(x: torch.Tensor | None) -> int:

@@ -13,7 +13,7 @@ from vicostream_kernels.triton_kernels._compact import TILE, list_kernel
 from vicostream_kernels.triton_kernels._launch import on, strides
 from vicostream_kernels.triton_kernels._reuse_rows import gather_kernel, merge_kernel
 from vicostream_kernels.triton_kernels._reuse_select import rank_kernel, similarity_kernel
-from vicostream_kernels.triton_kernels._similarity import row_tile
+from vicostream_kernels.triton_kernels._similarity import sum_tiles
 
 # Rows of a program that copies: one look through the index list serves them all.
 _ROWS = 4
@@ -56,9 +56,9 @@ def select_changed(
     if force is not None:
         force = force.view(torch.uint8)
         force_strides = _shared(force, "force", "fn")
-    rows, block = row_tile(width)
+    at_sums = sum_tiles(width, 8 if feature.element_size() == 2 else 4)
     with on(feature):
-        similarity_kernel[(triton.cdiv(places, rows) * frames,)](
+        similarity_kernel[(triton.cdiv(places, at_sums["ROWS"]) * frames,)](
             feature_ptr=feature,
             reference_ptr=reference,
             similarity_ptr=similarity,
@@ -68,9 +68,7 @@ def select_changed(
             **strides(feature, "feature", "fnc"),
             **_shared(reference, "reference", "fnc"),
             METRIC=metric,
-            ROWS=rows,
-            BLOCK=block,
-            num_warps=4,
+            **at_sums,
         )
         rank_kernel[(frames * tiles,)](
             similarity_ptr=similarity,

@@ -8,6 +8,7 @@ dtype and each variant is compiled where its registers are tightest.
 from __future__ import annotations
 
 import itertools
+import re
 
 import pytest
 import torch
@@ -173,6 +174,32 @@ def test_keys_and_values_are_copied_in_16_bytes_and_asynchronously(monkeypatch):
     # A tile of 64 keys is 8 vectors of each of 128 threads, for keys and for values.
     assert ptx.count("cp.async.cg.shared.global") >= 16
     assert launch.grid == (4 * 64,), "one tile of rows, 4 key heads, a run for each 256 keys"
+
+
+def test_a_pool_without_gaps_has_pages_of_one_slot():
+    def launched(pool):
+        x, table = empty(1, 28, 128, dtype=BF16), empty(1, 20)
+        _, split, _ = record_launches(
+            lambda: attention.sink_window_attention(
+                x, pool, pool, table, empty(2), x, None, None, empty(30)
+            )
+        )
+        return split.arguments["PAGE_SIZE"], split.arguments["k_stride_p"]
+
+    assert launched(empty(30, 64, 4, 128, dtype=BF16)) == (1, 4 * 128)
+    assert launched(empty(30, 80, 4, 128, dtype=BF16)[:, :64]) == (64, 80 * 4 * 128)
+
+
+@pytest.mark.parametrize("rows", [1, 320])
+@pytest.mark.parametrize("capability", [80, 90])
+def test_keys_are_on_their_way_while_the_tile_before_is_worked_on(monkeypatch, rows, capability):
+    """With too few stages each tile is waited for as soon as it is asked for."""
+    name = "prefill_kernel" if rows > 16 else "split_kernel"
+    cubin = build(monkeypatch, paged_call(BF16, 128, rows=rows), capability)[name]
+    waits = [int(left) for left in re.findall(r"cp\.async\.wait_group\s+(\w+);", cubin.ptx)]
+    # A tile is three groups (slots, keys, values); all are waited for behind a loop only.
+    loops = waits.count(0)
+    assert waits.count(3) == 2 * loops > 0, waits
 
 
 def test_the_temporary_memory_does_not_grow_with_the_history():

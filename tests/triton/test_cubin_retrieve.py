@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 
@@ -57,7 +59,10 @@ def test_vectors_of_any_origin(dtype, capability):
     built = check(call, capability, ["queries_kernel", "score_kernel", *CHOICE])
     for cubin in built:
         cubin.check()
-    assert "ld.global.v4.b32" in built[1].ptx, "vectors of 16 bytes"
+    ptx = built[1].ptx
+    # 2048 elements of 256 threads; a mask that follows a sum of unknown numbers cuts vectors up.
+    assert ptx.count("ld.global.v4.b32") >= 2048 // 256 * dtype.itemsize // 16 + 1, "16 bytes"
+    assert not re.search(r"ld\.global\S*\.b16|ld\.global\.v2", ptx), "every summary in vectors"
 
 
 @pytest.mark.parametrize(

@@ -73,6 +73,8 @@ def test_rows_move_in_vectors_of_16_bytes():
         lambda: reuse.select_changed(x, x[0], 135, None, 135, "cosine", None)
     )
     (merge,) = record_launches(lambda: reuse.merge_rows(x[0], rows, index, x))
-    assert compile_launch(select, 90).ptx.count("ld.global.v4.b32") >= 4
+    ptx = compile_launch(select, 90).ptx
+    assert ptx.count("ld.global.v4.b32") == 2 * 5 and "bar.sync" not in ptx
+    assert ptx.count("fma.rn.f32") >= 3 * 1280 // 32, "sums of equal rows round alike"
     ptx = compile_launch(merge, 90).ptx
     assert ptx.count("ld.global.v4.b32") >= 3 and "st.global.v4.b32" in ptx
