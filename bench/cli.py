@@ -31,7 +31,8 @@ def bench(
             metavar="[NAME]...",
             help="A word (append), an op, a case name, a glob or a regular expression; "
             "none is every case. reuse/error instead measures how far reused features are from "
-            "the plain ViT's, tiers what it costs that history leaves memory and comes back.",
+            "the plain ViT's, tiers what it costs that history leaves memory and comes back, "
+            "overlap what it saves that stages work at the same time.",
         ),
     ] = None,
     list_: Annotated[bool, typer.Option("--list", help="List the cases and stop.")] = False,
@@ -58,7 +59,9 @@ def bench(
     json: Annotated[Path | None, typer.Option(help="Write all rows to this file.")] = None,
     csv: Annotated[Path | None, typer.Option(help="Append the rows to this file.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw .png, .svg or .pdf.")] = None,
-    model: Annotated[str, typer.Option(help="The model of reuse/error and tiers.")] = "tiny-random",
+    model: Annotated[
+        str, typer.Option(help="The model of reuse/error, tiers and overlap.")
+    ] = "tiny-random",
 ) -> None:
     """Check every provider against the truth, then time it against the baseline, in turn.
 
@@ -218,7 +221,31 @@ def _tiers(asked: _Asked) -> None:
         raise _fail(str(error)) from None
 
 
-_OF_A_MODEL = {"reuse/error": _reuse_error, "tiers": _tiers}
+def _overlap(asked: _Asked) -> None:
+    """The figures of ``overlap``, as a line and data."""
+    from vicostream_kernels.bench import overlap
+
+    try:
+        if asked.plot is not None:
+            raise ValueError("overlap has no picture")
+        loaded = asked.load()
+    except ValueError as error:
+        raise _fail(str(error)) from None
+    less = overlap.QUICK if asked.quick else {}
+    try:
+        found = overlap.measure(loaded, seed=asked.seed, progress=_progress, **less)
+    except overlap.WrongResult as error:
+        raise _wrong(error) from None
+    _progress("")
+    typer.echo(_named(loaded))
+    typer.echo(overlap.table(found))
+    try:
+        asked.write(overlap.as_data(found))
+    except OSError as error:
+        raise _fail(str(error)) from None
+
+
+_OF_A_MODEL = {"reuse/error": _reuse_error, "tiers": _tiers, "overlap": _overlap}
 
 
 def _wrong(error: Exception) -> typer.Exit:

@@ -115,12 +115,28 @@ def plan(root: Path, work: Path, python: str = sys.executable) -> list[Step]:
             verdict=lambda done: tiers_verdict(done, tiers),
         )
     )
+    overlap = overlap_path(bench)
+    steps.append(
+        Step(
+            "overlap",
+            (python, "-m", "vicostream_kernels.bench.gpu_check", "--overlap", str(overlap)),
+            timeout_s=90,
+            least_s=45,
+            folder=work,
+            verdict=lambda done: overlap_verdict(done, overlap),
+        )
+    )
     return steps
 
 
 def tiers_path(bench: Path) -> Path:
     """Where the figures of ``bench tiers`` are while the check runs."""
     return bench.with_name("tiers.json")
+
+
+def overlap_path(bench: Path) -> Path:
+    """Where the figures of ``bench overlap`` are while the check runs."""
+    return bench.with_name("overlap.json")
 
 
 def workers() -> tuple[str, ...]:
@@ -239,6 +255,16 @@ def tiers_verdict(done: Finished, path: Path) -> str:
     return ""
 
 
+def overlap_verdict(done: Finished, path: Path) -> str:
+    """Passed means: the figures are there; how large they are, the result says."""
+    figures = read_figures(path)
+    if done.code or figures is None:
+        return f"ended with {done.code}: {(done.output.strip().splitlines() or ['no output'])[-1]}"
+    if min(figures.get("fps", 0), *figures.get("stages_ms", {"": 0}).values()) <= 0:
+        return f"no figures: {figures}"
+    return ""
+
+
 def read_figures(path: Path) -> Any:
     try:
         return json.loads(path.read_text())
@@ -255,6 +281,18 @@ def run_tiers(path: Path) -> int:
     found = tiers.measure(model, **tiers.QUICK, progress=print)
     print(tiers.table(*found))
     path.write_text(json.dumps(tiers.as_data(*found)))
+    return 0
+
+
+def run_overlap(path: Path) -> int:
+    """The overlap step: the stages of the true 3B shapes, in turn and at the same time."""
+    from vicostream_kernels.bench import overlap
+    from vicostream_kernels.models import load_model
+
+    model = load_model("3b-random", device=torch.device("cuda"))
+    found = overlap.measure(model, **overlap.QUICK, progress=print)
+    print(overlap.table(found))
+    path.write_text(json.dumps(overlap.as_data(found)))
     return 0
 
 
@@ -291,6 +329,7 @@ def document_of(
         "steps": [row.as_dict() for row in rows],
         "benchmark": read_figures(bench),
         "tiers": read_figures(tiers_path(bench)),
+        "overlap": read_figures(overlap_path(bench)),
     }
 
 
@@ -330,6 +369,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--budget", type=float, default=570.0, help="seconds for everything")
     add("--benchmark", type=Path, help=argparse.SUPPRESS)
     add("--tiers", type=Path, help=argparse.SUPPRESS)
+    add("--overlap", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         print(f"gpu-check: torch {torch.__version__} finds no CUDA device here", file=sys.stderr)
@@ -338,6 +378,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return run_benchmark(given.benchmark)
     if given.tiers is not None:
         return run_tiers(given.tiers)
+    if given.overlap is not None:
+        return run_overlap(given.overlap)
     root = given.root.resolve()
     if not (root / _PLANTS).is_file():
         print(f"gpu-check: {root} is no checkout ({_PLANTS} is not there)", file=sys.stderr)

@@ -116,7 +116,7 @@ def test_the_file_holds_every_step_and_the_benchmark(tmp_path):
     (tmp_path / "tiers.json").write_text('{"fetch": 1}')
     code, document = run_check(steps, tmp_path, '{"rows": [1]}')
     assert code == 0 and document["passed"] and document["benchmark"] == {"rows": [1]}
-    assert document["tiers"] == {"fetch": 1}
+    assert document["tiers"] == {"fetch": 1} and document["overlap"] is None
     assert document["schema"] == gpu_check.SCHEMA and document["environment"] == FACTS
     assert [step["status"] for step in document["steps"]] == ["passed", "passed"]
 
@@ -160,7 +160,8 @@ def test_the_plan_covers_tests_tools_plants_and_benchmark_in_ten_minutes(tmp_pat
     steps = {step.name: step for step in plan(ROOT, tmp_path)}
     tools = ["memcheck", "racecheck", "initcheck", "synccheck"]
     plants = [f"plants-{tool}" for tool in tools]
-    assert list(steps) == ["pytest", "driver", *tools, "plants", *plants, "benchmark", "tiers"]
+    measured = ["benchmark", "tiers", "overlap"]
+    assert list(steps) == ["pytest", "driver", *tools, "plants", *plants, *measured]
     assert sum(step.least_s for step in steps.values()) < 540
     for tool in tools:
         assert steps[tool].command[1:3] == ("--tool", tool) and steps[tool].needs == ("driver",)
@@ -270,6 +271,21 @@ def test_tiers_verdict(tmp_path, code, text):
     )
     assert (said == "") == (code == 0 and text == _TIERS % "host")
     assert not said or "two" in said or "no figures of what moved" in said
+
+
+_OVERLAP = '{"fps": %s, "stages_ms": {"encode": 2, "prefill": 3}}'
+
+
+@pytest.mark.parametrize("text", [_OVERLAP % 1, _OVERLAP % 0, "{}", "", None])
+@pytest.mark.parametrize("code", [0, 1])
+def test_overlap_verdict(tmp_path, code, text):
+    if text is not None:
+        (tmp_path / "o.json").write_text(text)
+    said = gpu_check.overlap_verdict(
+        Finished(code, "one\nWrongResult: two\n", 1), tmp_path / "o.json"
+    )
+    assert (said == "") == (code == 0 and text == _OVERLAP % 1)
+    assert not said or "two" in said or "no figures" in said
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

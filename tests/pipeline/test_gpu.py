@@ -90,3 +90,27 @@ def test_the_report_has_the_times_of_the_device(engine):
     assert report["device"]["type"] == "cuda" and report["memory"]["peak_device_bytes"] > 0
     assert all(stage["p50"] > 0 for stage in report["stages_ms"].values())
     json.dumps(report)
+
+
+@pytest.mark.parametrize("preset", ["vicostream", "vicostream+stc", "quest"])
+def test_overlapped_stages_give_the_bits_of_a_serial_run(preset):
+    """Streams wait for each other where they must: many chunks, questions between them."""
+    frames, found = pictures(88), []
+    for overlap in (False, True, True):
+        overrides = {**SMALL, "engine.overlap": overlap}
+        with (
+            StreamEngine.from_pretrained(
+                "tiny-random", preset=preset, overrides=overrides, device="cuda"
+            ) as made,
+            made.open() as stream,
+        ):
+            said = []
+            for at in range(0, 88, 8):
+                stream.ingest(frames[at : at + 8])
+                if at % 32 == 0:
+                    said.append("".join(stream.ask("What?", max_new_tokens=4)))
+            stream.flush()
+            kept = [stream.history.cache.contents(b).clone() for b in stream.history.chunks()]
+            found.append((said, kept))
+    for said, kept in found[1:]:
+        assert said == found[0][0] and all(map(torch.equal, kept, found[0][1]))

@@ -36,7 +36,8 @@ def filled_recorder(chunks=5):
         span.seconds = 0.002
         recorder.decoded(span)
         taken = {"preprocess": 0.001, "encode": 0.004, "prune": 0.001, "prefill": 0.002}
-        spans = [Span(stage, i, seconds) for stage, seconds in taken.items()]
+        stages = (Span(stage, i, seconds) for stage, seconds in taken.items())
+        spans = [*recorder.take_decoded(), *stages]
         recorder.ingest_s += 0.008
         recorder.frames_ingested += 8
         recorder.chunk(ChunkFigures(i, i + 0.9, 8, 100, 25, 10 * i, 1000 * i, 5, spans))

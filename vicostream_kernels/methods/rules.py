@@ -245,6 +245,8 @@ class EngineRule:
     bucket: the LLM step runs on lengths rounded up to a multiple of this (None: 64 on a GPU, exact
         lengths on the CPU).
     max_new_tokens, max_question_tokens: budgets of an answer and of a question.
+    overlap: stages work at the same time, on chunks one after another: a thread each, on a GPU a
+        CUDA stream each. The results have the same bits.
     """
 
     pixels: int | None = None
@@ -264,6 +266,7 @@ class EngineRule:
     bucket: int | None = None
     max_new_tokens: int = 128
     max_question_tokens: int = 1024
+    overlap: bool = False
 
     def __post_init__(self) -> None:
         for name in ("pixels", "max_pages", "history_bytes", "bucket"):

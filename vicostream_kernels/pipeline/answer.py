@@ -12,6 +12,7 @@ import torch
 from vicostream_kernels.cache import Block
 from vicostream_kernels.methods import Method
 from vicostream_kernels.models import Sampler
+from vicostream_kernels.pipeline.lanes import Turn
 from vicostream_kernels.pipeline.llm import LLMSteps
 from vicostream_kernels.pipeline.reading import Reading
 from vicostream_kernels.pipeline.report import BlockRead, QuestionFigures, Recorder
@@ -48,11 +49,13 @@ class Answer:
         max_new_tokens: int,
         sampler: Sampler,
         selector: Selector | None = None,
+        turn: Turn,
+        began: float,
     ) -> None:
         self._llm, self._method, self._history, self._recorder = llm, method, history, recorder
         self._runner, self._sampler = llm.runner, sampler
         self._prompt, self._time_s, self._limit = ids, time_s, max_new_tokens
-        self._asking, self._selector = asking, selector
+        self._asking, self._selector, self._turn = asking, selector, turn
         self._reading: Reading | None = None
         self.figures = QuestionFigures(time_s, text)
         self._pieces = TextStream(self._runner.tokenizer)
@@ -63,7 +66,6 @@ class Answer:
         self._trace = recorder.trace
         self._decoding_s = 0.0
         recorder.questions.append(self.figures)
-        began = time.perf_counter()
         try:
             with torch.no_grad():
                 self._next = self._prefill()
@@ -99,7 +101,8 @@ class Answer:
         """The next piece of text that is certain; raises StopIteration at the end."""
         while self._block is not None:
             try:
-                with torch.no_grad(), self._trace.span("decode_text", host=True) as span:
+                span = self._trace.span("decode_text", host=True)
+                with torch.no_grad(), self._turn, span as span:
                     piece, finish = self._advance()
             except BaseException:
                 self._let_go("failed")
@@ -210,8 +213,11 @@ class Answer:
         return self._sampler.next_token(seen, self._runner.logits(hidden))
 
     def _let_go(self, finish: str) -> None:
-        if self.figures.finish != "open":
-            return
+        with self._turn:
+            if self.figures.finish == "open":
+                self._end(finish)
+
+    def _end(self, finish: str) -> None:
         self.figures.finish = finish
         if self._tokens and self._decoding_s:
             self.figures.tokens_per_s = round(len(self._tokens) / self._decoding_s, 3)

@@ -7,13 +7,16 @@ import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import torch
 
 from vicostream_kernels import methods
 from vicostream_kernels.cache import PagedKVCache, Tiers
 from vicostream_kernels.models import Qwen2_5_VLRunner, load_model
+from vicostream_kernels.pipeline.belt import Belt
 from vicostream_kernels.pipeline.errors import InputError
+from vicostream_kernels.pipeline.lanes import CudaLane, Lane, Turn
 from vicostream_kernels.pipeline.report import Recorder
 from vicostream_kernels.pipeline.session import Stream
 from vicostream_kernels.pipeline.snapshot import Snapshot, fingerprint, settings_of
@@ -37,7 +40,8 @@ class StreamEngine:
                     print(piece, end="")
 
     Attributes: ``runner`` (the model), ``method`` (frozen), ``cache`` (the paged KV cache that all
-    streams share), ``bucket`` (LLM lengths are multiples of it).
+    streams share), ``bucket`` (LLM lengths are multiples of it), ``turn`` (entered by whoever uses
+    the cache while streams overlap their stages), ``belts`` (of those streams).
     """
 
     def __init__(self, runner: Qwen2_5_VLRunner, method: methods.Method) -> None:
@@ -45,6 +49,9 @@ class StreamEngine:
         self.runner, self.method = runner, method
         self._fingerprint: str | None = None
         rule = method.engine
+        overlaps = rule.overlap and runner.device.type == "cuda"
+        self.turn = Turn(CudaLane(runner.device) if overlaps else Lane())
+        self.belts: WeakSet[Belt] = WeakSet()
         self.bucket = rule.bucket or (_CUDA_BUCKET if runner.device.type == "cuda" else 1)
         tiers = _tiers(rule, runner.device)
         first = _FIRST_PAGES if rule.max_pages is None else min(_FIRST_PAGES, rule.max_pages)
@@ -174,7 +181,10 @@ class StreamEngine:
 
     def close(self) -> None:
         """Closes every stream and the cache; a second close does nothing."""
-        self.cache.close()
+        for belt in list(self.belts):
+            belt.close()
+        with self.turn:
+            self.cache.close()
 
     def __enter__(self) -> StreamEngine:
         return self

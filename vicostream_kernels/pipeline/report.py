@@ -153,7 +153,7 @@ class Recorder:
         self.ingest_s = 0.0
         self._began = time.perf_counter()
         self._ended: float | None = None
-        self._undecided: list[Span] = []
+        self._decoded: list[Span] = []
 
     def use_device(self, device: torch.device | str) -> None:
         """Where the spans are measured; called before the first one."""
@@ -167,13 +167,16 @@ class Recorder:
 
     def decoded(self, span: Span) -> None:
         """Puts a decoding span on the account of the chunk that is being filled."""
-        self._undecided.append(span)
+        self._decoded.append(span)
         self.ingest_s += span.seconds or 0.0
+
+    def take_decoded(self) -> tuple[Span, ...]:
+        """The decoding spans of the chunk that is full now."""
+        taken, self._decoded = tuple(self._decoded), []
+        return taken
 
     def chunk(self, figures: ChunkFigures) -> None:
         """Adds a finished chunk."""
-        figures.spans = self._undecided + figures.spans
-        self._undecided = []
         self.chunks.append(figures)
         self.chunk_count += 1
         self.tokens_seen += figures.seen
@@ -204,7 +207,7 @@ class Recorder:
     def report(self) -> dict[str, Any]:
         """Everything so far as plain JSON data."""
         self.trace.settle(wait=True)
-        chunks = [chunk.entry() for chunk in self.chunks]
+        chunks = [chunk.entry() for chunk in list(self.chunks)]  # an overlapped stage may add one
         read = self.read
         return {
             "schema": SCHEMA,

@@ -17,7 +17,9 @@ from vicostream_kernels.cache import CacheStream, DiskFull
 from vicostream_kernels.methods import Method
 from vicostream_kernels.models import Qwen2_5_VLRunner, Sampler
 from vicostream_kernels.pipeline.answer import Answer
+from vicostream_kernels.pipeline.belt import Belt, Line, Stage, Way
 from vicostream_kernels.pipeline.errors import InputError, PipelineError
+from vicostream_kernels.pipeline.lanes import CudaLane, Lane
 from vicostream_kernels.pipeline.llm import LLMSteps
 from vicostream_kernels.pipeline.report import ChunkFigures, Recorder, rss_bytes
 from vicostream_kernels.pipeline.saving import save
@@ -25,7 +27,6 @@ from vicostream_kernels.pipeline.selection import RuleSelector, Selector
 from vicostream_kernels.pipeline.snapshot import Snapshot
 from vicostream_kernels.pipeline.stages import (
     ChunkFrames,
-    ChunkKept,
     ChunkMask,
     Encode,
     Prefill,
@@ -39,11 +40,12 @@ if TYPE_CHECKING:
     from vicostream_kernels.pipeline.engine import StreamEngine
 
 
-class _Pruned(NamedTuple):
-    """A chunk before its last stage, and where the time went so far."""
+class _Carried(NamedTuple):
+    """What a stage made of a chunk, and where the time went so far."""
 
-    kept: ChunkKept
-    spans: list[Span]
+    source: ChunkFrames
+    value: Any
+    spans: tuple[Span, ...]
 
 
 class Stream:
@@ -53,6 +55,10 @@ class Stream:
     chunk goes through the stages as soon as it is full. A chunk never mixes frame sizes: a change
     of size ends the chunk before it. One thread at a time may use a stream, or streams of one
     engine.
+
+    With ``engine.overlap`` each stage has a thread of its own (on a GPU a CUDA stream, too), a few
+    chunks are on their way when ``ingest`` returns, and what a stage raises is raised by the next
+    call; ``ask``, ``flush``, ``save`` wait for them. The bits are the same.
     """
 
     def __init__(
@@ -75,9 +81,11 @@ class Stream:
         self._answers: WeakSet[Answer] = WeakSet()
         self._failed = False
         self._most_pages = 0  # of a chunk so far
-        self._waiting: _Pruned | None = None  # what found no room in the cache yet
+        self._written = self._told = 0  # chunks in the cache, of which the caller knows
+        self._turn = engine.turn
         self._cleanup = ExitStack()
-        cache = self._cleanup.enter_context(engine.cache.open())
+        with self._turn:
+            cache = self._cleanup.enter_context(engine.cache.open())
         self.history = History(cache)
         recorder.forgotten = cache.forgotten
         try:
@@ -86,25 +94,27 @@ class Stream:
             self._preprocess = Preprocess(runner, method)
             self._encode = Encode(runner, method)
             if self._encode.state is not None:
-                recorder.reuse = self._encode.state.figures
+                recorder.reuse = self._reused
             self._prune = Prune(runner, method, on_pruned)
             self._prefill = Prefill(self._llm, method, self.history, engine.bucket)
-            with torch.no_grad():
+            with self._turn, torch.no_grad():
                 if snapshot is None:
                     self._prefill.begin(runner.system_ids(system))
                 else:
                     snapshot.into(self)
+                self._account()
+                self._lanes = self._stage_lanes()
         except BaseException:
             self._cleanup.close()
             raise
-        self._account()
+        self._way = self._make_way()
 
     # -- frames ----------------------------------------------------------------------------------
 
     def ingest(
         self, frames: torch.Tensor | np.ndarray, times_s: Sequence[float] | None = None
     ) -> int:
-        """Takes frames; returns how many chunks were finished.
+        """Takes frames; returns how many chunks were finished since the last call.
 
         Args:
             frames: ``[F, H, W, 3]`` uint8 RGB, strided tensor on any device or NumPy array, any
@@ -123,11 +133,11 @@ class Stream:
         frames = _as_frames(frames)
         self._preprocess.check_size(*frames.shape[1:3])
         times = self._check_times(frames.shape[0], times_s)
-        began, done, at = time.perf_counter(), 0, 0
+        began, at = time.perf_counter(), 0
         try:
             while at < frames.shape[0]:
                 if self._buffer and self._buffer[0].shape[1:] != frames.shape[1:]:
-                    done += self._finish_chunk()
+                    self._finish_chunk()
                 room = self._method.engine.frames_per_chunk - len(self._times)
                 part = frames[at : at + room]
                 self._buffer.append(part)
@@ -136,22 +146,26 @@ class Stream:
                 at += part.shape[0]
                 self.recorder.frames_ingested += part.shape[0]
                 if len(self._times) == self._method.engine.frames_per_chunk:
-                    done += self._finish_chunk()
+                    self._finish_chunk()
         finally:
             # What waits for the rest of its chunk must not change with the caller's memory.
             self._buffer[-1:] = [part.clone() for part in self._buffer[-1:]]
             self.recorder.ingest_s += time.perf_counter() - began
+            done = self._finished()
         return done
 
     def flush(self) -> int:
-        """Finishes the chunk that is being filled, short as it is; returns how many chunks that
-        made. An odd last frame is repeated to fill its step."""
+        """Finishes the chunk that is being filled, short as it is; returns how many chunks were
+        finished since the last call. An odd last frame is repeated to fill its step."""
         self._check_open()
         began = time.perf_counter()
         try:
-            return self._finish_chunk()
+            self._finish_chunk()
+            self._drain()
         finally:
             self.recorder.ingest_s += time.perf_counter() - began
+            done = self._finished()
+        return done
 
     @property
     def frames_per_chunk(self) -> int:
@@ -163,63 +177,92 @@ class Stream:
         """The time of the newest frame, 0 before the first."""
         return self._now or 0.0
 
-    def _finish_chunk(self) -> int:
-        done = self._finish_waiting()
+    def _finish_chunk(self) -> None:
+        """Hands the chunk that is being filled on, short as it is."""
+        with self._fails_whole():
+            self._way.ready()
         if not self._buffer:
-            return done
-        # What must move for it moves now: where that fails, the chunk's frames wait.
-        self._engine.cache.make_room(self._most_pages)
+            return
+        if not self._overlaps:
+            # What must move for it moves now: where that fails, the chunk's frames wait.
+            self._engine.cache.make_room(self._most_pages)
         images = joined(self._buffer, self._engine.runner.device)
+        if self._overlaps and len(self._buffer) == 1:
+            images = images.clone()  # the caller may overwrite them
         chunk = ChunkFrames(images, self._times[0], self._times[-1], self._seconds_per_step())
         self._buffer, self._times = [], []
         with self._fails_whole():
-            spans: list[Span] = []
-            value: Any = chunk
-            for name, stage in (
-                ("preprocess", self._preprocess),
-                ("encode", self._encode),
-                ("prune", self._prune),
-            ):
-                with self.recorder.trace.span(name, start_s=chunk.start_s) as span:
-                    value = stage.run(value)
-                spans.append(span)
-            self._waiting = _Pruned(value, spans)
-        return done + self._finish_waiting()
+            self._way.put(_Carried(chunk, chunk, self.recorder.take_decoded()))
 
-    def _finish_waiting(self) -> int:
-        """Writes what was pruned into the cache. It was larger than any chunk before where that
-        raises DiskFull: nothing is written then, and it waits."""
-        if self._waiting is None:
-            return 0
+    def _drain(self) -> None:
         with self._fails_whole():
-            kept, spans = self._waiting
-            chunk = kept.source
-            with self.recorder.trace.span("prefill", start_s=chunk.start_s) as span:
-                done = self._prefill.run(kept)
-            self._waiting = None
-            self._most_pages = max(self._most_pages, len(done.block.pages))
-            kv = self._account()
-            self.recorder.chunk(
-                ChunkFigures(
-                    chunk.start_s,
-                    chunk.end_s,
-                    chunk.frames,
-                    done.seen,
-                    done.kept,
-                    kv["pages"],
-                    kv["bytes"],
-                    rss_bytes(),
-                    [*spans, span],
-                )  # fmt: skip
+            self._way.drain()
+
+    def _finished(self) -> int:
+        """How many chunks were finished since the call before."""
+        written = self._written
+        told, self._told = self._told, written
+        return written - told
+
+    @property
+    def _overlaps(self) -> bool:
+        return self._method.engine.overlap
+
+    def _stage_lanes(self) -> list[Lane]:
+        device = self._engine.runner.device
+        own = CudaLane if self._overlaps and device.type == "cuda" else lambda _: Lane()
+        return [*(own(device) for _ in range(3)), self._turn]
+
+    def _make_way(self) -> Way:
+        stages: list[Stage] = [
+            self._timed("preprocess", self._preprocess.run),
+            self._timed("encode", self._encode.run),
+            self._timed("prune", self._prune.run),
+            self._write,
+        ]
+        if not self._overlaps:
+            return Line(stages, DiskFull)
+        belt = Belt(stages, DiskFull, self._lanes)
+        self._engine.belts.add(belt)
+        return belt
+
+    def _timed(self, name: str, stage: Callable[[Any], Any]) -> Stage:
+        def run(chunk: _Carried) -> _Carried:
+            trace, source = self.recorder.trace, chunk.source
+            with torch.no_grad(), trace.span(name, start_s=source.start_s) as span:
+                value = stage(chunk.value)
+            return _Carried(source, value, (*chunk.spans, span))
+
+        return run
+
+    def _write(self, chunk: _Carried) -> None:
+        """The last stage. Where it raises DiskFull the chunk was larger than any before: nothing is
+        written then."""
+        trace, source = self.recorder.trace, chunk.source
+        with torch.no_grad(), trace.span("prefill", start_s=source.start_s) as span:
+            done = self._prefill.run(chunk.value)
+        self._most_pages = max(self._most_pages, len(done.block.pages))
+        kv = self._account()
+        self.recorder.chunk(
+            ChunkFigures(
+                source.start_s,
+                source.end_s,
+                source.frames,
+                done.seen,
+                done.kept,
+                kv["pages"],
+                kv["bytes"],
+                rss_bytes(),
+                [*chunk.spans, span],
             )
-        return 1
+        )
+        self._written += 1
 
     @contextmanager
     def _fails_whole(self) -> Iterator[None]:
         """A chunk that is missing would leave a hole that nobody sees: the stream fails with it."""
         try:
-            with torch.no_grad():
-                yield
+            yield
         except DiskFull:
             raise
         except BaseException:
@@ -292,21 +335,28 @@ class Stream:
         if selector is not None and self._selector is None:
             raise InputError("ask: a selector needs a method that retrieves; set retrieve")
         ids = self._engine.question_ids(text)
-        answer = Answer(
-            self._llm,
-            self._method,
-            self.history,
-            self.recorder,
-            ids=ids,
-            text=text,
-            time_s=float(time_s),
-            asking=self._asking(ids),
-            max_new_tokens=limit,
-            sampler=sampler or self._engine.runner.sampler(),
-            selector=selector or self._selector,
-        )
-        self._answers.add(answer)
-        self._account()
+        began = time.perf_counter()
+        with self._fails_whole():
+            self._way.settle()
+        self.recorder.ingest_s += time.perf_counter() - began
+        with self._turn:
+            answer = Answer(
+                self._llm,
+                self._method,
+                self.history,
+                self.recorder,
+                ids=ids,
+                text=text,
+                time_s=float(time_s),
+                asking=self._asking(ids),
+                max_new_tokens=limit,
+                sampler=sampler or self._engine.runner.sampler(),
+                selector=selector or self._selector,
+                turn=self._turn,
+                began=began,
+            )
+            self._answers.add(answer)
+            self._account()
         return answer
 
     def _asking(self, ids: list[int]) -> slice:
@@ -330,8 +380,10 @@ class Stream:
         ``DiskFull`` where a chunk still waits for room in the cache.
         """
         self._check_open()
-        self._finish_waiting()
-        with torch.no_grad():
+        self._drain()
+        with self._turn, torch.no_grad():
+            for lane in self._lanes:
+                lane.join()
             save(self, path)
 
     # -- accounts --------------------------------------------------------------------------------
@@ -339,6 +391,12 @@ class Stream:
     def report(self) -> dict[str, Any]:
         """The figures so far, as ``report.json`` has them (see ``report.schema.json``)."""
         return self.recorder.report()
+
+    def _reused(self) -> dict[str, Any]:
+        with self._turn:
+            for lane in self._lanes:
+                lane.join()
+            return self._encode.state.figures()
 
     def _account(self) -> dict[str, int]:
         cache = self._engine.cache
@@ -373,10 +431,11 @@ class Stream:
     def close(self) -> None:
         """Ends open answers and gives all pages back; frames of an unfinished chunk are dropped.
         The report stays readable."""
-        with self._cleanup:  # the pages go back whatever an answer raises
+        self._way.close()
+        with self._turn, self._cleanup:  # the pages go back whatever an answer raises
             for answer in list(self._answers):
                 answer.close()
-            self._buffer, self._times, self._waiting = [], [], None
+            self._buffer, self._times = [], []
 
     def __enter__(self) -> Stream:
         return self

@@ -43,7 +43,7 @@ _FREE = {
     f"engine.{name}"
     for name in (
         "max_pages", "history_bytes", "host_bytes", "disk_bytes", "spill_dir", "allow_missing",
-        "max_new_tokens", "max_question_tokens",
+        "max_new_tokens", "max_question_tokens", "overlap",
     )
 }  # fmt: skip
 TOTALS = (

@@ -2,8 +2,9 @@
 
 Each stage is an object with ``run(input) -> output``. Inputs and outputs are frozen, and a stage
 shares nothing with another: what must outlive a chunk (the pruning state, the history in the cache)
-belongs to the one stage that uses it, which sees the chunks in their order. So the same objects can
-run one after another, as now, or each on a CUDA stream or thread of its own.
+belongs to the one stage that uses it, which sees the chunks in their order. So the same objects
+run one after another, or each in a thread of its own (``belt``) and on a CUDA stream of its own
+(``lanes``).
 
 The only thing that travels from the device to the host is the number of kept tokens, four bytes,
 started by ``Prune`` and read by ``Prefill``.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -46,6 +47,7 @@ class Trace:
         self._device = torch.device(device)
         self.spans: deque[Span] = deque(maxlen=capacity)
         self._pending: deque[Span] = deque()
+        self._settling = threading.Lock()  # stages may have threads of their own
         self._origin = time.perf_counter()
         self._first = self._event() if self._cuda else None
 
@@ -75,16 +77,18 @@ class Trace:
 
     def settle(self, *, wait: bool = False) -> None:
         """Reads the events that have passed; with ``wait``, all of them."""
-        while self._pending:
-            begin, end = self._pending[0]._events
-            if wait:
-                end.synchronize()
-            elif not end.query():
-                return
-            span = self._pending.popleft()
-            span.seconds = begin.elapsed_time(end) / 1e3
-            span.start_s = self._first.elapsed_time(begin) / 1e3
-            span._events = None
+        with self._settling:
+            while self._pending:
+                span = self._pending[0]
+                begin, end = span._events
+                if wait:
+                    end.synchronize()
+                elif not end.query():
+                    return
+                span.seconds = begin.elapsed_time(end) / 1e3
+                span.start_s = self._first.elapsed_time(begin) / 1e3
+                span._events = None
+                self._pending.popleft()
 
     def _event(self) -> Any:
         event = torch.cuda.Event(enable_timing=True)
@@ -96,7 +100,7 @@ class Trace:
         self.settle(wait=True)
         tracks: dict[str, int] = {}
         events = []
-        for span in self.spans:
+        for span in list(self.spans):
             tid = tracks.setdefault(span.stage, len(tracks) + 1)
             events.append(
                 {
