@@ -49,9 +49,6 @@ class StreamEngine:
         self.runner, self.method = runner, method
         self._fingerprint: str | None = None
         rule = method.engine
-        overlaps = rule.overlap and runner.device.type == "cuda"
-        self.turn = Turn(CudaLane(runner.device) if overlaps else Lane())
-        self.belts: WeakSet[Belt] = WeakSet()
         self.bucket = rule.bucket or (_CUDA_BUCKET if runner.device.type == "cuda" else 1)
         tiers = _tiers(rule, runner.device)
         first = _FIRST_PAGES if rule.max_pages is None else min(_FIRST_PAGES, rule.max_pages)
@@ -71,6 +68,10 @@ class StreamEngine:
             on_full="evict_oldest",
             tiers=tiers,
         )
+        overlaps = rule.overlap and runner.device.type == "cuda"
+        # Behind weights and cache.
+        self.turn = Turn(CudaLane(runner.device) if overlaps else Lane())
+        self.belts: WeakSet[Belt] = WeakSet()
 
     @classmethod
     def from_pretrained(
@@ -185,6 +186,7 @@ class StreamEngine:
             belt.close()
         with self.turn:
             self.cache.close()
+        self.turn.join()  # before the current stream gets the cache's memory
 
     def __enter__(self) -> StreamEngine:
         return self

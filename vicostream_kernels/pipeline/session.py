@@ -84,30 +84,30 @@ class Stream:
         self._written = self._told = 0  # chunks in the cache, of which the caller knows
         self._turn = engine.turn
         self._cleanup = ExitStack()
-        with self._turn:
+        with self._turn, torch.no_grad():
             cache = self._cleanup.enter_context(engine.cache.open())
-        self.history = History(cache)
-        recorder.forgotten = cache.forgotten
-        try:
-            self._selector = _follow(method, runner, cache)
-            self._llm = LLMSteps(runner, cache, method)
-            self._preprocess = Preprocess(runner, method)
-            self._encode = Encode(runner, method)
-            if self._encode.state is not None:
-                recorder.reuse = self._reused
-            self._prune = Prune(runner, method, on_pruned)
-            self._prefill = Prefill(self._llm, method, self.history, engine.bucket)
-            with self._turn, torch.no_grad():
+            self.history = History(cache)
+            recorder.forgotten = cache.forgotten
+            try:
+                self._selector = _follow(method, runner, cache)
+                self._llm = LLMSteps(runner, cache, method)
+                self._preprocess = Preprocess(runner, method)
+                self._encode = Encode(runner, method)
+                if self._encode.state is not None:
+                    recorder.reuse = self._reused
+                self._prune = Prune(runner, method, on_pruned)
+                self._prefill = Prefill(self._llm, method, self.history, engine.bucket)
                 if snapshot is None:
                     self._prefill.begin(runner.system_ids(system))
                 else:
                     snapshot.into(self)
                 self._account()
+                # Behind all that was made so far.
                 self._lanes = self._stage_lanes()
-        except BaseException:
-            self._cleanup.close()
-            raise
-        self._way = self._make_way()
+                self._way = self._make_way()
+            except BaseException:
+                self._cleanup.close()
+                raise
 
     # -- frames ----------------------------------------------------------------------------------
 
