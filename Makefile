@@ -64,8 +64,9 @@ build: $(STAMP)
 demo: build
 	$(BIN)/vicostream run sample --preset live --report out/demo --show-pruning out/demo
 
+# A file of tests stays in one process; tests/conftest.py says which come first.
 test: build
-	$(BIN)/pytest
+	$(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 bench: build
 	$(BIN)/vicostream bench

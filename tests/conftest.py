@@ -1,14 +1,37 @@
-"""Every test runs with poisoned empties and two threads."""
+"""Every test runs with poisoned empties and two threads; long files of tests come first."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
 from kit.poison import poisoned
 from vicostream_kernels.backends import BackendUnavailable
+
+#: Files that take a minute and more: with several processes (`make test`) none of them is begun
+#: when all the others are done.
+_LONG = (
+    "triton/test_ops_interpreted.py",
+    "cuda/test_emulated.py",
+    "tools/test_train_tiny.py",
+    "packaging/test_cuda_gate.py",
+    "ops/test_attention_cpu.py",
+    "triton/test_cubin_attention.py",
+    "test_cli.py",
+    "triton/interpreter/test_append.py",
+)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """In one of several processes, which all must order the tests alike."""
+    if not hasattr(config, "workerinput"):
+        return
+    folder = Path(__file__).parent
+    place = {folder / name: at for at, name in enumerate(_LONG)}
+    items.sort(key=lambda item: place.get(item.path, len(_LONG)))
 
 
 @pytest.hookimpl(wrapper=True)
