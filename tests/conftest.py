@@ -11,7 +11,6 @@ import torch
 from kit.poison import poisoned
 from vicostream_kernels.backends import BackendUnavailable
 
-
 #: Files that take a minute and more: with several processes (`make test`) none of them is begun
 #: when all the others are done.
 _LONG = (

@@ -55,6 +55,12 @@ _LONG = tuple(
         "retrieve.py::test_a_stream_has_the_bits_it_has_alone[dot-max",
         *(f"retrieve_summaries.py::test_minmax_of_each_part[{part}" for part in ("5-5", "8-4")),
         "retrieve_choice.py::test_top_k_of_many[5000",
+        "retrieve_choice.py::test_scores_in_order_alike_or_missing[triton-cpu-1002",
+        *(
+            f"retrieve_large.py::test_a_choice_among_many[{{'{x}'"
+            for x in ("token_budget", "ratio")
+        ),
+        *(f"retrieve_pages.py::test_long_lists[{size}-" for size in ("300-90", "3000-1000")),
         "retrieve_native.py::test_one_and_two_threads_give_the_same_bits",
         *(
             f"attention.py::test_head_dims_and_dtypes[{d}-float16"
