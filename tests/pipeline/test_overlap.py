@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -170,3 +174,22 @@ def test_closing_ends_the_threads(how):
     assert set(threading.enumerate()) == before
     stream.close()
     made.close()
+
+
+def test_a_process_may_end_while_stages_are_at_work(tmp_path):
+    script = """
+from pipeline_kit import pictures, small_engine
+stream = small_engine(engine__overlap=True).open(fps=2)
+stream.ingest(pictures(200))
+"""
+    kit = str(Path(__file__).parent.parent)
+    path = os.pathsep.join([kit, *filter(None, [os.environ.get("PYTHONPATH")])])
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env=os.environ | {"PYTHONPATH": path},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
