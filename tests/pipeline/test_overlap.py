@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
+from weakref import ref
 
 import pytest
 import torch
 from pipeline_kit import pictures, small_engine
 
 from vicostream_kernels.cache import DiskFull
+from vicostream_kernels.models.reuse import EncoderState
 from vicostream_kernels.pipeline import session
 from vicostream_kernels.pipeline.errors import PipelineError
 
@@ -176,6 +180,36 @@ def test_closing_ends_the_threads(how):
     made.close()
 
 
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_stream_that_was_closed_goes_with_its_last_user(overlap):
+    """What it holds of the encoder is large, and on a GPU nothing tells the garbage collector."""
+    gc.disable()
+    try:
+        with small_engine("vicostream+stc", engine__overlap=overlap) as made:
+            stream = made.open(fps=2)
+            stream.ingest(frames(16))
+            stream.close()
+            gone, recorder = ref(stream), stream.recorder
+            del stream
+            assert gone() is None and recorder.report()["reuse"]["calls"] <= 2
+    finally:
+        gc.enable()
+
+
+def test_an_engine_that_was_dropped_goes_and_its_threads_with_it():
+    before = set(threading.enumerate())
+    made = small_engine(engine__overlap=True)
+    stream = made.open(fps=2)
+    stream.ingest(frames(24))
+    gone = ref(made), ref(stream)
+    del made, stream
+    until = time.monotonic() + 20
+    while set(threading.enumerate()) != before and time.monotonic() < until:
+        gc.collect()
+        time.sleep(0.01)
+    assert set(threading.enumerate()) == before and [each() for each in gone] == [None, None]
+
+
 def test_a_process_may_end_while_stages_are_at_work(tmp_path):
     script = """
 from pipeline_kit import pictures, small_engine
@@ -193,3 +227,21 @@ stream.ingest(pictures(200))
         timeout=120,
     )
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_report_counts_whole_chunks(monkeypatch):
+    refer_to = EncoderState.refer_to
+    halfway, go_on = threading.Event(), threading.Event()
+
+    def slow(self, *arguments):
+        refer_to(self, *arguments)
+        halfway.set()
+        go_on.wait(0.2)
+
+    monkeypatch.setattr(EncoderState, "refer_to", slow)
+    with small_engine("vicostream+stc", engine__overlap=True) as made, made.open(fps=2) as stream:
+        stream.ingest(frames(8))
+        assert halfway.wait(20)
+        layers = stream.report()["reuse"]["layers"]
+        go_on.set()
+        assert min(layer["reused"] for layer in layers) >= 0

@@ -206,8 +206,9 @@ class Recorder:
 
     def report(self) -> dict[str, Any]:
         """Everything so far as plain JSON data."""
+        chunks, errors = list(self.chunks), list(self.errors)  # overlapped stages may add some
         self.trace.settle(wait=True)
-        chunks = [chunk.entry() for chunk in list(self.chunks)]  # an overlapped stage may add one
+        chunks = [chunk.entry() for chunk in chunks]
         read = self.read
         return {
             "schema": SCHEMA,
@@ -244,7 +245,7 @@ class Recorder:
             "chunks": chunks,
             "questions": [_question(q) for q in self.questions],
             "pictures": self.pictures,
-            "errors": [asdict(error) for error in self.errors],
+            "errors": [asdict(error) for error in errors],
         }
 
     def _fps(self, chunks: list[dict[str, Any]]) -> dict[str, float | None]:

@@ -7,8 +7,9 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
-from weakref import WeakSet
+from weakref import WeakMethod, WeakSet, finalize
 
 import numpy as np
 import torch
@@ -92,9 +93,10 @@ class Stream:
                 self._selector = _follow(method, runner, cache)
                 self._llm = LLMSteps(runner, cache, method)
                 self._preprocess = Preprocess(runner, method)
+                self._lanes = self._stage_lanes()
                 self._encode = Encode(runner, method)
                 if self._encode.state is not None:
-                    recorder.reuse = self._reused
+                    recorder.reuse = partial(self._encode.figures, self._lanes[1])
                 self._prune = Prune(runner, method, on_pruned)
                 self._prefill = Prefill(self._llm, method, self.history, engine.bucket)
                 if snapshot is None:
@@ -102,8 +104,6 @@ class Stream:
                 else:
                     snapshot.into(self)
                 self._account()
-                # Behind all that was made so far.
-                self._lanes = self._stage_lanes()
                 self._way = self._make_way()
             except BaseException:
                 self._cleanup.close()
@@ -214,26 +214,20 @@ class Stream:
         return [*(own(device) for _ in range(3)), self._turn]
 
     def _make_way(self) -> Way:
+        # None of them keeps the stream: one that nobody uses any more goes, its threads with it.
+        write = WeakMethod(self._write)
         stages: list[Stage] = [
-            self._timed("preprocess", self._preprocess.run),
-            self._timed("encode", self._encode.run),
-            self._timed("prune", self._prune.run),
-            self._write,
+            _timed(self.recorder, "preprocess", self._preprocess),
+            _timed(self.recorder, "encode", self._encode),
+            _timed(self.recorder, "prune", self._prune),
+            lambda chunk: write()(chunk),
         ]
         if not self._overlaps:
             return Line(stages, DiskFull)
         belt = Belt(stages, DiskFull, self._lanes)
         self._engine.belts.add(belt)
+        finalize(self, belt.stop).atexit = False
         return belt
-
-    def _timed(self, name: str, stage: Callable[[Any], Any]) -> Stage:
-        def run(chunk: _Carried) -> _Carried:
-            trace, source = self.recorder.trace, chunk.source
-            with torch.no_grad(), trace.span(name, start_s=source.start_s) as span:
-                value = stage(chunk.value)
-            return _Carried(source, value, (*chunk.spans, span))
-
-        return run
 
     def _write(self, chunk: _Carried) -> None:
         """The last stage. Where it raises DiskFull the chunk was larger than any before: nothing is
@@ -392,12 +386,6 @@ class Stream:
         """The figures so far, as ``report.json`` has them (see ``report.schema.json``)."""
         return self.recorder.report()
 
-    def _reused(self) -> dict[str, Any]:
-        with self._turn:
-            for lane in self._lanes:
-                lane.join()
-            return self._encode.state.figures()
-
     def _account(self) -> dict[str, int]:
         cache = self._engine.cache
         summaries = cache.summary_bytes
@@ -442,6 +430,16 @@ class Stream:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _timed(recorder: Recorder, name: str, stage: Preprocess | Encode | Prune) -> Stage:
+    def run(chunk: _Carried) -> _Carried:
+        source = chunk.source
+        with torch.no_grad(), recorder.trace.span(name, start_s=source.start_s) as span:
+            value = stage.run(chunk.value)
+        return _Carried(source, value, (*chunk.spans, span))
+
+    return run
 
 
 def _follow(method: Method, runner: Qwen2_5_VLRunner, cache: CacheStream) -> Selector | None:
