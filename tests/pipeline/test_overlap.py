@@ -17,8 +17,9 @@ from pipeline_kit import pictures, small_engine
 
 from vicostream_kernels.cache import DiskFull
 from vicostream_kernels.models.reuse import EncoderState
-from vicostream_kernels.pipeline import session
+from vicostream_kernels.pipeline import engine, session
 from vicostream_kernels.pipeline.errors import PipelineError
+from vicostream_kernels.pipeline.lanes import Lane
 
 PRESETS = (
     "live",
@@ -245,3 +246,45 @@ def test_a_report_counts_whole_chunks(monkeypatch):
         layers = stream.report()["reuse"]["layers"]
         go_on.set()
         assert min(layer["reused"] for layer in layers) >= 0
+
+
+def test_what_outlives_a_call_is_made_on_the_lane_that_uses_it(tmp_path, monkeypatch):
+    """On a GPU freed memory belongs to the stream that it was made on."""
+    entered, made_on, order = [], {}, []
+
+    class Noted(Lane):
+        def __enter__(self):
+            entered.append(self)
+            order.append(("enters", self))
+
+        def __exit__(self, *_):
+            entered.pop()
+
+        def follow(self):
+            order.append(("follows", self))
+
+    def noted(owner, name, what):
+        inner = getattr(owner, name)
+
+        def outer(*arguments, **keywords):
+            made_on[what] = entered[-1] if entered else None
+            return inner(*arguments, **keywords)
+
+        monkeypatch.setattr(owner, name, outer)
+
+    for module in (engine, session):
+        monkeypatch.setattr(module, "Lane", Noted)
+    noted(engine, "PagedKVCache", "cache")
+    noted(session.Encode, "__init__", "encoder")
+    noted(EncoderState, "load", "restored")
+    noted(session, "save", "saving")
+    with small_engine("vicostream+stc") as made:
+        with made.open(fps=2) as stream:
+            assert made_on == {"cache": made.turn._lane, "encoder": stream._lanes[1]}
+            stream.ingest(frames(12))
+            order.clear()
+            stream.save(tmp_path / "session")
+            # Frames that wait are the work of the caller's stream.
+            assert order[0] == ("follows", made_on["saving"]) == ("follows", made.turn._lane)
+        with made.restore(tmp_path / "session") as stream:
+            assert made_on["restored"] is stream._lanes[1]

@@ -93,8 +93,10 @@ class Stream:
                 self._selector = _follow(method, runner, cache)
                 self._llm = LLMSteps(runner, cache, method)
                 self._preprocess = Preprocess(runner, method)
+                # Behind weights and cache; each stage's own state is made on its lane.
                 self._lanes = self._stage_lanes()
-                self._encode = Encode(runner, method)
+                with self._lanes[1]:
+                    self._encode = Encode(runner, method)
                 if self._encode.state is not None:
                     recorder.reuse = partial(self._encode.figures, self._lanes[1])
                 self._prune = Prune(runner, method, on_pruned)
@@ -333,6 +335,7 @@ class Stream:
         with self._fails_whole():
             self._way.settle()
         self.recorder.ingest_s += time.perf_counter() - began
+        self._turn.follow()  # whatever the selector and the sampler hold
         with self._turn:
             answer = Answer(
                 self._llm,
@@ -375,6 +378,7 @@ class Stream:
         """
         self._check_open()
         self._drain()
+        self._turn.follow()  # frames that wait are the caller's work
         with self._turn, torch.no_grad():
             for lane in self._lanes:
                 lane.join()
