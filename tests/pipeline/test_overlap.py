@@ -248,6 +248,24 @@ def test_a_report_counts_whole_chunks(monkeypatch):
         assert min(layer["reused"] for layer in layers) >= 0
 
 
+def test_the_rate_is_that_of_the_stages_not_of_handing_over(monkeypatch):
+    """Frames that come slowly: chunks are at work while the caller waits for the next ones."""
+    run = session.Encode.run
+
+    def slow(self, chunk):
+        time.sleep(0.03)
+        return run(self, chunk)
+
+    monkeypatch.setattr(session.Encode, "run", slow)
+    with small_engine(engine__overlap=True) as made, made.open(fps=2) as stream:
+        for at in range(0, 40, 8):
+            stream.ingest(frames(40)[at : at + 8])
+            time.sleep(0.05)
+        stream.flush()
+        assert 5 * 0.03 <= stream.recorder.ingest_s <= stream.recorder.wall_s
+        assert stream.report()["fps"]["ingest"] < 8 / 0.03
+
+
 def test_what_outlives_a_call_is_made_on_the_lane_that_uses_it(tmp_path, monkeypatch):
     """On a GPU freed memory belongs to the stream that it was made on."""
     entered, made_on, order = [], {}, []

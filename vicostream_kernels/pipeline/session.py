@@ -135,38 +135,37 @@ class Stream:
         frames = _as_frames(frames)
         self._preprocess.check_size(*frames.shape[1:3])
         times = self._check_times(frames.shape[0], times_s)
-        began, at = time.perf_counter(), 0
-        try:
-            while at < frames.shape[0]:
-                if self._buffer and self._buffer[0].shape[1:] != frames.shape[1:]:
-                    self._finish_chunk()
-                room = self._method.engine.frames_per_chunk - len(self._times)
-                part = frames[at : at + room]
-                self._buffer.append(part)
-                self._times += times[at : at + room]
-                self._now = self._times[-1]
-                at += part.shape[0]
-                self.recorder.frames_ingested += part.shape[0]
-                if len(self._times) == self._method.engine.frames_per_chunk:
-                    self._finish_chunk()
-        finally:
-            # What waits for the rest of its chunk must not change with the caller's memory.
-            self._buffer[-1:] = [part.clone() for part in self._buffer[-1:]]
-            self.recorder.ingest_s += time.perf_counter() - began
-            done = self._finished()
+        at = 0
+        with self.recorder.taking_in():
+            try:
+                while at < frames.shape[0]:
+                    if self._buffer and self._buffer[0].shape[1:] != frames.shape[1:]:
+                        self._finish_chunk()
+                    room = self._method.engine.frames_per_chunk - len(self._times)
+                    part = frames[at : at + room]
+                    self._buffer.append(part)
+                    self._times += times[at : at + room]
+                    self._now = self._times[-1]
+                    at += part.shape[0]
+                    self.recorder.frames_ingested += part.shape[0]
+                    if len(self._times) == self._method.engine.frames_per_chunk:
+                        self._finish_chunk()
+            finally:
+                # What waits for the rest of its chunk must not change with the caller's memory.
+                self._buffer[-1:] = [part.clone() for part in self._buffer[-1:]]
+                done = self._finished()
         return done
 
     def flush(self) -> int:
         """Finishes the chunk that is being filled, short as it is; returns how many chunks were
         finished since the last call. An odd last frame is repeated to fill its step."""
         self._check_open()
-        began = time.perf_counter()
-        try:
-            self._finish_chunk()
-            self._drain()
-        finally:
-            self.recorder.ingest_s += time.perf_counter() - began
-            done = self._finished()
+        with self.recorder.taking_in():
+            try:
+                self._finish_chunk()
+                self._drain()
+            finally:
+                done = self._finished()
         return done
 
     @property
@@ -234,12 +233,13 @@ class Stream:
     def _write(self, chunk: _Carried) -> None:
         """The last stage. Where it raises DiskFull the chunk was larger than any before: nothing is
         written then."""
-        trace, source = self.recorder.trace, chunk.source
-        with torch.no_grad(), trace.span("prefill", start_s=source.start_s) as span:
+        recorder, source = self.recorder, chunk.source
+        span = recorder.trace.span("prefill", start_s=source.start_s)
+        with recorder.taking_in(), torch.no_grad(), span as span:
             done = self._prefill.run(chunk.value)
         self._most_pages = max(self._most_pages, len(done.block.pages))
         kv = self._account()
-        self.recorder.chunk(
+        recorder.chunk(
             ChunkFigures(
                 source.start_s,
                 source.end_s,
@@ -334,7 +334,6 @@ class Stream:
         began = time.perf_counter()
         with self._fails_whole():
             self._way.settle()
-        self.recorder.ingest_s += time.perf_counter() - began
         self._turn.follow()  # whatever the selector and the sampler hold
         with self._turn:
             answer = Answer(
@@ -439,7 +438,8 @@ class Stream:
 def _timed(recorder: Recorder, name: str, stage: Preprocess | Encode | Prune) -> Stage:
     def run(chunk: _Carried) -> _Carried:
         source = chunk.source
-        with torch.no_grad(), recorder.trace.span(name, start_s=source.start_s) as span:
+        span = recorder.trace.span(name, start_s=source.start_s)
+        with recorder.taking_in(), torch.no_grad(), span as span:
             value = stage.run(chunk.value)
         return _Carried(source, value, (*chunk.spans, span))
 
