@@ -126,6 +126,38 @@ def test_what_waits_is_tried_again_and_nothing_is_lost_or_doubled(way):
     assert told >= 1 and out == first == list(range(6))
 
 
+def test_what_waits_is_tried_when_the_caller_calls_again_and_not_before(way):
+    """The caller makes room between its calls: what failed before that is no news."""
+    room, out, tries = [], [], []
+
+    def last(x):
+        tries.append(x)
+        if not room:
+            raise Full(x)
+        out.append(x)
+
+    belt = way(last)
+    with pytest.raises(Full):
+        put(belt, 0)
+        belt.drain()
+    time.sleep(0.05)
+    belt.settle()
+    assert tries == [0]
+    room.append(1)
+    belt.drain()
+    assert out == [0] and tries == [0, 0]
+
+
+def test_a_stage_that_waits_for_its_own_belt_is_told():
+    belt = Belt([lambda x: belt.settle()], Full, [Lane()])
+    try:
+        put(belt, 0)
+        with pytest.raises(RuntimeError, match="its own stream"):
+            belt.drain()
+    finally:
+        belt.close()
+
+
 def test_a_question_comes_past_what_waits(way):
     """``settle`` neither tries again nor says what can be tried again."""
     room, out = [], []

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import gc
+import os
+import subprocess
+import sys
 import threading
+import time
+from pathlib import Path
+from weakref import ref
 
 import pytest
 import torch
 from pipeline_kit import pictures, small_engine
 
 from vicostream_kernels.cache import DiskFull
-from vicostream_kernels.pipeline import session
+from vicostream_kernels.models.reuse import EncoderState
+from vicostream_kernels.pipeline import engine, session
 from vicostream_kernels.pipeline.errors import PipelineError
+from vicostream_kernels.pipeline.lanes import Lane
 
 PRESETS = (
     "live",
@@ -170,3 +179,130 @@ def test_closing_ends_the_threads(how):
     assert set(threading.enumerate()) == before
     stream.close()
     made.close()
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_stream_that_was_closed_goes_with_its_last_user(overlap):
+    """What it holds of the encoder is large, and on a GPU nothing tells the garbage collector."""
+    gc.disable()
+    try:
+        with small_engine("vicostream+stc", engine__overlap=overlap) as made:
+            stream = made.open(fps=2)
+            stream.ingest(frames(16))
+            stream.close()
+            gone, recorder = ref(stream), stream.recorder
+            del stream
+            assert gone() is None and recorder.report()["reuse"]["calls"] <= 2
+    finally:
+        gc.enable()
+
+
+def test_an_engine_that_was_dropped_goes_and_its_threads_with_it():
+    before = set(threading.enumerate())
+    made = small_engine(engine__overlap=True)
+    stream = made.open(fps=2)
+    stream.ingest(frames(24))
+    gone = ref(made), ref(stream)
+    del made, stream
+    until = time.monotonic() + 20
+    while set(threading.enumerate()) != before and time.monotonic() < until:
+        gc.collect()
+        time.sleep(0.01)
+    assert set(threading.enumerate()) == before and [each() for each in gone] == [None, None]
+
+
+def test_a_process_may_end_while_stages_are_at_work(tmp_path):
+    script = """
+from pipeline_kit import pictures, small_engine
+stream = small_engine(engine__overlap=True).open(fps=2)
+stream.ingest(pictures(200))
+"""
+    kit = str(Path(__file__).parent.parent)
+    path = os.pathsep.join([kit, *filter(None, [os.environ.get("PYTHONPATH")])])
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env=os.environ | {"PYTHONPATH": path},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_report_counts_whole_chunks(monkeypatch):
+    refer_to = EncoderState.refer_to
+    halfway, go_on = threading.Event(), threading.Event()
+
+    def slow(self, *arguments):
+        refer_to(self, *arguments)
+        halfway.set()
+        go_on.wait(0.2)
+
+    monkeypatch.setattr(EncoderState, "refer_to", slow)
+    with small_engine("vicostream+stc", engine__overlap=True) as made, made.open(fps=2) as stream:
+        stream.ingest(frames(8))
+        assert halfway.wait(20)
+        layers = stream.report()["reuse"]["layers"]
+        go_on.set()
+        assert min(layer["reused"] for layer in layers) >= 0
+
+
+def test_the_rate_is_that_of_the_stages_not_of_handing_over(monkeypatch):
+    """Frames that come slowly: chunks are at work while the caller waits for the next ones."""
+    run = session.Encode.run
+
+    def slow(self, chunk):
+        time.sleep(0.03)
+        return run(self, chunk)
+
+    monkeypatch.setattr(session.Encode, "run", slow)
+    with small_engine(engine__overlap=True) as made, made.open(fps=2) as stream:
+        for at in range(0, 40, 8):
+            stream.ingest(frames(40)[at : at + 8])
+            time.sleep(0.05)
+        stream.flush()
+        assert 5 * 0.03 <= stream.recorder.ingest_s <= stream.recorder.wall_s
+        assert stream.report()["fps"]["ingest"] < 8 / 0.03
+
+
+def test_what_outlives_a_call_is_made_on_the_lane_that_uses_it(tmp_path, monkeypatch):
+    """On a GPU freed memory belongs to the stream that it was made on."""
+    entered, made_on, order = [], {}, []
+
+    class Noted(Lane):
+        def __enter__(self):
+            entered.append(self)
+            order.append(("enters", self))
+
+        def __exit__(self, *_):
+            entered.pop()
+
+        def follow(self):
+            order.append(("follows", self))
+
+    def noted(owner, name, what):
+        inner = getattr(owner, name)
+
+        def outer(*arguments, **keywords):
+            made_on[what] = entered[-1] if entered else None
+            return inner(*arguments, **keywords)
+
+        monkeypatch.setattr(owner, name, outer)
+
+    for module in (engine, session):
+        monkeypatch.setattr(module, "Lane", Noted)
+    noted(engine, "PagedKVCache", "cache")
+    noted(session.Encode, "__init__", "encoder")
+    noted(EncoderState, "load", "restored")
+    noted(session, "save", "saving")
+    with small_engine("vicostream+stc") as made:
+        with made.open(fps=2) as stream:
+            assert made_on == {"cache": made.turn._lane, "encoder": stream._lanes[1]}
+            stream.ingest(frames(12))
+            order.clear()
+            stream.save(tmp_path / "session")
+            # Frames that wait are the work of the caller's stream.
+            assert order[0] == ("follows", made_on["saving"]) == ("follows", made.turn._lane)
+        with made.restore(tmp_path / "session") as stream:
+            assert made_on["restored"] is stream._lanes[1]

@@ -48,6 +48,23 @@ def filled_recorder(chunks=5):
     return recorder
 
 
+def test_time_that_several_take_at_once_counts_once():
+    recorder = Recorder(model="m", preset="p")
+    began = time.perf_counter()
+    with recorder.taking_in():
+        with recorder.taking_in():
+            time.sleep(0.01)
+        recorder.decoded(Span("decode", 0.0, 5.0))  # beside what is at work
+    within = time.perf_counter() - began
+    assert 0.01 <= recorder.ingest_s <= within
+    before = recorder.ingest_s
+    time.sleep(0.01)
+    recorder.decoded(Span("decode", 0.0, 0.005))
+    assert recorder.ingest_s == before + 0.005
+    recorder.decoded(Span("decode", 0.0, 5.0))  # began while others were at work
+    assert recorder.ingest_s < before + 1
+
+
 def test_the_schema_is_one_and_every_field_is_explained():
     jsonschema = pytest.importorskip("jsonschema")
     jsonschema.Draft202012Validator.check_schema(SCHEMA)

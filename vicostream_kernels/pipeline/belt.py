@@ -6,10 +6,12 @@ the same bits (at equal intra-op threads: a stage's thread has as many as torch 
 
 from __future__ import annotations
 
+import atexit
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
+from weakref import WeakSet
 
 from vicostream_kernels.pipeline.lanes import Lane
 
@@ -92,13 +94,14 @@ class Belt:
         self._inboxes: list[deque[Any]] = [deque() for _ in stages]  # the first is being worked on
         self._changed = threading.Condition()
         self._error: BaseException | None = None
-        self._over = False
+        self._rests = self._over = False  # until the caller's next call; for good
         self._threads = [
             threading.Thread(target=self._work, args=(at,), name=f"vicostream-{at}", daemon=True)
             for at in range(len(stages))
         ]
         for thread in self._threads:
             thread.start()
+        _RUNNING.add(self)
 
     def ready(self) -> None:
         self._until(lambda: self._room(0))
@@ -114,14 +117,18 @@ class Belt:
 
     def settle(self) -> None:
         with self._changed:
-            self._changed.wait_for(lambda: self._still() or not any(self._inboxes))
+            self._wait(lambda: not any(self._inboxes))
             if self._over:
                 self._say()
 
-    def close(self) -> None:
+    def stop(self) -> None:
+        """As ``close``, but waits for nothing."""
         with self._changed:
             self._over = True
             self._changed.notify_all()
+
+    def close(self) -> None:
+        self.stop()
         for thread in self._threads:
             thread.join()
         for inbox in self._inboxes:
@@ -129,18 +136,26 @@ class Belt:
 
     def _until(self, done: Callable[[], bool]) -> None:
         with self._changed:
-            self._changed.wait_for(lambda: self._still() or done())
+            if self._rests:
+                self._rests = False
+                self._changed.notify_all()
+            self._wait(done)
             self._say()
 
+    def _wait(self, done: Callable[[], bool]) -> None:
+        if threading.current_thread() in self._threads:
+            raise RuntimeError("a stage, or what it calls, cannot wait for its own stream")
+        self._changed.wait_for(lambda: self._still() or done())
+
     def _still(self) -> bool:
-        """Whether nothing moves on before the caller has heard why."""
-        return self._error is not None or self._over
+        """Whether nothing moves on: before the caller has heard why, and then until it calls again,
+        by when it may have made room."""
+        return self._error is not None or self._rests or self._over
 
     def _say(self) -> None:
-        """Raises an error once; its stage tries again then, or has ended."""
+        """Raises an error once."""
         if self._error is not None:
-            error, self._error = self._error, None
-            self._changed.notify_all()
+            error, self._error, self._rests = self._error, None, True
             raise error
 
     def _room(self, at: int) -> bool:
@@ -150,7 +165,7 @@ class Belt:
         inbox, lane = self._inboxes[at], self._lanes[at]
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._over or (inbox and self._error is None))
+                self._changed.wait_for(lambda: self._over or (inbox and not self._still()))
                 if self._over:
                     return
                 value = inbox[0]
@@ -159,7 +174,7 @@ class Belt:
                     value = lane.leave(self._stages[at](lane.take(value)))
             except BaseException as error:  # the caller's next call raises it
                 with self._changed:
-                    self._changed.wait_for(lambda: self._over or self._error is None)
+                    self._changed.wait_for(lambda: self._over or not self._still())
                     if self._over:
                         return
                     self._error, self._over = error, not isinstance(error, self._again)
@@ -173,3 +188,13 @@ class Belt:
                 if at + 1 < len(self._stages):
                     self._inboxes[at + 1].append(value)
                 self._changed.notify_all()
+
+
+#: Threads that are at work while the interpreter goes away end the process with an abort.
+_RUNNING: WeakSet[Belt] = WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    for belt in list(_RUNNING):
+        belt.close()

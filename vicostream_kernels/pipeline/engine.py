@@ -55,22 +55,22 @@ class StreamEngine:
         if tiers is not None:
             # As many as the budget allows; on the CPU memory is taken as it is first written.
             first = rule.max_pages or 2**31 // rule.page_size - 1
-        self.cache = PagedKVCache(
-            layers=runner.layers,
-            pages=first,
-            page_size=rule.page_size,
-            kv_heads=runner.kv_heads,
-            head_dim=runner.head_dim,
-            dtype=runner.dtype,
-            device=runner.device,
-            grow=tiers is None,
-            max_pages=rule.max_pages if tiers is None else None,
-            on_full="evict_oldest",
-            tiers=tiers,
-        )
         overlaps = rule.overlap and runner.device.type == "cuda"
-        # Behind weights and cache.
         self.turn = Turn(CudaLane(runner.device) if overlaps else Lane())
+        with self.turn:  # pools that grow are freed where they were made
+            self.cache = PagedKVCache(
+                layers=runner.layers,
+                pages=first,
+                page_size=rule.page_size,
+                kv_heads=runner.kv_heads,
+                head_dim=runner.head_dim,
+                dtype=runner.dtype,
+                device=runner.device,
+                grow=tiers is None,
+                max_pages=rule.max_pages if tiers is None else None,
+                on_full="evict_oldest",
+                tiers=tiers,
+            )
         self.belts: WeakSet[Belt] = WeakSet()
 
     @classmethod
@@ -186,7 +186,6 @@ class StreamEngine:
             belt.close()
         with self.turn:
             self.cache.close()
-        self.turn.join()  # before the current stream gets the cache's memory
 
     def __enter__(self) -> StreamEngine:
         return self

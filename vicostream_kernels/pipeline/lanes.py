@@ -33,14 +33,21 @@ class Lane:
     def join(self) -> None:
         """The current stream waits for what this lane has been given."""
 
+    def follow(self) -> None:
+        """This lane waits for what the current stream has been given."""
+
 
 class CudaLane(Lane):
-    """A CUDA stream; it begins with all that the current one was given before."""
+    """A CUDA stream; it begins with all that the current one was given before.
+
+    What outlives a call is made on the lane that uses it: freed memory goes back to the stream that
+    it was made on, whose next owner waits for no other.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._stream = torch.cuda.Stream(device)
-        self._stream.wait_stream(torch.cuda.current_stream(device))
+        self.follow()
         self._entered = ExitStack()
 
     def __enter__(self) -> None:
@@ -65,13 +72,17 @@ class CudaLane(Lane):
     def join(self) -> None:
         torch.cuda.current_stream(self._device).wait_stream(self._stream)
 
+    def follow(self) -> None:
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+
 
 class Turn(Lane):
     """The turn at the cache and the LLM: one thread's at a time, on one lane. May be nested."""
 
     def __init__(self, lane: Lane) -> None:
         self._lock, self._depth, self._lane = threading.RLock(), 0, lane
-        self.leave, self.take, self.join = lane.leave, lane.take, lane.join
+        self.leave, self.take = lane.leave, lane.take
+        self.join, self.follow = lane.join, lane.follow
 
     def __enter__(self) -> None:
         self._lock.acquire()

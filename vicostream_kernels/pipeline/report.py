@@ -10,9 +10,11 @@ import math
 import os
 import platform
 import sys
+import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -150,7 +152,10 @@ class Recorder:
         self.forgotten = Forgotten()
         #: What the encoder reused so far, read when the report is made (it waits for the device).
         self.reuse: Callable[[], dict[str, Any]] | None = None
+        #: Time in which video was decoded or taken in, by however many at a time.
         self.ingest_s = 0.0
+        self._counting = threading.Lock()  # stages may have threads of their own
+        self._at_work, self._since = 0, -math.inf
         self._began = time.perf_counter()
         self._ended: float | None = None
         self._decoded: list[Span] = []
@@ -168,7 +173,26 @@ class Recorder:
     def decoded(self, span: Span) -> None:
         """Puts a decoding span on the account of the chunk that is being filled."""
         self._decoded.append(span)
-        self.ingest_s += span.seconds or 0.0
+        with self._counting:
+            # Beside stages at work it took no time of its own.
+            alone = 0.0 if self._at_work else time.perf_counter() - self._since
+            self.ingest_s += min(span.seconds or 0.0, alone)
+
+    @contextmanager
+    def taking_in(self) -> Iterator[None]:
+        """Puts the body's time on ``ingest_s``, once where several run at a time."""
+        self._count(1)
+        try:
+            yield
+        finally:
+            self._count(-1)
+
+    def _count(self, more: int) -> None:
+        with self._counting:
+            now = time.perf_counter()
+            if self._at_work:
+                self.ingest_s += now - self._since
+            self._at_work, self._since = self._at_work + more, now
 
     def take_decoded(self) -> tuple[Span, ...]:
         """The decoding spans of the chunk that is full now."""
@@ -206,8 +230,9 @@ class Recorder:
 
     def report(self) -> dict[str, Any]:
         """Everything so far as plain JSON data."""
+        chunks, errors = list(self.chunks), list(self.errors)  # overlapped stages may add some
         self.trace.settle(wait=True)
-        chunks = [chunk.entry() for chunk in list(self.chunks)]  # an overlapped stage may add one
+        chunks = [chunk.entry() for chunk in chunks]
         read = self.read
         return {
             "schema": SCHEMA,
@@ -244,7 +269,7 @@ class Recorder:
             "chunks": chunks,
             "questions": [_question(q) for q in self.questions],
             "pictures": self.pictures,
-            "errors": [asdict(error) for error in self.errors],
+            "errors": [asdict(error) for error in errors],
         }
 
     def _fps(self, chunks: list[dict[str, Any]]) -> dict[str, float | None]:

@@ -7,8 +7,9 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
-from weakref import WeakSet
+from weakref import WeakMethod, WeakSet, finalize
 
 import numpy as np
 import torch
@@ -92,9 +93,12 @@ class Stream:
                 self._selector = _follow(method, runner, cache)
                 self._llm = LLMSteps(runner, cache, method)
                 self._preprocess = Preprocess(runner, method)
-                self._encode = Encode(runner, method)
+                # Behind weights and cache; each stage's own state is made on its lane.
+                self._lanes = self._stage_lanes()
+                with self._lanes[1]:
+                    self._encode = Encode(runner, method)
                 if self._encode.state is not None:
-                    recorder.reuse = self._reused
+                    recorder.reuse = partial(self._encode.figures, self._lanes[1])
                 self._prune = Prune(runner, method, on_pruned)
                 self._prefill = Prefill(self._llm, method, self.history, engine.bucket)
                 if snapshot is None:
@@ -102,8 +106,6 @@ class Stream:
                 else:
                     snapshot.into(self)
                 self._account()
-                # Behind all that was made so far.
-                self._lanes = self._stage_lanes()
                 self._way = self._make_way()
             except BaseException:
                 self._cleanup.close()
@@ -133,38 +135,37 @@ class Stream:
         frames = _as_frames(frames)
         self._preprocess.check_size(*frames.shape[1:3])
         times = self._check_times(frames.shape[0], times_s)
-        began, at = time.perf_counter(), 0
-        try:
-            while at < frames.shape[0]:
-                if self._buffer and self._buffer[0].shape[1:] != frames.shape[1:]:
-                    self._finish_chunk()
-                room = self._method.engine.frames_per_chunk - len(self._times)
-                part = frames[at : at + room]
-                self._buffer.append(part)
-                self._times += times[at : at + room]
-                self._now = self._times[-1]
-                at += part.shape[0]
-                self.recorder.frames_ingested += part.shape[0]
-                if len(self._times) == self._method.engine.frames_per_chunk:
-                    self._finish_chunk()
-        finally:
-            # What waits for the rest of its chunk must not change with the caller's memory.
-            self._buffer[-1:] = [part.clone() for part in self._buffer[-1:]]
-            self.recorder.ingest_s += time.perf_counter() - began
-            done = self._finished()
+        at = 0
+        with self.recorder.taking_in():
+            try:
+                while at < frames.shape[0]:
+                    if self._buffer and self._buffer[0].shape[1:] != frames.shape[1:]:
+                        self._finish_chunk()
+                    room = self._method.engine.frames_per_chunk - len(self._times)
+                    part = frames[at : at + room]
+                    self._buffer.append(part)
+                    self._times += times[at : at + room]
+                    self._now = self._times[-1]
+                    at += part.shape[0]
+                    self.recorder.frames_ingested += part.shape[0]
+                    if len(self._times) == self._method.engine.frames_per_chunk:
+                        self._finish_chunk()
+            finally:
+                # What waits for the rest of its chunk must not change with the caller's memory.
+                self._buffer[-1:] = [part.clone() for part in self._buffer[-1:]]
+                done = self._finished()
         return done
 
     def flush(self) -> int:
         """Finishes the chunk that is being filled, short as it is; returns how many chunks were
         finished since the last call. An odd last frame is repeated to fill its step."""
         self._check_open()
-        began = time.perf_counter()
-        try:
-            self._finish_chunk()
-            self._drain()
-        finally:
-            self.recorder.ingest_s += time.perf_counter() - began
-            done = self._finished()
+        with self.recorder.taking_in():
+            try:
+                self._finish_chunk()
+                self._drain()
+            finally:
+                done = self._finished()
         return done
 
     @property
@@ -214,36 +215,31 @@ class Stream:
         return [*(own(device) for _ in range(3)), self._turn]
 
     def _make_way(self) -> Way:
+        # None of them keeps the stream: one that nobody uses any more goes, its threads with it.
+        write = WeakMethod(self._write)
         stages: list[Stage] = [
-            self._timed("preprocess", self._preprocess.run),
-            self._timed("encode", self._encode.run),
-            self._timed("prune", self._prune.run),
-            self._write,
+            _timed(self.recorder, "preprocess", self._preprocess),
+            _timed(self.recorder, "encode", self._encode),
+            _timed(self.recorder, "prune", self._prune),
+            lambda chunk: write()(chunk),
         ]
         if not self._overlaps:
             return Line(stages, DiskFull)
         belt = Belt(stages, DiskFull, self._lanes)
         self._engine.belts.add(belt)
+        finalize(self, belt.stop).atexit = False
         return belt
-
-    def _timed(self, name: str, stage: Callable[[Any], Any]) -> Stage:
-        def run(chunk: _Carried) -> _Carried:
-            trace, source = self.recorder.trace, chunk.source
-            with torch.no_grad(), trace.span(name, start_s=source.start_s) as span:
-                value = stage(chunk.value)
-            return _Carried(source, value, (*chunk.spans, span))
-
-        return run
 
     def _write(self, chunk: _Carried) -> None:
         """The last stage. Where it raises DiskFull the chunk was larger than any before: nothing is
         written then."""
-        trace, source = self.recorder.trace, chunk.source
-        with torch.no_grad(), trace.span("prefill", start_s=source.start_s) as span:
+        recorder, source = self.recorder, chunk.source
+        span = recorder.trace.span("prefill", start_s=source.start_s)
+        with recorder.taking_in(), torch.no_grad(), span as span:
             done = self._prefill.run(chunk.value)
         self._most_pages = max(self._most_pages, len(done.block.pages))
         kv = self._account()
-        self.recorder.chunk(
+        recorder.chunk(
             ChunkFigures(
                 source.start_s,
                 source.end_s,
@@ -338,7 +334,7 @@ class Stream:
         began = time.perf_counter()
         with self._fails_whole():
             self._way.settle()
-        self.recorder.ingest_s += time.perf_counter() - began
+        self._turn.follow()  # whatever the selector and the sampler hold
         with self._turn:
             answer = Answer(
                 self._llm,
@@ -381,6 +377,7 @@ class Stream:
         """
         self._check_open()
         self._drain()
+        self._turn.follow()  # frames that wait are the caller's work
         with self._turn, torch.no_grad():
             for lane in self._lanes:
                 lane.join()
@@ -391,12 +388,6 @@ class Stream:
     def report(self) -> dict[str, Any]:
         """The figures so far, as ``report.json`` has them (see ``report.schema.json``)."""
         return self.recorder.report()
-
-    def _reused(self) -> dict[str, Any]:
-        with self._turn:
-            for lane in self._lanes:
-                lane.join()
-            return self._encode.state.figures()
 
     def _account(self) -> dict[str, int]:
         cache = self._engine.cache
@@ -442,6 +433,17 @@ class Stream:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _timed(recorder: Recorder, name: str, stage: Preprocess | Encode | Prune) -> Stage:
+    def run(chunk: _Carried) -> _Carried:
+        source = chunk.source
+        span = recorder.trace.span(name, start_s=source.start_s)
+        with recorder.taking_in(), torch.no_grad(), span as span:
+            value = stage.run(chunk.value)
+        return _Carried(source, value, (*chunk.spans, span))
+
+    return run
 
 
 def _follow(method: Method, runner: Qwen2_5_VLRunner, cache: CacheStream) -> Selector | None:

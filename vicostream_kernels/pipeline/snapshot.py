@@ -227,12 +227,15 @@ class Snapshot:
         stream._buffer = [frames for _, frames in self.named("frames/")]
         prune = stream._prune
         prune._grid = None if state["prune"]["grid"] is None else tuple(state["prune"]["grid"])
-        carried = {name: tensor.to(device) for name, tensor in self.named("prune/")}
-        prune._state = PruneState(**carried) if carried else None
         prune._scorer_state = dict(state["prune"]["scorer"])
-        prune._scorer_state |= {name: t.to(device) for name, t in self.named("scorer/")}
+        _, encoding, pruning, _ = stream._lanes
+        with pruning:
+            carried = {name: tensor.to(device) for name, tensor in self.named("prune/")}
+            prune._state = PruneState(**carried) if carried else None
+            prune._scorer_state |= {name: t.to(device) for name, t in self.named("scorer/")}
         if stream._encode.state is not None:
-            stream._encode.state.load(dict(self.named("encoder/")))
+            with encoding:
+                stream._encode.state.load(dict(self.named("encoder/")))
         _take_figures(stream.recorder, state["recorder"])
 
     def _adopt(self, stream: Stream) -> None:

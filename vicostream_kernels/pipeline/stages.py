@@ -12,6 +12,7 @@ started by ``Prune`` and read by ``Prefill``.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +26,7 @@ from vicostream_kernels.models import Qwen2_5_VLRunner
 from vicostream_kernels.ops.preprocess import preprocess_frames, smart_resize
 from vicostream_kernels.ops.prune import PrunedTokens, PruneState, prune_tokens
 from vicostream_kernels.pipeline.errors import InputError
+from vicostream_kernels.pipeline.lanes import Lane
 from vicostream_kernels.pipeline.llm import LLMSteps
 from vicostream_kernels.pipeline.visibility import History, View, chunk_window, window_view
 
@@ -181,8 +183,20 @@ class Encode:
         self._runner = runner
         self.state = None if method.reuse is None else runner.encoder_state(method.reuse)
         self._needs = frozenset() if method.scorer is None else method.scorer.needs
+        self._at_work = threading.Lock()
+
+    def figures(self, lane: Lane) -> dict[str, Any]:
+        """What was reused of the chunks so far, none of them half; any thread may ask. ``lane`` is
+        the one that this stage runs on."""
+        with self._at_work:
+            lane.join()
+            return self.state.figures()
 
     def run(self, chunk: ChunkPatches) -> ChunkTokens:
+        with self._at_work:
+            return self._encoded(chunk)
+
+    def _encoded(self, chunk: ChunkPatches) -> ChunkTokens:
         frames = None
         if self.state is not None and self.state.rule.skip_tolerance is not None:
             frames = chunk.source.images.cpu()  # where the state keeps its reference
