@@ -306,3 +306,20 @@ def test_what_outlives_a_call_is_made_on_the_lane_that_uses_it(tmp_path, monkeyp
             assert order[0] == ("follows", made_on["saving"]) == ("follows", made.turn._lane)
         with made.restore(tmp_path / "session") as stream:
             assert made_on["restored"] is stream._lanes[1]
+
+
+def test_the_count_is_there_before_the_turn_is_taken(monkeypatch):
+    """On a GPU it comes late: an answer must not wait for it behind the last stage."""
+    from vicostream_kernels.pipeline import stages
+
+    counted, get = [], stages.HostCount.get
+
+    def noted(self):
+        counted.append(threading.current_thread().name)
+        return get(self)
+
+    monkeypatch.setattr(stages.HostCount, "get", noted)
+    with small_engine(engine__overlap=True) as made, made.open(fps=2) as stream:
+        stream.ingest(frames(8))
+        stream.flush()
+    assert counted == ["vicostream-2", "vicostream-3"]

@@ -217,10 +217,11 @@ class Stream:
     def _make_way(self) -> Way:
         # None of them keeps the stream: one that nobody uses any more goes, its threads with it.
         write = WeakMethod(self._write)
+        prune = _timed(self.recorder, "prune", self._prune)
         stages: list[Stage] = [
             _timed(self.recorder, "preprocess", self._preprocess),
             _timed(self.recorder, "encode", self._encode),
-            _timed(self.recorder, "prune", self._prune),
+            _counted(prune) if self._overlaps else prune,
             lambda chunk: write()(chunk),
         ]
         if not self._overlaps:
@@ -442,6 +443,18 @@ def _timed(recorder: Recorder, name: str, stage: Preprocess | Encode | Prune) ->
         with recorder.taking_in(), torch.no_grad(), span as span:
             value = stage.run(chunk.value)
         return _Carried(source, value, (*chunk.spans, span))
+
+    return run
+
+
+def _counted(prune: Stage) -> Stage:
+    """Waits for the count of what was kept, where nobody else waits: the last stage has the turn
+    at the cache."""
+
+    def run(chunk: _Carried) -> _Carried:
+        carried = prune(chunk)
+        carried.value.count.get()
+        return carried
 
     return run
 
