@@ -38,10 +38,11 @@ def empty(*shape, dtype=torch.int32):
 
 
 def paged_call(
-    dtype, d, *, rows=320, window=False, shift=False, logits=False, per_head=False, page=64
-):
+    dtype, d, *, rows=320, window=False, shift=False, logits=False, per_head=False, page=64,
+    heads=(28, 4),
+):  # fmt: skip
     """A layer of a 7B model: 28 query heads, 4 key heads, 256 listed pages."""
-    h, g, pages, listed = 28, 4, 300, 256
+    (h, g), pages, listed = heads, 300, 256
     table = (1, g, listed) if per_head else (1, listed)
     return lambda: attention.sink_window_attention(
         empty(rows, h, d, dtype=dtype), empty(pages, page, g, d, dtype=dtype),
@@ -109,6 +110,15 @@ def test_pages(monkeypatch, key, options):
     built = build(monkeypatch, paged_call(dtype, d, **options), capability)
     assert list(built) == ["index_kernel", "prefill_kernel", "split_kernel", "combine_kernel"]
     check(built, dtype, capability)
+
+
+@pytest.mark.parametrize("capability", (80, 90))
+def test_turned_keys_of_groups_of_eight(monkeypatch, capability):
+    """Where ptxas would rather spill than have one program less at a time."""
+    call = paged_call(
+        BF16, 128, rows=1, window=True, shift=True, per_head=True, heads=(16, 2)
+    )  # fmt: skip
+    check(build(monkeypatch, call, capability), BF16, capability)
 
 
 @pytest.mark.parametrize("key", VARLEN, ids=name_of)
