@@ -113,7 +113,8 @@ def _varlen_config(width: int, itemsize: int, ragged: bool, wgmma: bool) -> dict
 
 @cache
 def _has_wgmma(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+    """Or what came after it, and as much shared memory; 12.0 has neither."""
+    return device.type == "cuda" and 9 <= torch.cuda.get_device_capability(device)[0] < 12
 
 
 def sink_window_attention(

@@ -27,7 +27,7 @@ from triton.compiler import ASTSource  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
 #: Shared memory a block may use, in bytes, by compute capability (CUDA C++ guide, table 21).
-SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
+SHARED_LIMIT = {80: 163 * 1024, 86: 99 * 1024, 90: 227 * 1024}
 #: What stands in the PTX when a tensor core is used.
 INSTRUCTIONS = {"mma": r"\bmma\.sync\.", "wgmma": r"\bwgmma\.mma_async\."}
 
@@ -134,7 +134,7 @@ def compiled_for(launch: Recorded) -> tuple[str, dict[str, Any]]:
 
 
 def compile_launch(launch: Recorded, capability: int) -> Cubin:
-    """Builds what ``launch`` would run on a device of this compute capability (80, 90)."""
+    """Builds what ``launch`` would run on a device of this compute capability (80, 86, 90)."""
     signature, constants, attributes = {}, {}, {}
     for index, parameter in enumerate(launch.kernel.params):
         value = launch.arguments[parameter.name]

@@ -121,6 +121,20 @@ def test_turned_keys_of_groups_of_eight(monkeypatch, capability):
     check(build(monkeypatch, call, capability), BF16, capability)
 
 
+@pytest.mark.parametrize("d", (128, 256))
+def test_smaller_devices_have_shared_memory_enough(monkeypatch, d):
+    check(build(monkeypatch, paged_call(BF16, d), 86), BF16, 86)
+    check(build(monkeypatch, varlen_call(BF16, d), 86), BF16, 86)
+
+
+@pytest.mark.parametrize(
+    ("capability", "large"), (((8, 9), False), ((9, 0), True), ((10, 0), True), ((12, 0), False))
+)
+def test_large_tiles_are_for_large_shared_memory(monkeypatch, capability, large):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert attention._has_wgmma.__wrapped__(torch.device("cuda")) is large
+
+
 @pytest.mark.parametrize("key", VARLEN, ids=name_of)
 def test_packed_windows(monkeypatch, key):
     dtype, d, capability = key
