@@ -133,8 +133,11 @@ def compiled_for(launch: Recorded) -> tuple[str, dict[str, Any]]:
     return launch.kernel.__name__, key | launch.options
 
 
-def compile_launch(launch: Recorded, capability: int) -> Cubin:
-    """Builds what ``launch`` would run on a device of this compute capability (80, 86, 90)."""
+def compile_launch(launch: Recorded, capability: int, **options: Any) -> Cubin:
+    """Builds what ``launch`` would run on a device of this compute capability (80, 86, 90).
+
+    ``options``: of the compiler, in place of the launch's own.
+    """
     signature, constants, attributes = {}, {}, {}
     for index, parameter in enumerate(launch.kernel.params):
         value = launch.arguments[parameter.name]
@@ -146,7 +149,7 @@ def compile_launch(launch: Recorded, capability: int) -> Cubin:
             attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(launch.kernel, signature, constexprs=constants, attrs=attributes)
     target = GPUTarget("cuda", capability, 32)
-    built = triton.compile(source, target=target, options=launch.options)
+    built = triton.compile(source, target=target, options=launch.options | options)
     return _measure(launch.kernel.__name__, capability, built.asm["ptx"], built.metadata.shared)
 
 

@@ -75,6 +75,8 @@ def test_rows_move_in_vectors_of_16_bytes():
     (merge,) = record_launches(lambda: reuse.merge_rows(x[0], rows, index, x))
     ptx = compile_launch(select, 90).ptx
     assert ptx.count("ld.global.v4.b32") == 2 * 5 and "bar.sync" not in ptx
-    assert ptx.count("fma.rn.f32") >= 3 * 1280 // 32, "sums of equal rows round alike"
+    # Sums of equal rows round alike, whatever the compiler would fuse by itself.
+    ptx = compile_launch(select, 90, enable_fp_fusion=False).ptx
+    assert ptx.count("fma.rn.f32") >= 3 * 1280 // 32
     ptx = compile_launch(merge, 90).ptx
     assert ptx.count("ld.global.v4.b32") >= 3 and "st.global.v4.b32" in ptx
