@@ -29,7 +29,7 @@ from vicostream_kernels.triton_kernels._prune_means import (
     squares_kernel,
 )
 from vicostream_kernels.triton_kernels._prune_score import score_kernel
-from vicostream_kernels.triton_kernels._similarity import row_tile, sum_tiles
+from vicostream_kernels.triton_kernels._similarity import regular, row_tile, sum_tiles
 
 # From so many programs on, each takes all steps of its places: a GPU has work enough then.
 _MANY = 1024
@@ -50,33 +50,6 @@ def _bytes(x: torch.Tensor | None) -> torch.Tensor | None:
     if x is None:
         return None
     return (x.view(torch.uint8) if x.dtype == torch.bool else x).reshape(-1).contiguous()
-
-
-def _regular(x: torch.Tensor) -> torch.Tensor:
-    """x, or a copy where it lies otherwise than a contiguous tensor in what loads are made for.
-
-    How wide a kernel loads settles the order in which it adds. So that must follow from the width
-    of the tokens alone: a stream fed step by step has the bits of one call, however either lies.
-    """
-    width = x.shape[-1]
-    between = [n for n, size in zip(x.stride()[:-1], x.shape[:-1]) if size > 1]
-    if width % 16 == 0:
-        even = x.data_ptr() % 16 == 0 and all(stride % 16 == 0 for stride in between)
-    else:  # then a contiguous tensor's rows begin anywhere
-        even = x.shape[-2] == 1 or x.stride(-2) % 16 != 0
-    if even and x.stride(-1) == 1:
-        return x
-    return x.clone(memory_format=torch.contiguous_format)
-
-
-def _places_of_tokens(x: torch.Tensor, packed: bool) -> dict[str, int]:
-    """Strides of regular tokens; where there is one step or one place, those of many."""
-    at_x = _places(x, "x", "tnd", packed) | {"x_stride_d": 1}
-    if x.shape[-2] == 1:
-        at_x["x_stride_n"] = x.shape[-1]
-    if not packed and x.shape[0] == 1:
-        at_x["x_stride_t"] = x.shape[1] * at_x["x_stride_n"]
-    return at_x
 
 
 def _places(x: torch.Tensor, name: str, axes: str, packed: bool) -> dict[str, int]:
@@ -234,14 +207,14 @@ def prune_tokens(
     but tokens that lie oddly are copied.
     """
     with on(x):  # whose stream may be capturing
-        x = _regular(x)
+        x = regular(x)
         layout = Layout.of(x, shapes)
     packed = shapes is not None
     width = x.shape[-1]
     terms = rule.terms
     i32 = dict(dtype=torch.int32, device=x.device)
     at_layout = layout.arguments() | {"BLOCK": BLOCK, "PACKED": packed}
-    at_x = {"x_ptr": x, "width": width, **_places_of_tokens(x, packed)}
+    at_x = {"x_ptr": x, "width": width, **_places(x, "x", "tnd", packed)}
     rows, chunk = row_tile(width)
     # A warp copies a wide row alone: most of what it issues is to find out where to.
     tile = {"ROWS": rows, "CHUNK": chunk, "num_warps": 1 if rows == 1 else 4}
