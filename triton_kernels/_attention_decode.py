@@ -135,7 +135,7 @@ def split_kernel(
     v_ptr += kv_head * v_stride_h
     k_strides = (k_stride_p, k_stride_b, k_stride_d)
     v_strides = (v_stride_p, v_stride_b, v_stride_d)
-    pages = (k_ptr, v_ptr, slots_ptr, entries_ptr, angles_ptr, sinks, hidden, k_strides, v_strides)
+    pages = (k_ptr, v_ptr, slots_ptr, sinks, hidden, k_strides, v_strides)
     low = lowest_key(keys - queries, keys - 1, window, window_first)
 
     for from_flat in range(first_tile * BLOCK_M, queries * GROUP, row_tiles * BLOCK_M):
@@ -145,13 +145,14 @@ def split_kernel(
         head = (heads * GROUP + flat % GROUP).to(tl.int64)
         q_rows = q_ptr + (from_row + query).to(tl.int64) * q_stride_n + head * q_stride_h
         q_a, q_b = load_head(q_rows, live, q_stride_d, HEAD_DIM, SPLIT, PART_A, PART_B)
-        rule = (keys - queries + query, keys - 1, low, sink_tokens, window, window_first)
+        rule = (keys - queries + query, keys - 1, low, sink_tokens, window_first)
         acc_a, acc_b, top, total = empty_state(BLOCK_M, PART_A, PART_B)
         for place in range(from_place, to_place, BLOCK_N):
             start = tl.where(place < sinks, place, place + hidden)
             acc_a, acc_b, top, total = fold_page_tile(
-                acc_a, acc_b, top, total, q_a, q_b, start, rule, pages, scale,
-                True, WINDOWED, PAGE_SIZE, HEAD_DIM, SPLIT, PART_A, PART_B, BLOCK_N,
+                acc_a, acc_b, top, total, q_a, q_b, start, rule, window, pages,
+                entries_ptr, angles_ptr, scale, True, WINDOWED, PAGE_SIZE, HEAD_DIM, SPLIT,
+                PART_A, PART_B, BLOCK_N,
             )  # fmt: skip
 
         partial_row = s * _FEW + query

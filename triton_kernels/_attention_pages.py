@@ -21,7 +21,10 @@ def fold_page_tile(
     q_b,
     start,  # first key of the tile, a multiple of BLOCK_N
     rule,  # who sees what: see below
+    window,  # or None, which Triton 3.3 takes in no tuple
     pages,  # where the keys lie
+    entries_ptr,  # of the table's slots; None without a shift
+    angles_ptr,
     scale,
     MASKED: tl.constexpr,  # False: every row sees every key of the tile
     WINDOWED: tl.constexpr,  # some key may be hidden behind the window
@@ -35,12 +38,12 @@ def fold_page_tile(
     """A key that no row sees is not read, so what its slot holds can't reach the output.
 
     rule: i [M], the logical position of each row's query; last_key and low, so that rows see keys
-    up to last_key only, the sinks and from low; sink_tokens; window or None; the window's first
-    key. pages: pointers to K and V of the KV head; the table's slots, entries and angles (None
-    without a shift); sinks and hidden, as listed_range gives them; strides of K and V.
+    up to last_key only, the sinks and from low; sink_tokens; the window's first key. pages:
+    pointers to K and V of the KV head and to the table's slots; sinks and hidden, as listed_range
+    gives them; strides of K and V.
     """
-    i, last_key, low, sink_tokens, window, window_first = rule
-    k_ptr, v_ptr, slots_ptr, entries_ptr, angles_ptr, sinks, hidden, k_strides, v_strides = pages
+    i, last_key, low, sink_tokens, window_first = rule
+    k_ptr, v_ptr, slots_ptr, sinks, hidden, k_strides, v_strides = pages
     j = start + tl.arange(0, BLOCK_N)
     live = None
     place = start

@@ -160,26 +160,29 @@ def prefill_kernel(
     v_ptr += kv_head * v_stride_h
     k_strides = (k_stride_p, k_stride_b, k_stride_d)
     v_strides = (v_stride_p, v_stride_b, v_stride_d)
-    pages = (k_ptr, v_ptr, slots_ptr, entries_ptr, angles_ptr, sinks, hidden, k_strides, v_strides)
-    rule = (i, last_i, low, sink_tokens, window, window_first)
+    pages = (k_ptr, v_ptr, slots_ptr, sinks, hidden, k_strides, v_strides)
+    rule = (i, last_i, low, sink_tokens, window_first)
 
     acc_a, acc_b, top, total = empty_state(BLOCK_M, PART_A, PART_B)
     if WINDOWED:
         for n in range(0, sink_end + whole_from - from_tile):
             start = tl.where(n < sink_end, n, n - sink_end + from_tile) * BLOCK_N
             acc_a, acc_b, top, total = fold_page_tile(
-                acc_a, acc_b, top, total, q_a, q_b, start, rule, pages, scale,
-                True, True, PAGE_SIZE, HEAD_DIM, SPLIT, PART_A, PART_B, BLOCK_N,
+                acc_a, acc_b, top, total, q_a, q_b, start, rule, window, pages,
+                entries_ptr, angles_ptr, scale, True, True, PAGE_SIZE, HEAD_DIM, SPLIT,
+                PART_A, PART_B, BLOCK_N,
             )  # fmt: skip
     for n in range(whole_from, whole_to):
         acc_a, acc_b, top, total = fold_page_tile(
-            acc_a, acc_b, top, total, q_a, q_b, n * BLOCK_N, rule, pages, scale,
-            False, WINDOWED, PAGE_SIZE, HEAD_DIM, SPLIT, PART_A, PART_B, BLOCK_N,
+            acc_a, acc_b, top, total, q_a, q_b, n * BLOCK_N, rule, window, pages,
+            entries_ptr, angles_ptr, scale, False, WINDOWED, PAGE_SIZE, HEAD_DIM, SPLIT,
+            PART_A, PART_B, BLOCK_N,
         )  # fmt: skip
     for n in range(whole_to, to_tile):
         acc_a, acc_b, top, total = fold_page_tile(
-            acc_a, acc_b, top, total, q_a, q_b, n * BLOCK_N, rule, pages, scale,
-            True, WINDOWED, PAGE_SIZE, HEAD_DIM, SPLIT, PART_A, PART_B, BLOCK_N,
+            acc_a, acc_b, top, total, q_a, q_b, n * BLOCK_N, rule, window, pages,
+            entries_ptr, angles_ptr, scale, True, WINDOWED, PAGE_SIZE, HEAD_DIM, SPLIT,
+            PART_A, PART_B, BLOCK_N,
         )  # fmt: skip
     if sink_logits_ptr is not None:
         sink = tl.load(sink_logits_ptr + head, mask=live, other=0.0).to(tl.float32) * _LOG2_E

@@ -4,8 +4,31 @@ A row's sums depend on its width and layout alone: the same tile for every row o
 the same order. So a row has the same bits whatever is beside it in the call.
 """
 
+import torch
 import triton
 import triton.language as tl
+
+
+def regular(x: torch.Tensor) -> torch.Tensor:
+    """x, or a copy where its rows lie otherwise than a contiguous tensor's in what loads follow.
+
+    How wide a kernel loads settles the order in which it adds. So that must follow from the width
+    alone: a row has the same bits in a call of one step and of many, and equal rows of two tensors
+    have equal sums, however they lie.
+    """
+    width, strides = x.shape[-1], list(x.stride())
+    if width == 1:
+        strides[-1] = 1
+    for i in range(x.dim() - 2, -1, -1):
+        if x.shape[i] == 1:  # its stride says nothing
+            strides[i] = x.shape[i + 1] * strides[i + 1]
+    if width % 16 == 0:
+        even = x.data_ptr() % 16 == 0 and all(stride % 16 == 0 for stride in strides[:-1])
+    else:  # then a contiguous tensor's rows begin anywhere
+        even = strides[-2] % 16 != 0
+    if not even or strides[-1] != 1:
+        return x.clone(memory_format=torch.contiguous_format)
+    return x if tuple(strides) == x.stride() else x.as_strided(x.shape, strides)
 
 
 def row_tile(width: int) -> tuple[int, int]:

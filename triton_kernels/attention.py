@@ -94,7 +94,9 @@ def _decode_config(
     keys = 64 if wgmma and width in (16, 32, 64, 128) else 32
     # Angles are twice as large as keys: of more stages, fewer programs fit beside each other.
     ahead = not turned and (width < 128 or (not ragged and (width == 128 or wgmma)))
-    return _config(16, keys, 4, _AHEAD if ahead else 3)
+    config = _config(16, keys, 4, _AHEAD if ahead else 3)
+    # All registers that there are: ptxas would rather spill for one more program at a time.
+    return config | ({"maxnreg": 255} if turned and width == 128 else {})
 
 
 def _varlen_config(width: int, itemsize: int, ragged: bool, wgmma: bool) -> dict[str, int]:
@@ -111,7 +113,8 @@ def _varlen_config(width: int, itemsize: int, ragged: bool, wgmma: bool) -> dict
 
 @cache
 def _has_wgmma(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+    """Or what came after it, and as much shared memory; 12.0 has neither."""
+    return device.type == "cuda" and 9 <= torch.cuda.get_device_capability(device)[0] < 12
 
 
 def sink_window_attention(

@@ -29,7 +29,7 @@ from vicostream_kernels.triton_kernels._prune_means import (
     squares_kernel,
 )
 from vicostream_kernels.triton_kernels._prune_score import score_kernel
-from vicostream_kernels.triton_kernels._similarity import row_tile, sum_tiles
+from vicostream_kernels.triton_kernels._similarity import regular, row_tile, sum_tiles
 
 # From so many programs on, each takes all steps of its places: a GPU has work enough then.
 _MANY = 1024
@@ -203,9 +203,11 @@ def prune_tokens(
 ) -> None:
     """Keeps the tokens of x [T, N, D] or [M, D] that the rule chooses; writes into its arguments.
 
-    The arguments are those of the raw op `vicostream::prune_tokens`, the rule read; any strides.
+    The arguments are those of the raw op `vicostream::prune_tokens`, the rule read; any strides,
+    but tokens that lie oddly are copied.
     """
     with on(x):  # whose stream may be capturing
+        x = regular(x)
         layout = Layout.of(x, shapes)
     packed = shapes is not None
     width = x.shape[-1]
@@ -213,8 +215,6 @@ def prune_tokens(
     i32 = dict(dtype=torch.int32, device=x.device)
     at_layout = layout.arguments() | {"BLOCK": BLOCK, "PACKED": packed}
     at_x = {"x_ptr": x, "width": width, **_places(x, "x", "tnd", packed)}
-    if not packed and x.shape[0] == 1:
-        at_x["x_stride_t"] = 0  # one step: whatever its stride, the kernel is the same
     rows, chunk = row_tile(width)
     # A warp copies a wide row alone: most of what it issues is to find out where to.
     tile = {"ROWS": rows, "CHUNK": chunk, "num_warps": 1 if rows == 1 else 4}

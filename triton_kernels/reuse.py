@@ -13,7 +13,7 @@ from vicostream_kernels.triton_kernels._compact import TILE, list_kernel
 from vicostream_kernels.triton_kernels._launch import on, strides
 from vicostream_kernels.triton_kernels._reuse_rows import gather_kernel, merge_kernel
 from vicostream_kernels.triton_kernels._reuse_select import rank_kernel, similarity_kernel
-from vicostream_kernels.triton_kernels._similarity import sum_tiles
+from vicostream_kernels.triton_kernels._similarity import regular, sum_tiles
 
 # Rows of a program that copies: one look through the index list serves them all.
 _ROWS = 4
@@ -42,7 +42,7 @@ def select_changed(
     """index [F, capacity] int32, count [F] int32, similarity [F, N] float32, in three launches.
 
     The arguments are those of the raw op `vicostream::select_changed`: feature [F,N,C], reference
-    [N,C] or [F,N,C], force [N] or [F,N] bool; any strides.
+    [N,C] or [F,N,C], force [N] or [F,N] bool; any strides, but what lies oddly is copied.
     """
     frames, places, width = feature.shape
     tiles = triton.cdiv(places, TILE)
@@ -58,6 +58,7 @@ def select_changed(
         force_strides = _shared(force, "force", "fn")
     at_sums = sum_tiles(width, 8 if feature.element_size() == 2 else 4)
     with on(feature):
+        feature, reference = regular(feature), regular(reference)
         similarity_kernel[(triton.cdiv(places, at_sums["ROWS"]) * frames,)](
             feature_ptr=feature,
             reference_ptr=reference,

@@ -27,7 +27,7 @@ from triton.compiler import ASTSource  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
 #: Shared memory a block may use, in bytes, by compute capability (CUDA C++ guide, table 21).
-SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
+SHARED_LIMIT = {80: 163 * 1024, 86: 99 * 1024, 90: 227 * 1024}
 #: What stands in the PTX when a tensor core is used.
 INSTRUCTIONS = {"mma": r"\bmma\.sync\.", "wgmma": r"\bwgmma\.mma_async\."}
 
@@ -133,8 +133,11 @@ def compiled_for(launch: Recorded) -> tuple[str, dict[str, Any]]:
     return launch.kernel.__name__, key | launch.options
 
 
-def compile_launch(launch: Recorded, capability: int) -> Cubin:
-    """Builds what ``launch`` would run on a device of this compute capability (80, 90)."""
+def compile_launch(launch: Recorded, capability: int, **options: Any) -> Cubin:
+    """Builds what ``launch`` would run on a device of this compute capability (80, 86, 90).
+
+    ``options``: of the compiler, in place of the launch's own.
+    """
     signature, constants, attributes = {}, {}, {}
     for index, parameter in enumerate(launch.kernel.params):
         value = launch.arguments[parameter.name]
@@ -146,7 +149,7 @@ def compile_launch(launch: Recorded, capability: int) -> Cubin:
             attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(launch.kernel, signature, constexprs=constants, attrs=attributes)
     target = GPUTarget("cuda", capability, 32)
-    built = triton.compile(source, target=target, options=launch.options)
+    built = triton.compile(source, target=target, options=launch.options | options)
     return _measure(launch.kernel.__name__, capability, built.asm["ptx"], built.metadata.shared)
 
 

@@ -38,10 +38,11 @@ def empty(*shape, dtype=torch.int32):
 
 
 def paged_call(
-    dtype, d, *, rows=320, window=False, shift=False, logits=False, per_head=False, page=64
-):
+    dtype, d, *, rows=320, window=False, shift=False, logits=False, per_head=False, page=64,
+    heads=(28, 4),
+):  # fmt: skip
     """A layer of a 7B model: 28 query heads, 4 key heads, 256 listed pages."""
-    h, g, pages, listed = 28, 4, 300, 256
+    (h, g), pages, listed = heads, 300, 256
     table = (1, g, listed) if per_head else (1, listed)
     return lambda: attention.sink_window_attention(
         empty(rows, h, d, dtype=dtype), empty(pages, page, g, d, dtype=dtype),
@@ -109,6 +110,29 @@ def test_pages(monkeypatch, key, options):
     built = build(monkeypatch, paged_call(dtype, d, **options), capability)
     assert list(built) == ["index_kernel", "prefill_kernel", "split_kernel", "combine_kernel"]
     check(built, dtype, capability)
+
+
+@pytest.mark.parametrize("capability", (80, 90))
+def test_turned_keys_of_groups_of_eight(monkeypatch, capability):
+    """Where ptxas would rather spill than have one program less at a time."""
+    call = paged_call(
+        BF16, 128, rows=1, window=True, shift=True, per_head=True, heads=(16, 2)
+    )  # fmt: skip
+    check(build(monkeypatch, call, capability), BF16, capability)
+
+
+@pytest.mark.parametrize("d", (128, 256))
+def test_smaller_devices_have_shared_memory_enough(monkeypatch, d):
+    check(build(monkeypatch, paged_call(BF16, d), 86), BF16, 86)
+    check(build(monkeypatch, varlen_call(BF16, d), 86), BF16, 86)
+
+
+@pytest.mark.parametrize(
+    ("capability", "large"), (((8, 9), False), ((9, 0), True), ((10, 0), True), ((12, 0), False))
+)
+def test_large_tiles_are_for_large_shared_memory(monkeypatch, capability, large):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert attention._has_wgmma.__wrapped__(torch.device("cuda")) is large
 
 
 @pytest.mark.parametrize("key", VARLEN, ids=name_of)

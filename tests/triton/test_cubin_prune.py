@@ -11,7 +11,7 @@ pytest.importorskip("triton")
 if interpreter.ACTIVE:
     pytest.skip("in the interpreter nothing is compiled", allow_module_level=True)
 
-from kit.cubin import compile_launch, record_launches  # noqa: E402
+from kit.cubin import compile_launch, compiled_for, record_launches  # noqa: E402
 from vicostream_kernels import PruneRule  # noqa: E402
 from vicostream_kernels.triton_kernels import prune  # noqa: E402
 
@@ -110,6 +110,42 @@ def test_one_chunk_has_a_program_for_each_step_and_many_share_what_they_read():
     ptx = compile_launch(score, 90).ptx
     assert ptx.count("ld.global.v4.b32") == 2 * 8, "a row and its reference, 16 bytes a thread"
     assert "bar.sync" not in ptx, "a row is summed by one warp"
-    # Equal rows score exactly 1 if their three sums round alike, which fusing some would not do.
+    # Equal rows score exactly 1 if their three sums round alike, whatever the compiler would fuse.
+    ptx = compile_launch(score, 90, enable_fp_fusion=False).ptx
     assert ptx.count("fma.rn.f32") >= 3 * 2048 // 32
     assert "st.global.v4.b32" in compile_launch(compact, 90).ptx
+
+
+@pytest.mark.parametrize(("width", "apart"), ((2048, 2048), (500, 512)))
+def test_a_step_is_added_up_as_a_whole_call_is(width, apart):
+    """How wide the loads of a kernel are settles its order of additions."""
+    steps, places = 4, 136
+    # Between steps something odd lies; the rows of the second width start evenly in it.
+    lies = empty(steps * places * apart + 16, dtype=BF16)
+    x = lies.as_strided((steps, places, width), (places * apart + 4, apart, 1))
+    whole = torch.empty_like(x, memory_format=torch.contiguous_format)
+    rule = PruneRule(reference=("running_mean", "frame_mean"), channels=0.5, k=40, scope="chunk")
+
+    def loads(x):
+        total = x.shape[0] * places
+        launches = record_launches(
+            lambda: prune.prune_tokens(
+                x, empty(3, x.shape[0], places), rule, None, empty(total, width, dtype=BF16),
+                empty(3, total), empty(total), empty(2), empty(*x.shape[:2], dtype=torch.bool),
+            )
+        )  # fmt: skip
+        keys = map(compiled_for, launches)
+        return [
+            (name, {k: v for k, v in key.items() if k.startswith("x_")})
+            for name, key in keys
+            if "x_ptr" in key
+        ]
+
+    wanted = loads(whole)
+    assert [name for name, _ in wanted] == [
+        f"{name}_kernel" for name in ("squares", "means", "spread", "score", "compact")
+    ]
+    for part in (whole[:1], whole[1:2], whole.transpose(0, 1).clone().transpose(0, 1), x, x[:1]):
+        assert loads(part) == wanted
+    assert loads(x[1:2]) == wanted, "its rows start oddly"
+    assert loads(x.transpose(1, 2).clone().transpose(1, 2)) == wanted, "channel by channel"
