@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from functools import partial
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import cache, partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention.bias import causal_lower_right
 
 from vicostream_kernels import backends, sink_window_attention, varlen_attention
 from vicostream_kernels.bench.registry import Case, Inputs, Outputs, Provider, case
@@ -35,8 +37,10 @@ def _make_paged(
     head_dim: int,
     dtype: torch.dtype,
     streams: int = 1,
+    shifted: bool = False,
 ) -> Inputs:
-    """Streams whose pages lie scattered in a pool an eighth larger; unlisted slots hold NaN."""
+    """Streams whose pages lie scattered in a pool an eighth larger; unlisted slots hold NaN.
+    ``shifted``: every page has moved since its keys were rotated."""
     random = torch.Generator().manual_seed(seed)
     pages = -(-keys // _PAGE)
     pool = streams * pages + max(1, streams * pages // 8)
@@ -56,23 +60,52 @@ def _make_paged(
     if queries > 1:
         logical = torch.arange(keys)
         inputs["visible"] = logical <= logical[keys - queries :, None]
+    if shifted:
+        inputs["page_shift"] = torch.randint(-2000, 2000, (streams, pages, 3), generator=random)
+        inputs["page_shift"] = inputs["page_shift"].int()
+        inputs["inv_freq"] = 1e6 ** (-torch.arange(0, head_dim, 2) / head_dim)
     moved = {name: x.to(device) for name, x in inputs.items()}
     return {**moved, "keys": keys, "queries": queries, "streams": streams}
+
+
+def _shift(inputs: Inputs) -> dict[str, Any]:
+    if "page_shift" not in inputs:
+        return {}
+    d = inputs["q"].shape[-1]
+    named = {name: inputs[name] for name in ("page_shift", "inv_freq")}
+    return {**named, "mrope_section": [d // 8, 3 * d // 16, 3 * d // 16]}
 
 
 def _paged(inputs: Inputs, *, backend: str) -> torch.Tensor:
     return sink_window_attention(
         inputs["q"], inputs["k_pages"], inputs["v_pages"], inputs["page_table"],
         inputs["cu_seqlens_q"], kv_len=inputs["kv_len"], max_seqlen_q=inputs["queries"],
-        backend=backend,
+        **_shift(inputs), backend=backend,
     )  # fmt: skip
 
 
 def _gathered(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
     """K and V [streams, keys, G, d] of the listed pages in order, copied together."""
     both = (inputs[name][inputs["listed"]] for name in ("k_pages", "v_pages"))
-    k, v = (x.unflatten(0, (inputs["streams"], -1)).flatten(1, 2) for x in both)
+    k, v = (x.unflatten(0, (inputs["streams"], -1)) for x in both)
+    if "page_shift" in inputs:
+        k = _turned(k, **_shift(inputs))
+    k, v = k.flatten(1, 2), v.flatten(1, 2)
     return k[:, : inputs["keys"]], v[:, : inputs["keys"]]
+
+
+def _turned(
+    k: torch.Tensor, page_shift: torch.Tensor, inv_freq: torch.Tensor, mrope_section: list[int]
+) -> torch.Tensor:
+    """Keys [S, pages, B, G, d] rotated on by what each page has moved."""
+    axes = torch.arange(3, device=k.device).repeat_interleave(
+        torch.tensor(mrope_section, device=k.device), output_size=inv_freq.shape[0]
+    )
+    angles = (page_shift[..., axes].double() * inv_freq)[:, :, None, None]
+    sine, cosine = angles.sin().float(), angles.cos().float()
+    one, other = k.float().chunk(2, dim=-1)
+    turned = torch.cat((one * cosine - other * sine, other * cosine + one * sine), dim=-1)
+    return turned.to(k.dtype)
 
 
 def _sdpa(inputs: Inputs) -> torch.Tensor:
@@ -137,6 +170,66 @@ def _paged_providers(device: torch.device, *, queries: int) -> list[Provider]:
     return [provider for provider in made if provider.name != left_out]
 
 
+# Of a long prefill others may have the visible keys in order already, copied by nobody: the best
+# that they could do.
+
+
+def _make_long(device: torch.device, seed: int, **axes: Any) -> Inputs:
+    inputs = _make_paged(device, seed, **axes)
+    del inputs["visible"]
+    k, v = (x.transpose(1, 2).contiguous() for x in _gathered(inputs))
+    return {**inputs, "k_in_order": k, "v_in_order": v}
+
+
+def _in_order(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    q = inputs["q"].unflatten(0, (inputs["streams"], -1)).transpose(1, 2)
+    return q, inputs["k_in_order"], inputs["v_in_order"]
+
+
+def _sdpa_in_order(inputs: Inputs) -> torch.Tensor:
+    bias = causal_lower_right(inputs["queries"], inputs["keys"])
+    out = F.scaled_dot_product_attention(*_in_order(inputs), attn_mask=bias, enable_gqa=True)
+    return out.transpose(1, 2).flatten(0, 1)
+
+
+def _flex_in_order(inputs: Inputs) -> torch.Tensor:
+    run = _flex(inputs["queries"], inputs["keys"], inputs["q"].device)
+    return run(*_in_order(inputs)).transpose(1, 2).flatten(0, 1)
+
+
+@cache
+def _flex(queries: int, keys: int, device: torch.device) -> Callable[..., torch.Tensor]:
+    """FlexAttention with the mask of such a prefill; compiled at its first call on a GPU."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    def seen(batch, head, query, key):
+        return key <= query + (keys - queries)
+
+    mask = create_block_mask(seen, None, None, queries, keys, device=device)
+    run = torch.compile(flex_attention) if device.type == "cuda" else flex_attention
+    return partial(run, block_mask=mask, enable_gqa=True)
+
+
+def _long_providers(device: torch.device, *, queries: int) -> list[Provider]:
+    return [
+        *(p for p in _paged_providers(device, queries=queries) if p.ours),
+        Provider("torch:sdpa-in-order", _sdpa_in_order, note="visible keys in order already"),
+        Provider("torch:flex-in-order", _flex_in_order, note="the same, FlexAttention"),
+    ]
+
+
+def _long_case(queries: int, keys: int, heads: int, kv_heads: int, head_dim: int) -> Case:
+    """A prefill for a GPU alone, beside the best that torch has for it."""
+    case = _paged_case("prefill", queries, keys, heads, kv_heads, head_dim, torch.bfloat16)
+    return replace(
+        case,
+        make=partial(_make_long, dtype=case.dtype, **case.axes),
+        providers=partial(_long_providers, queries=queries),
+        baseline="torch:sdpa-in-order",
+        devices=("cuda",),
+    )
+
+
 def _outputs(inputs: Inputs, result: torch.Tensor) -> Outputs:
     return {"out": result}
 
@@ -144,7 +237,8 @@ def _outputs(inputs: Inputs, result: torch.Tensor) -> Outputs:
 def _paged_truth(inputs: Inputs) -> Outputs:
     out = torch.full_like(inputs["q"], torch.nan)
     names = ("q", "k_pages", "v_pages", "page_table", "cu_seqlens_q")
-    truth.sink_window_attention(*(inputs[n] for n in names), out, kv_len=inputs["kv_len"])
+    given = [inputs[n] for n in names]
+    truth.sink_window_attention(*given, out, kv_len=inputs["kv_len"], **_shift(inputs))
     return {"out": out}
 
 
@@ -158,6 +252,7 @@ def _paged_case(
     dtype: torch.dtype,
     *,
     streams: int = 1,
+    shifted: bool = False,
     smoke: bool = False,
 ) -> Case:
     axes = dict(queries=queries, keys=keys, heads=heads, kv_heads=kv_heads, head_dim=head_dim)
@@ -166,6 +261,9 @@ def _paged_case(
     if streams > 1:
         axes["streams"] = streams
         kind = f"{kind}-{streams}s"
+    if shifted:
+        axes["shifted"] = True
+        kind = f"{kind}-shifted"
     return Case(
         name=f"attention/{kind}-{queries}q-{keys}k-{heads}h-{kv_heads}g-{head_dim}d/{_name(dtype)}",
         word="attention",
@@ -272,9 +370,12 @@ def cases() -> Iterator[Case]:
         yield _paged_case("prefill", 37, 150, 4, 2, 64, dtype, smoke=True)
         yield _windows_case(3, 16, 16, 2, 80, dtype, smoke=True)
         yield _paged_case("decode", 1, 13000, 16, 2, 128, dtype)
+        yield _paged_case("decode", 1, 13000, 16, 2, 128, dtype, shifted=True)
         yield _paged_case("decode", 1, 13000, 16, 2, 128, dtype, streams=16)
         yield _paged_case("prefill", 320, 1600, 16, 2, 128, dtype)
+        yield _paged_case("prefill", 320, 1600, 16, 2, 128, dtype, shifted=True)
         yield _windows_case(34, 64, 64, 16, 80, dtype)
         yield _windows_case(2, 1080, 1080, 16, 80, dtype)
         yield _windows_case(34, 16, 64, 16, 80, dtype)
         yield _windows_case(34, 64, 64, 2, 32, dtype)
+    yield _long_case(2048, 16384, 16, 2, 128)
