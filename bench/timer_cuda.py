@@ -37,8 +37,8 @@ class CudaClock:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         size = max(2 * torch.cuda.get_device_properties(device).L2_cache_size, 64 << 20)
-        self._others = torch.zeros(size // 4, device=device)
-        self._sum = torch.zeros((), device=device)
+        self._others = torch.zeros(size // 4, dtype=torch.float32, device=device)
+        self._sum = torch.zeros((), dtype=torch.float32, device=device)
 
     def event(self) -> torch.cuda.Event:
         return torch.cuda.Event(enable_timing=True)
