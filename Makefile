@@ -23,6 +23,9 @@ export VICO_CUDA := 0
 endif
 endif
 
+# Threads that wait for each other sleep: on a machine that does anything else, spinning costs more.
+demo test: export OMP_WAIT_POLICY ?= passive
+
 # Relative, since the checkout may lie in a folder whose name has a space; BIN_PATH is to be quoted.
 BIN := $(VENV)/bin
 BIN_PATH := $(abspath $(BIN))
