@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from dataclasses import dataclass
+from importlib import import_module
 from json import dumps
 from pathlib import Path
 from typing import Annotated, Any
@@ -196,56 +197,32 @@ def _reuse_error(asked: _Asked) -> None:
         raise _fail(str(error)) from None
 
 
-def _tiers(asked: _Asked) -> None:
-    """The figures of ``tiers``, as two lines and data."""
-    from vicostream_kernels.bench import tiers
+def _figures(asked: _Asked) -> None:
+    """The figures of ``tiers`` or ``overlap``, in words and as data."""
     from vicostream_kernels.cache import TierError
 
+    module = import_module(f"vicostream_kernels.bench.{asked.name}")
     try:
         if asked.plot is not None:
-            raise ValueError("tiers has no picture")
+            raise ValueError(f"{asked.name} has no picture")
         loaded = asked.load()
     except ValueError as error:
         raise _fail(str(error)) from None
-    less = tiers.QUICK if asked.quick else {}
+    less = module.QUICK if asked.quick else {}
     try:
-        found = tiers.measure(loaded, seed=asked.seed, progress=_progress, **less)
-    except (tiers.WrongResult, TierError) as error:
+        found = module.measure(loaded, seed=asked.seed, progress=_progress, **less)
+    except (module.WrongResult, TierError) as error:
         raise _wrong(error) from None
     _progress("")
     typer.echo(_named(loaded))
-    typer.echo(tiers.table(*found))
+    typer.echo(module.table(found))
     try:
-        asked.write(tiers.as_data(*found))
+        asked.write(module.as_data(found))
     except OSError as error:
         raise _fail(str(error)) from None
 
 
-def _overlap(asked: _Asked) -> None:
-    """The figures of ``overlap``, as a line and data."""
-    from vicostream_kernels.bench import overlap
-
-    try:
-        if asked.plot is not None:
-            raise ValueError("overlap has no picture")
-        loaded = asked.load()
-    except ValueError as error:
-        raise _fail(str(error)) from None
-    less = overlap.QUICK if asked.quick else {}
-    try:
-        found = overlap.measure(loaded, seed=asked.seed, progress=_progress, **less)
-    except overlap.WrongResult as error:
-        raise _wrong(error) from None
-    _progress("")
-    typer.echo(_named(loaded))
-    typer.echo(overlap.table(found))
-    try:
-        asked.write(overlap.as_data(found))
-    except OSError as error:
-        raise _fail(str(error)) from None
-
-
-_OF_A_MODEL = {"reuse/error": _reuse_error, "tiers": _tiers, "overlap": _overlap}
+_OF_A_MODEL = {"reuse/error": _reuse_error, "tiers": _figures, "overlap": _figures}
 
 
 def _wrong(error: Exception) -> typer.Exit:

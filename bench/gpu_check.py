@@ -20,7 +20,9 @@ import sys
 import tempfile
 import time
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -104,39 +106,27 @@ def plan(root: Path, work: Path, python: str = sys.executable) -> list[Step]:
             verdict=lambda done: benchmark_verdict(done, bench),
         )
     )
-    tiers = tiers_path(bench)
-    steps.append(
-        Step(
-            "tiers",
-            (python, "-m", "vicostream_kernels.bench.gpu_check", "--tiers", str(tiers)),
-            timeout_s=120,
-            least_s=60,
-            folder=work,
-            verdict=lambda done: tiers_verdict(done, tiers),
+    for name, verdict, timeout_s, least_s in (
+        ("tiers", tiers_verdict, 120, 60),
+        ("overlap", overlap_verdict, 90, 45),
+    ):
+        path = figures_path(bench, name)
+        steps.append(
+            Step(
+                name,
+                (python, "-m", "vicostream_kernels.bench.gpu_check", "--figures", str(path)),
+                timeout_s=timeout_s,
+                least_s=least_s,
+                folder=work,
+                verdict=partial(figures_verdict, path=path, of=verdict),
+            )
         )
-    )
-    overlap = overlap_path(bench)
-    steps.append(
-        Step(
-            "overlap",
-            (python, "-m", "vicostream_kernels.bench.gpu_check", "--overlap", str(overlap)),
-            timeout_s=90,
-            least_s=45,
-            folder=work,
-            verdict=lambda done: overlap_verdict(done, overlap),
-        )
-    )
     return steps
 
 
-def tiers_path(bench: Path) -> Path:
-    """Where the figures of ``bench tiers`` are while the check runs."""
-    return bench.with_name("tiers.json")
-
-
-def overlap_path(bench: Path) -> Path:
-    """Where the figures of ``bench overlap`` are while the check runs."""
-    return bench.with_name("overlap.json")
+def figures_path(bench: Path, name: str) -> Path:
+    """Where the figures of ``bench tiers`` or ``bench overlap`` are while the check runs."""
+    return bench.with_name(f"{name}.json")
 
 
 def workers() -> tuple[str, ...]:
@@ -243,11 +233,16 @@ def benchmark_verdict(done: Finished, path: Path) -> str:
     return ""
 
 
-def tiers_verdict(done: Finished, path: Path) -> str:
-    """Passed means: both figures are there, of history that really went down and came back."""
+def figures_verdict(done: Finished, path: Path, of: Callable[[Any], str]) -> str:
+    """Passed means: the figures are there, and nothing speaks against them."""
     figures = read_figures(path)
     if done.code or figures is None:
         return f"ended with {done.code}: {(done.output.strip().splitlines() or ['no output'])[-1]}"
+    return of(figures)
+
+
+def tiers_verdict(figures: Any) -> str:
+    """Both figures are of history that really went down and came back."""
     ingest, fetch = figures.get("ingest", {}), figures.get("fetch", {})
     numbers = (ingest.get("moved_bytes", 0), ingest.get("ms", 0), fetch.get("bytes", 0))
     if min(numbers) <= 0 or fetch.get("tier") != "host":
@@ -255,11 +250,8 @@ def tiers_verdict(done: Finished, path: Path) -> str:
     return ""
 
 
-def overlap_verdict(done: Finished, path: Path) -> str:
-    """Passed means: the figures are there; how large they are, the result says."""
-    figures = read_figures(path)
-    if done.code or figures is None:
-        return f"ended with {done.code}: {(done.output.strip().splitlines() or ['no output'])[-1]}"
+def overlap_verdict(figures: Any) -> str:
+    """How large they are, the result says."""
     if min(figures.get("fps", 0), *figures.get("stages_ms", {"": 0}).values()) <= 0:
         return f"no figures: {figures}"
     return ""
@@ -272,27 +264,15 @@ def read_figures(path: Path) -> Any:
         return None
 
 
-def run_tiers(path: Path) -> int:
-    """The tiers step: history of the true 3B shapes goes down and comes back."""
-    from vicostream_kernels.bench import tiers
+def run_figures(path: Path) -> int:
+    """The steps tiers and overlap, by the name of the file: on the true 3B shapes."""
     from vicostream_kernels.models import load_model
 
+    module = import_module(f"vicostream_kernels.bench.{path.stem}")
     model = load_model("3b-random", device=torch.device("cuda"))
-    found = tiers.measure(model, **tiers.QUICK, progress=print)
-    print(tiers.table(*found))
-    path.write_text(json.dumps(tiers.as_data(*found)))
-    return 0
-
-
-def run_overlap(path: Path) -> int:
-    """The overlap step: the stages of the true 3B shapes, in turn and at the same time."""
-    from vicostream_kernels.bench import overlap
-    from vicostream_kernels.models import load_model
-
-    model = load_model("3b-random", device=torch.device("cuda"))
-    found = overlap.measure(model, **overlap.QUICK, progress=print)
-    print(overlap.table(found))
-    path.write_text(json.dumps(overlap.as_data(found)))
+    found = module.measure(model, **module.QUICK, progress=print)
+    print(module.table(found))
+    path.write_text(json.dumps(module.as_data(found)))
     return 0
 
 
@@ -328,8 +308,8 @@ def document_of(
         "seconds": round(sum(row.seconds for row in rows), 1),
         "steps": [row.as_dict() for row in rows],
         "benchmark": read_figures(bench),
-        "tiers": read_figures(tiers_path(bench)),
-        "overlap": read_figures(overlap_path(bench)),
+        "tiers": read_figures(figures_path(bench, "tiers")),
+        "overlap": read_figures(figures_path(bench, "overlap")),
     }
 
 
@@ -368,18 +348,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--logs", type=Path, help="folder for what steps print (default: ROOT/out/gpu-check/logs)")
     add("--budget", type=float, default=570.0, help="seconds for everything")
     add("--benchmark", type=Path, help=argparse.SUPPRESS)
-    add("--tiers", type=Path, help=argparse.SUPPRESS)
-    add("--overlap", type=Path, help=argparse.SUPPRESS)
+    add("--figures", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         print(f"gpu-check: torch {torch.__version__} finds no CUDA device here", file=sys.stderr)
         return 2
     if given.benchmark is not None:
         return run_benchmark(given.benchmark)
-    if given.tiers is not None:
-        return run_tiers(given.tiers)
-    if given.overlap is not None:
-        return run_overlap(given.overlap)
+    if given.figures is not None:
+        return run_figures(given.figures)
     root = given.root.resolve()
     if not (root / _PLANTS).is_file():
         print(f"gpu-check: {root} is no checkout ({_PLANTS} is not there)", file=sys.stderr)

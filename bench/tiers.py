@@ -272,7 +272,8 @@ def _best_ms(job: Callable[[], None]) -> float:
     return min(times)
 
 
-def table(ingest: Ingest, fetch: Fetch) -> str:
+def table(found: tuple[Ingest, Fetch]) -> str:
+    ingest, fetch = found
     ratio = ingest.ratio
     slower = 100 * (1 / ratio.median - 1)
     room = "" if fetch.room_ms is None else f" ({fetch.room_ms:+.2f} ms where others leave first)"
@@ -289,5 +290,6 @@ def table(ingest: Ingest, fetch: Fetch) -> str:
     )
 
 
-def as_data(ingest: Ingest, fetch: Fetch) -> dict[str, Any]:
+def as_data(found: tuple[Ingest, Fetch]) -> dict[str, Any]:
+    ingest, fetch = found
     return {"ingest": asdict(ingest), "fetch": asdict(fetch) | {"over_floor": fetch.over_floor}}

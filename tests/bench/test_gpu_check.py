@@ -259,33 +259,26 @@ def test_benchmark_verdict(tmp_path, match, code, reason):
 
 
 _TIERS = '{"ingest": {"moved_bytes": 1, "ms": 2}, "fetch": {"bytes": 3, "tier": "%s"}}'
-
-
-@pytest.mark.parametrize("text", [_TIERS % "host", _TIERS % "disk", "{}", "", None])
-@pytest.mark.parametrize("code", [0, 1])
-def test_tiers_verdict(tmp_path, code, text):
-    if text is not None:
-        (tmp_path / "t.json").write_text(text)
-    said = gpu_check.tiers_verdict(
-        Finished(code, "one\nWrongResult: two\n", 1), tmp_path / "t.json"
-    )
-    assert (said == "") == (code == 0 and text == _TIERS % "host")
-    assert not said or "two" in said or "no figures of what moved" in said
-
-
 _OVERLAP = '{"fps": %s, "stages_ms": {"encode": 2, "prefill": 3}}'
 
 
-@pytest.mark.parametrize("text", [_OVERLAP % 1, _OVERLAP % 0, "{}", "", None])
+@pytest.mark.parametrize(
+    ("of", "right", "wrong"),
+    [
+        (gpu_check.tiers_verdict, _TIERS % "host", _TIERS % "disk"),
+        (gpu_check.overlap_verdict, _OVERLAP % 1, _OVERLAP % 0),
+    ],
+)
 @pytest.mark.parametrize("code", [0, 1])
-def test_overlap_verdict(tmp_path, code, text):
-    if text is not None:
-        (tmp_path / "o.json").write_text(text)
-    said = gpu_check.overlap_verdict(
-        Finished(code, "one\nWrongResult: two\n", 1), tmp_path / "o.json"
-    )
-    assert (said == "") == (code == 0 and text == _OVERLAP % 1)
-    assert not said or "two" in said or "no figures" in said
+def test_figures_verdict(tmp_path, code, of, right, wrong):
+    path = tmp_path / "figures.json"
+    for text in (None, right, wrong, "{}", ""):
+        if text is not None:
+            path.write_text(text)
+        done = Finished(code, "one\nWrongResult: two\n", 1)
+        said = gpu_check.figures_verdict(done, path, of)
+        assert (said == "") == (code == 0 and text == right)
+        assert not said or "two" in said or "no figures" in said
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -20,6 +20,7 @@ from vicostream_kernels.models import Qwen2_5_VLRunner, Sampler
 from vicostream_kernels.pipeline.answer import Answer
 from vicostream_kernels.pipeline.belt import Belt, Line, Stage, Way
 from vicostream_kernels.pipeline.errors import InputError, PipelineError
+from vicostream_kernels.pipeline.frames import as_frames, joined
 from vicostream_kernels.pipeline.lanes import CudaLane, Lane
 from vicostream_kernels.pipeline.llm import LLMSteps
 from vicostream_kernels.pipeline.report import ChunkFigures, Recorder, rss_bytes
@@ -132,7 +133,7 @@ class Stream:
         the stream has failed.
         """
         self._check_open()
-        frames = _as_frames(frames)
+        frames = as_frames(frames)
         self._preprocess.check_size(*frames.shape[1:3])
         times = self._check_times(frames.shape[0], times_s)
         at = 0
@@ -472,36 +473,3 @@ def _follow(method: Method, runner: Qwen2_5_VLRunner, cache: CacheStream) -> Sel
             source="raw" if rule.summary == "raw_mean_key" else "rotated",
         )
     return RuleSelector(rule, method.engine.page_size, runner.backend)
-
-
-def joined(parts: list[torch.Tensor], device: torch.device) -> torch.Tensor:
-    """The frames of one chunk; those that lie on several devices (after a restore, some wait on the
-    host) meet on ``device``."""
-    if len(parts) == 1:
-        return parts[0]
-    if any(part.device != parts[0].device for part in parts):
-        parts = [part.to(device) for part in parts]
-    return torch.cat(parts)
-
-
-def _as_frames(frames: torch.Tensor | np.ndarray) -> torch.Tensor:
-    if not isinstance(frames, torch.Tensor):
-        if not isinstance(frames, np.ndarray):
-            raise TypeError(
-                f"ingest: frames must be a tensor or a NumPy array, got {type(frames).__name__}"
-            )
-        if str(frames.dtype) == "uint8" and frames.size and not frames.flags.writeable:
-            frames = frames.copy()  # torch warns about arrays that it could write to
-        if any(stride < 0 for stride in frames.strides):
-            frames = frames.copy()
-        frames = torch.from_numpy(frames)
-    if frames.dtype != torch.uint8:
-        raise TypeError(f"ingest: frames must be uint8, got {frames.dtype}")
-    if frames.layout != torch.strided or frames.is_meta:
-        raise ValueError(
-            f"ingest: frames must be a strided tensor with data, got {frames.layout} on "
-            f"{frames.device}"
-        )
-    if frames.dim() != 4 or frames.shape[-1] != 3 or 0 in frames.shape[1:]:
-        raise ValueError(f"ingest: frames must be [F, H, W, 3], got {list(frames.shape)}")
-    return frames
