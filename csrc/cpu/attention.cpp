@@ -134,15 +134,11 @@ class PagedKeys {
  public:
   const int64_t k_unit, v_unit;
 
-  // angles: [2, kMaxHalfDim], memory for sines and cosines.
+  // angles: [kAngleFloats], memory for sines and cosines.
   template <typename Plan>
   PagedKeys(const Plan& plan, const double* turns, const Task& task, float* angles)
-      : k_unit(plan.a.k_kv),
-        v_unit(plan.a.v_kv),
-        a_(plan.a),
-        turns_(turns),
-        sine_(angles),
-        cosine_(angles + kMaxHalfDim) {
+      : k_unit(plan.a.k_kv), v_unit(plan.a.v_kv), a_(plan.a), turns_(turns), angles_(angles) {
+    std::fill_n(turned_, kAngles, -1);
     const int64_t x = plan.table_of(task.unit);
     const int64_t g = task.unit * a_.kv_heads / plan.units;
     starts_ = plan.starts_of(task.stream, x);
@@ -180,18 +176,19 @@ class PagedKeys {
   // Whether the keys of an entry must be rotated; makes its angles.
   bool moved(int64_t entry) {
     if (shift_ == nullptr) return false;
-    if (entry != turned_) turn(entry);
-    return moved_;
+    if (turned_[entry % kAngles] != entry) turn(entry);
+    return moved_[entry % kAngles];
   }
 
   const float* key(const T* row, int64_t entry, float* out) {
     if (!moved(entry)) return as_float(row, out, a_.head_dim);
     const int half = a_.head_dim / 2;
+    const float *sine = sines(entry), *cosine = sine + kMaxHalfDim;
     alignas(64) float stored[kMaxHeadDim];
     load_row(row, stored, a_.head_dim);
 #pragma omp simd
     for (int f = 0; f < half; ++f)
-      rotate_pair(stored[f], stored[f + half], cosine_[f], sine_[f], &out[f], &out[f + half]);
+      rotate_pair(stored[f], stored[f + half], cosine[f], sine[f], &out[f], &out[f + half]);
     return out;
   }
 
@@ -202,32 +199,36 @@ class PagedKeys {
     end_ = starts_[entry + 1];
   }
 
+  float* sines(int64_t entry) const { return angles_ + entry % kAngles * 2 * kMaxHalfDim; }
+
   void turn(int64_t entry) {
-    turned_ = entry;
+    turned_[entry % kAngles] = entry;
     const int32_t* shift = shift_ + entry * a_.shift_entry;
     const int bounds[4] = {0, a_.t_section, a_.t_section + a_.h_section, a_.head_dim / 2};
-    moved_ = false;
+    bool moved = false;
     for (int axis = 0; axis < 3; ++axis)
-      moved_ |= bounds[axis] < bounds[axis + 1] && shift[axis * a_.shift_axis] != 0;
-    if (!moved_) return;
+      moved |= bounds[axis] < bounds[axis + 1] && shift[axis * a_.shift_axis] != 0;
+    moved_[entry % kAngles] = moved;
+    if (!moved) return;
+    float *sine = sines(entry), *cosine = sine + kMaxHalfDim;
     for (int axis = 0; axis < 3; ++axis) {
       const double position = shift[axis * a_.shift_axis];
 #pragma omp simd
       for (int f = bounds[axis]; f < bounds[axis + 1]; ++f)
-        sincos_turns(position * turns_[f], &sine_[f], &cosine_[f]);
+        sincos_turns(position * turns_[f], &sine[f], &cosine[f]);
     }
   }
 
   const AttentionArgs& a_;
   const double* turns_;
-  float *sine_, *cosine_;
+  float* angles_;
   const int64_t* starts_;
   const int32_t* table_;
   const int32_t* shift_ = nullptr;
   const T *k_, *v_;
   int64_t entry_ = 0, begin_ = 0, end_ = 0;  // where locate stands
-  int64_t turned_ = -1;                      // the entry whose angles are at hand
-  bool moved_ = false;
+  int64_t turned_[kAngles];                  // entries whose angles are at hand, or -1
+  bool moved_[kAngles];
 };
 
 template <typename T, typename Rows>

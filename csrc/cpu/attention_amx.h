@@ -20,7 +20,6 @@ constexpr int kAmxStep = 32;   // keys of two tiles of scores, or of one of weig
 
 // Memory is asked for the next tile in each phase of this one, a few lines at a time: many at once
 // would stand before what the phase itself reads.
-inline int share(int lines, int parts) { return (lines + parts - 1) / parts; }
 
 inline int tile_width(int rows_left) { return rows_left > 16 ? 32 : 16; }
 inline int tile_rows(int rows) {
@@ -36,14 +35,14 @@ struct TileScratch {
   float* k;       // [kAmxKeys][depth] bf16, where keys can't be read in place
   float* v;       // [kAmxKeys / 2][columns] pairs
   float* rows;    // [3, kAmxRows]
-  float* angles;  // [2, kMaxHalfDim]
+  float* angles;  // [kAngleFloats]
 
   static int depth(int d) { return (d + 31) / 32 * 32; }
   static int columns(int d) { return (d + 15) / 16 * 16; }
   static int64_t floats(int d) {
     return int64_t{columns(d)} * (kAmxRows + kAmxKeys / 2) +
            int64_t{depth(d)} / 2 * (kAmxRows + kAmxKeys) + kAmxKeys * (32 + 16) + 3 * kAmxRows +
-           2 * kMaxHalfDim + 16;
+           kAngleFloats + 16;
   }
   explicit TileScratch(float* memory, int d) {
     auto* at =
@@ -60,7 +59,7 @@ struct TileScratch {
     k = take(int64_t{kAmxKeys} * depth(d) / 2);
     v = take(int64_t{kAmxKeys} / 2 * columns(d));
     rows = take(3 * kAmxRows);
-    angles = take(2 * kMaxHalfDim);
+    angles = take(kAngleFloats);
   }
   RowState state() const { return {rows, rows + kAmxRows, rows + 2 * kAmxRows}; }
 };
@@ -162,7 +161,7 @@ VICO_INLINE void pair_values(const BFloat16* first, const BFloat16* second, int 
 // scores[key][row] of a block of 16 * NV rows; q is [depth / 2][16 * NV] pairs.
 template <int NV>
 void score_tiles(const float* q, const TileKeys& keys, int steps, int depth, float* scores,
-                 Ahead* ahead, int lines) {
+                 Ahead* ahead) {
   constexpr int kWidth = 16 * NV, kRow = kWidth * sizeof(float);
   tiles_read_memory();
   for (int step = 0; step < steps; ++step, scores += kAmxStep * kWidth) {
@@ -177,7 +176,7 @@ void score_tiles(const float* q, const TileKeys& keys, int steps, int depth, flo
     }
     for (int at = 0; at < depth; at += 32) {
       const float* queries = q + at / 2 * kWidth;
-      ahead->ask(lines);
+      ahead->ask();
       _tile_loadd(4, k0 + at * 2, stride0);
       _tile_loadd(6, queries, kRow);
       _tile_loadd(5, k1 + at * 2, stride1);
@@ -201,7 +200,7 @@ void score_tiles(const float* q, const TileKeys& keys, int steps, int depth, flo
 // Scores to weights exp(score - top), rounded to bf16, as p[row][key].
 template <int NV, bool NARROW, bool MASKED>
 void soften_tiles(float* s, int steps, float scale, const RowMask* mask, const RowState& state,
-                  uint16_t* p, Ahead* ahead, int lines) {
+                  uint16_t* p, Ahead* ahead) {
   constexpr int kWidth = 16 * NV;
   constexpr float kLog2E = 1.44269504088896341f;
   const int keys = steps * kAmxStep;
@@ -222,7 +221,7 @@ void soften_tiles(float* s, int steps, float scale, const RowMask* mask, const R
       }
     } else {
       for (int j = 0; j < keys; j += 4) {
-        ahead->ask(lines);
+        ahead->ask();
 #pragma GCC unroll 4
         for (int i = 0; i < 4; ++i) {
           const __m512 x = _mm512_mul_ps(_mm512_load_ps(s + (j + i) * kWidth), factor);
@@ -245,7 +244,8 @@ void soften_tiles(float* s, int steps, float scale, const RowMask* mask, const R
     };
     __m512 sums[2] = {};
     for (int step = 0; step < steps; ++step) {
-      ahead->ask(2 * lines);
+      ahead->ask();
+      ahead->ask();
       __m512i r[16];
 #pragma GCC unroll 16
       for (int i = 0; i < 16; ++i) {
@@ -282,7 +282,7 @@ inline void rescale_rows(int rows, int columns, const float* rescale, float* o) 
 // o[row] = o[row] * rescale[row] + p[row] . v for a block of 16 * NV rows.
 template <int NV>
 void weigh_tiles(const uint16_t* p, const float* v, int steps, int columns, const float* rescale,
-                 float* o, Ahead* ahead, int lines) {
+                 float* o, Ahead* ahead) {
   rescale_rows(16 * NV, columns, rescale, o);
   tiles_read_memory();
   const int row = columns * int{sizeof(float)};
@@ -298,7 +298,7 @@ void weigh_tiles(const uint16_t* p, const float* v, int steps, int columns, cons
     }
     for (int step = 0; step < steps; ++step) {
       const float* values = v + step * (kAmxStep / 2) * columns + at;
-      ahead->ask(lines);
+      ahead->ask();
       _tile_loadd(4, p + step * kAmxStep, kP);
       _tile_loadd(6, values, row);
       _tile_dpbf16ps(0, 4, 6);
@@ -323,7 +323,7 @@ void weigh_tiles(const uint16_t* p, const float* v, int steps, int columns, cons
 
 // The same for eight rows, on the narrow tiles.
 inline void weigh_few(const uint16_t* p, const float* v, int steps, int columns,
-                      const float* rescale, float* o, Ahead* ahead, int lines) {
+                      const float* rescale, float* o, Ahead* ahead) {
   rescale_rows(8, columns, rescale, o);
   tiles_read_memory();
   const int row = columns * int{sizeof(float)};
@@ -334,7 +334,7 @@ inline void weigh_few(const uint16_t* p, const float* v, int steps, int columns,
     if (two) _tile_loadd(3, o + at + 16, row);
     for (int step = 0; step < steps; ++step) {
       const float* values = v + step * (kAmxStep / 2) * columns + at;
-      ahead->ask(lines);
+      ahead->ask();
       _tile_loadd(7, p + step * kAmxStep, kP);
       _tile_loadd(4, values, row);
       _tile_dpbf16ps(2, 7, 4);
@@ -393,16 +393,16 @@ void attend_tiles(const Work& w, int units, Source& source, const TileScratch& m
     const Seen seen = look(w, first, n, kAmxStep, row, rows, 16 * NV, &mask);
     if (seen == Seen::kNothing) return;
     const int steps = (n + kAmxStep - 1) / kAmxStep;
-    score_tiles<NV>(q, keys, steps, depth, m.scores, &ahead_k,
-                    share(ahead_k.left(), steps * (depth / 32)));
-    const int half = share(ahead_v.left(), 2 * (kAmxStep / 4 + 2) * steps);
+    ahead_k.pace(steps * (depth / 32));
+    score_tiles<NV>(q, keys, steps, depth, m.scores, &ahead_k);
+    ahead_v.pace(2 * (kAmxStep / 4 + 2) * steps);  // half of it
     if (seen == Seen::kSome)
-      soften_tiles<NV, kFew, true>(m.scores, steps, w.scale, &mask, state, p, &ahead_v, half);
+      soften_tiles<NV, kFew, true>(m.scores, steps, w.scale, &mask, state, p, &ahead_v);
     else
-      soften_tiles<NV, kFew, false>(m.scores, steps, w.scale, nullptr, state, p, &ahead_v, half);
+      soften_tiles<NV, kFew, false>(m.scores, steps, w.scale, nullptr, state, p, &ahead_v);
     const auto weigh = kFew ? weigh_few : weigh_tiles<NV>;
-    weigh(p, m.v, steps, columns, state.rescale, o, &ahead_v,
-          share(ahead_v.left(), steps * ((columns + 31) / 32)));
+    ahead_v.pace(steps * ((columns + 31) / 32));
+    weigh(p, m.v, steps, columns, state.rescale, o, &ahead_v);
   };
 
   const auto process = [&](const Tile& now, const Tile* next) {
@@ -411,11 +411,11 @@ void attend_tiles(const Work& w, int units, Source& source, const TileScratch& m
       const int64_t k_at = u * source.k_unit, v_at = u * source.v_unit;
       stage_keys(now, k_at, source, m, &keys);
       Upcoming<BFloat16, kAmxKeys> upcoming(next, u, units, source);
-      const int some = share(upcoming.k.left() * 5 / 8, count / 2);
+      upcoming.k.pace(count / 2 * 8 / 5);  // five eighths of it
       auto* pairs = reinterpret_cast<uint32_t*>(m.v);
       int j = 0;
       for (; j + 2 <= now.n; j += 2, pairs += columns) {
-        upcoming.k.ask(some);
+        upcoming.k.ask();
         pair_values(now.v[j] + v_at, now.v[j + 1] + v_at, d, pairs);
       }
       for (; j < count; j += 2, pairs += columns)

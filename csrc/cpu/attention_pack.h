@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <type_traits>
 
+#include "cpu/attention_few.h"
 #include "cpu/attention_tile.h"
 #include "cpu/attention_work.h"
 #include "cpu/rows.h"
@@ -67,7 +68,8 @@ VICO_INLINE void pack_columns(const float* const* rows, int n, int width, float*
 #endif
 
 // q, as [n][width] elements for each block of rows: scores take one of all its rows at a time. fp32
-// in blocks that score_keys_interleaved takes is [n / 2][width][2], in those of kByRows [width][n].
+// in blocks that score_keys_interleaved takes is [n / 2][width][2], in those that Few takes
+// [width][n].
 template <typename T>
 void pack_queries(const T* q, int64_t q_token, int64_t q_head, const Work& w, bool pairs,
                   float* packed) {
@@ -90,7 +92,7 @@ void pack_queries(const T* q, int64_t q_token, int64_t q_head, const Work& w, bo
       }
 #endif
 #if defined(__AVX2__) && !defined(__AVX512F__)
-      if (width == 8)  // kByRows
+      if (width == kFewRows)
         for (int r = 0; r < 8; ++r) std::memcpy(packed + r * n, rows[r], n * sizeof(float));
       else
         for (int r = 0; r < 16; r += 8) pack_columns(rows + r, n, width, packed + r);

@@ -23,43 +23,41 @@ struct TileRows {
   Ahead next_k, next_v;
 };
 
+#if defined(__AVX2__) && !defined(__AVX512F__)
+inline void attend_few_tile(TileRows& t, const float* q, int rows, int keys, const RowMask* mask,
+                            float scale, int d, const RowState& state, float* scores, float* o) {
+  t.next_k.pace(Few<float>::asks_of_score(keys, rows));
+  Few<float>::score(q, rows, t.k, keys, d, scores, &t.next_k);
+  soften<kFewRows, 1>(scores, keys, scale, mask, state);
+  t.next_v.pace(Few<float>::asks_of_weigh(keys, rows, d));
+  Few<float>::weigh(scores, rows, t.v, keys, d, state.rescale, o, &t.next_v);
+}
+#endif
+
 template <int W, int NV, typename Dot>
 void attend_tile(TileRows& t, const float* q, int rows, const RowMask* mask, float scale, int d,
                  const RowState& state, float* scores, float* o) {
   constexpr int kWidth = W * NV;
   const int groups = (t.n + kKeysAtOnce - 1) / kKeysAtOnce, keys = groups * kKeysAtOnce;
-  const int elements = d / Dot::kPerElement;
-  if constexpr (kByRows<W, NV>) {
 #if defined(__AVX2__) && !defined(__AVX512F__)
-    if (rows > 4)
-      score_tile_by_rows<8>(q, t.k, keys, elements, scores, &t.next_k);
-    else if (rows > 2)
-      score_tile_by_rows<4>(q, t.k, keys, elements, scores, &t.next_k);
-    else if (rows == 2)
-      score_tile_by_rows<2>(q, t.k, keys, elements, scores, &t.next_k);
-    else
-      score_tile_by_rows<1>(q, t.k, keys, elements, scores, &t.next_k);
+  if constexpr (kWidth == kFewRows)
+    return attend_few_tile(t, q, rows, keys, mask, scale, d, state, scores, o);
 #endif
-  } else {
-    score_tile<W, NV, Dot>(q, t.k, keys, elements, scores, &t.next_k);
-  }
-  if (mask != nullptr)
-    soften<W, NV, true>(scores, keys, scale, mask, state);
-  else
-    soften<W, NV, false>(scores, keys, scale, mask, state);
+  score_tile<W, NV, Dot>(q, t.k, keys, d / Dot::kPerElement, scores, &t.next_k);
+  soften<W, NV>(scores, keys, scale, mask, state);
   using Element = typename Dot::Element;
   if constexpr (Dot::kPerElement == 2)
     for (int j = 0; j < keys; j += 2)
       pair_rows(scores + j * kWidth, scores + (j + 1) * kWidth,
                 reinterpret_cast<uint32_t*>(scores + j / 2 * kWidth), kWidth);
   const auto* weights = reinterpret_cast<const Element*>(scores);
-  const int steps = keys / Dot::kPerElement * passes_over(d);
-  const int lines = (4 * t.next_v.left() + steps - 1) / steps;  // every fourth step asks
+  const int groups_of_rows = kLanes == 16 ? 1 : (rows + 3) / 4;
+  t.next_v.pace(keys / Dot::kPerElement / kKeysOfAsk * passes_over(d) * groups_of_rows);
   for (int r = 0; r < rows;) {
     const int left = rows - r;
     const auto run = [&](auto count) {
       weigh_rows<count, Dot>(weights + r, kWidth, t.v, keys, d, state.rescale + r, o + r * d,
-                             &t.next_v, lines);
+                             &t.next_v);
       r += count;
     };
     using std::integral_constant;
@@ -278,32 +276,6 @@ void attend(const Work& w, int units, Source& source, const Scratch& scratch) {
     }
   });
 }
-
-// The engine for any type and processor. Engines say how many rows are a group and how many keys a
-// tile, own the memory of a thread, and leave sums [units * padded(rows), d] in m.o.
-template <typename T>
-struct OnVectors {
-  struct Session {};  // what a thread needs while it works
-  static constexpr int kMost = kGroupRows, kKeys = kTileKeys;
-  static int padded(int rows) { return padded_rows(rows); }
-  static int64_t floats(int d) { return Scratch::floats(d); }
-
-  Scratch m;
-  bool pairs;
-  OnVectors(float* memory, int d, bool rotates)  // keys that are rotated are fp32
-      : m(memory, d), pairs(kHasPairs<T> && !rotates) {}
-  // Rows of one KV head, as rows `at` and on.
-  void pack(const T* q, int64_t q_token, int64_t q_head, const Work& w, int64_t at) const {
-    pack_queries(q, q_token, q_head, w, pairs, m.q + at * w.d);
-  }
-  template <typename Source>
-  void run(const Work& w, int units, Source& source) const {
-    if (pairs)
-      attend<T, typename DotOf<T>::type>(w, units, source, m);
-    else
-      attend<T, Singles>(w, units, source, m);
-  }
-};
 
 // One row's result from its sums, a learned logit in the denominator where there is one.
 template <typename T>

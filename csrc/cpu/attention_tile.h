@@ -2,14 +2,13 @@
 //
 // Scores have the query rows in the lanes: each element of a key is loaded once as a scalar and
 // meets every row, nothing is reduced across lanes, and the softmax runs over whole registers. (Few
-// rows with AVX2 have the head dim in the lanes, see kByRows.)
+// rows with AVX2 have the head dim in the lanes, see attention_few.h.)
 // The weighted sum has the head dim in the lanes and the rows in registers.
 #pragma once
 
 #include <limits>
 #include <type_traits>
 
-#include "cpu/lane_sums.h"
 #include "cpu/simd.h"
 #include "vico/softmax.h"
 
@@ -23,23 +22,36 @@ namespace VICO_ISA {
 constexpr int kTileKeys = 32;   // K and V of a tile, at d 128 in fp32: 32 KiB a KV head
 constexpr int kPart = 32;       // elements of a key between two looks at memory
 constexpr int kKeysAtOnce = 8;  // that tiles are padded to a multiple of
+constexpr int kKeysOfAsk = 4;   // between two looks at memory while values are summed
 constexpr float kNegInf = -std::numeric_limits<float>::infinity();
 
 // Lines that will be needed, asked for a few at a time in the order of their addresses: a decode
 // step meets each key once, and the hardware keeps up with a plain stream only.
 struct Ahead {
+  static constexpr int kBurst = 4;    // lines at a time; a test for each would cost more than they
+  static constexpr int kWhole = 256;  // of a line that is due
+
   const char* const* rows = nullptr;
   int count = 0, bytes = 0;  // rows of so many bytes each
   int row = 0, at = 0;
+  int rate = 0, due = 0;  // lines in 1 / kWhole: of each step, and by now
 
-  VICO_INLINE void ask(int lines) {
-    while (lines > 0 && row < count) {
-      const int left = (bytes - at + 63) >> 6, n = lines < left ? lines : left;
+  // For all that is left, evenly over so many calls of ask().
+  void pace(int steps) {
+    due = 0;
+    rate = (left() * kWhole + steps - 1) / steps;
+  }
+  VICO_INLINE void ask() {
+    for (due += rate; due > 0 && row < count; due -= kBurst * kWhole) {
       const char* from = rows[row] + at;
-      for (int i = 0; i < n; ++i) __builtin_prefetch(from + 64 * i, 0, 1);
-      lines -= n;
-      at += 64 * n;
-      if (n == left) at = 0, ++row;
+      if (at + 64 * kBurst <= bytes) {
+#pragma GCC unroll 4
+        for (int i = 0; i < kBurst; ++i) __builtin_prefetch(from + 64 * i, 0, 1);
+      } else {
+        for (int i = 0; at + i < bytes; i += 64) __builtin_prefetch(from + i, 0, 1);
+      }
+      at += 64 * kBurst;
+      if (at >= bytes) at = 0, ++row;
     }
   }
   int left() const { return row < count ? (count - row) * ((bytes + 63) / 64) - at / 64 : 0; }
@@ -81,13 +93,13 @@ constexpr bool kInterleaved = kLanes == 16 && W == 8 && Dot::kPerElement == 1;
 #if defined(__AVX512F__)
 // score_keys for eight rows; q is [n / 2][row][2].
 VICO_INLINE void score_keys_interleaved(const float* q, const float* const* k, int n, float* s,
-                                        Ahead* ahead, int lines) {
+                                        Ahead* ahead) {
   const __m512i even = _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
   const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
   for (int part = 0; part < n; part += kPart) {
     __m512 acc[kKeysAtOnce] = {};
     const int end = part + kPart < n ? part + kPart : n;
-    ahead->ask(lines);
+    ahead->ask();
     for (int c = part; c < end; c += 2) {
       const __m512 x = _mm512_loadu_ps(q + c * 8);
 #pragma GCC unroll 8
@@ -110,12 +122,11 @@ VICO_INLINE void score_keys_interleaved(const float* q, const float* const* k, i
 
 // s[key][row] = q[row] . k[key], for KEYS keys. q is [n][W * NV]; n counts elements. Summed in
 // parts of kPart: one chain of 128 additions would lose a bit or two more than torch's sums do.
-// Asks for `lines` a part.
 template <int W, int NV, int KEYS, typename Dot>
 VICO_INLINE void score_keys(const float* queries, const float* const* k, int n, float* s,
-                            Ahead* ahead, int lines) {
+                            Ahead* ahead) {
 #if defined(__AVX512F__)
-  if constexpr (kInterleaved<W, Dot>) return score_keys_interleaved(queries, k, n, s, ahead, lines);
+  if constexpr (kInterleaved<W, Dot>) return score_keys_interleaved(queries, k, n, s, ahead);
 #endif
   using F = typename Lanes<W>::F;
   using Element = typename Dot::Element;
@@ -126,7 +137,7 @@ VICO_INLINE void score_keys(const float* queries, const float* const* k, int n, 
   for (int part = 0; part < n; part += kPart) {
     F acc[KEYS][NV] = {};
     const int end = part + kPart < n ? part + kPart : n;
-    ahead->ask(lines);
+    ahead->ask();
     for (int c = part; c < end; ++c) {
 #pragma GCC unroll 8
       for (int j = 0; j < KEYS; ++j) {
@@ -152,75 +163,13 @@ template <int W, int NV, typename Dot>
 VICO_INLINE void score_tile(const float* q, const float* const* k, int keys, int n, float* s,
                             Ahead* ahead) {
   constexpr int kKeys = kLanes == 16 || NV == 1 ? kKeysAtOnce : 6;
-  const int passes = (keys + kKeys - 1) / kKeys * ((n + kPart - 1) / kPart);
-  const int lines = (ahead->left() + passes - 1) / passes;
+  ahead->pace((keys + kKeys - 1) / kKeys * ((n + kPart - 1) / kPart));
   int j = 0;
   for (; j + kKeys <= keys; j += kKeys)
-    score_keys<W, NV, kKeys, Dot>(q, k + j, n, s + j * W * NV, ahead, lines);
+    score_keys<W, NV, kKeys, Dot>(q, k + j, n, s + j * W * NV, ahead);
   if constexpr (kKeysAtOnce % kKeys != 0)
-    for (; j < keys; j += 2) score_keys<W, NV, 2, Dot>(q, k + j, n, s + j * W * NV, ahead, lines);
+    for (; j < keys; j += 2) score_keys<W, NV, 2, Dot>(q, k + j, n, s + j * W * NV, ahead);
 }
-
-// Up to eight rows would load one key's element for each product; with the head dim in the lanes,
-// four rows and three keys take seven loads for twelve products.
-template <int W, int NV>
-constexpr bool kByRows = kLanes == 8 && W * NV == 8;
-
-#if defined(__AVX2__) && !defined(__AVX512F__)
-// s[key][row] of ROWS rows of q [row][n] and KEYS keys; ROWS * KEYS is a multiple of four or ROWS
-// is 4.
-template <int ROWS, int KEYS>
-VICO_INLINE void score_by_rows(const float* q, const float* const* k, int n, float* s) {
-  using F = Lanes<8>::F;
-  F acc[KEYS][ROWS] = {};
-  for (int c = 0; c < n; c += 8) {
-    F key[KEYS];
-#pragma GCC unroll 8
-    for (int j = 0; j < KEYS; ++j) key[j] = load<F>(k[j] + c);
-#pragma GCC unroll 4
-    for (int r = 0; r < ROWS; ++r) {
-      const F row = load<F>(q + r * n + c);
-#pragma GCC unroll 8
-      for (int j = 0; j < KEYS; ++j) acc[j][r] += row * key[j];
-    }
-  }
-  constexpr int kKeysOfSum = 4 / ROWS;
-#pragma GCC unroll 8
-  for (int j = 0; j < KEYS; j += kKeysOfSum) {
-    F four[4];
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) four[i] = acc[j + i / ROWS][i % ROWS];
-    float sums[4];
-    sums_of(four, sums);
-#pragma GCC unroll 4
-    for (int i = 0; i < kKeysOfSum; ++i)
-      std::memcpy(s + (j + i) * 8, sums + i * ROWS, ROWS * sizeof(float));
-  }
-}
-
-// All keys of a tile; rows beyond the last four, two or one of q get zeros.
-template <int ROWS>
-VICO_INLINE void score_tile_by_rows(const float* q, const float* const* k, int keys, int n,
-                                    float* s, Ahead* ahead) {
-  constexpr int kStep = ROWS > 4 ? 4 : ROWS, kKeys = ROWS > 2 ? 3 : ROWS == 2 ? 4 : 8;
-  const int passes = (keys + kKeys - 1) / kKeys * (ROWS / kStep);
-  const int lines = (ahead->left() + passes - 1) / passes;
-  if (ROWS < 8)
-    for (int j = 0; j < keys; ++j) store(s + j * 8, Lanes<8>::F{});
-  int j = 0;
-  for (; j + kKeys <= keys; j += kKeys)
-    for (int r = 0; r < ROWS; r += kStep) {
-      ahead->ask(lines);
-      score_by_rows<kStep, kKeys>(q + r * n, k + j, n, s + j * 8 + r);
-    }
-  if constexpr (kKeys == 3)
-    for (; j < keys; ++j) {
-      ahead->ask(lines);
-      for (int r = 0; r < ROWS; r += kStep)
-        score_by_rows<kStep, 1>(q + r * n, k + j, n, s + j * 8 + r);
-    }
-}
-#endif
 
 // Which keys of a tile a row sees, as offsets from its first key:
 // key <= last and (key < sinks or key >= first).
@@ -278,23 +227,36 @@ VICO_INLINE void soften(float* s, int keys, float scale, const RowMask* mask,
   }
 }
 
+template <int W, int NV>
+VICO_INLINE void soften(float* s, int keys, float scale, const RowMask* mask,
+                        const RowState& state) {
+  if (mask != nullptr)
+    soften<W, NV, true>(s, keys, scale, mask, state);
+  else
+    soften<W, NV, false>(s, keys, scale, nullptr, state);
+}
+
 // o[row][c] = o[row][c] * rescale[row] + sum over keys of p[key][row] * v[key][c], for ROWS rows
 // and NV registers of the head dim from column `at`. Of Pairs, p and v hold two keys an element.
 template <int W, int NV, int ROWS, typename Dot>
 VICO_INLINE void weigh(const typename Dot::Element* p, int p_stride, const float* const* v,
-                       int keys, int at, const float* rescale, float* o, int o_stride, Ahead* ahead,
-                       int lines) {
+                       int keys, int at, const float* rescale, float* o, int o_stride,
+                       Ahead* ahead) {
   using F = typename Lanes<W>::F;
   F acc[ROWS][NV] = {};
-  for (int j = 0; j < keys / Dot::kPerElement; ++j) {
-    const auto* value = reinterpret_cast<const typename Dot::Element*>(v[j]) + at;
-    if (j % 4 == 0) ahead->ask(lines);
-#pragma GCC unroll 8
-    for (int r = 0; r < ROWS; ++r) {
-      const auto weight = p[j * p_stride + r];
+  for (int first = 0; first < keys / Dot::kPerElement; first += kKeysOfAsk) {
+    ahead->ask();
 #pragma GCC unroll 4
-      for (int n = 0; n < NV; ++n)
-        acc[r][n] = Dot::template add<W>(acc[r][n], value + n * W, weight);
+    for (int i = 0; i < kKeysOfAsk; ++i) {
+      const int j = first + i;
+      const auto* value = reinterpret_cast<const typename Dot::Element*>(v[j]) + at;
+#pragma GCC unroll 8
+      for (int r = 0; r < ROWS; ++r) {
+        const auto weight = p[j * p_stride + r];
+#pragma GCC unroll 4
+        for (int n = 0; n < NV; ++n)
+          acc[r][n] = Dot::template add<W>(acc[r][n], value + n * W, weight);
+      }
     }
   }
 #pragma GCC unroll 8
@@ -306,7 +268,7 @@ VICO_INLINE void weigh(const typename Dot::Element* p, int p_stride, const float
     }
 }
 
-// Passes of weigh_rows over the head dim, at least: each asks memory for its share.
+// Passes of weigh_rows over the head dim, at least.
 constexpr int passes_over(int d) {
   return kLanes == 16 ? (d + 4 * kLanes - 1) / (4 * kLanes) : (d / kLanes + 2) / 3;
 }
@@ -314,12 +276,11 @@ constexpr int passes_over(int d) {
 // All columns for ROWS rows: as many registers at once as leave room, then what is left.
 template <int ROWS, typename Dot>
 VICO_INLINE void weigh_rows(const typename Dot::Element* p, int p_stride, const float* const* v,
-                            int keys, int d, const float* rescale, float* o, Ahead* ahead,
-                            int lines) {
+                            int keys, int d, const float* rescale, float* o, Ahead* ahead) {
   int at = 0;
   const auto columns = [&](auto width, int count) {
     for (; count > 0; --count, at += width * kLanes)
-      weigh<kLanes, width, ROWS, Dot>(p, p_stride, v, keys, at, rescale, o, d, ahead, lines);
+      weigh<kLanes, width, ROWS, Dot>(p, p_stride, v, keys, at, rescale, o, d, ahead);
   };
   using std::integral_constant;
 #if defined(__AVX512F__)
@@ -327,7 +288,7 @@ VICO_INLINE void weigh_rows(const typename Dot::Element* p, int p_stride, const 
   columns(integral_constant<int, kWide>{}, d / (kWide * kLanes));
   columns(integral_constant<int, 1>{}, (d - at) / kLanes);
   // the half register that a head dim of 8 mod 16 has
-  if (at < d) weigh<8, 1, ROWS, Dot>(p, p_stride, v, keys, at, rescale, o, d, ahead, lines);
+  if (at < d) weigh<8, 1, ROWS, Dot>(p, p_stride, v, keys, at, rescale, o, d, ahead);
 #else
   const int n = d / kLanes, twos = n == 1 ? 0 : (3 - n % 3) % 3;
   columns(integral_constant<int, 2>{}, twos);

@@ -55,19 +55,25 @@ struct Memory {
   float* at;
 };
 
+// Sines and cosines of the table entries whose keys are rotated: of several, for a tile meets the
+// same few for each of its KV heads.
+constexpr int kAngles = 8;
+constexpr int kAngleFloats = kAngles * 2 * kMaxHalfDim;
+
 // Memory of one thread.
 struct Scratch {
   float* q;       // [kGroupRows * d], block by block [d][width]
   float* o;       // [kGroupRows, d]
-  float* scores;  // [kTileKeys, 32]
+  float* scores;  // [kScores], as [kTileKeys, 32] or [head, key, kFewRows]
   float* k;       // [kTileKeys, d], where keys must be converted or rotated
   float* v;       // [kTileKeys, d]
   float* rows;    // [3, kGroupRows]
-  float* angles;  // [2, kMaxHalfDim]
+  float* angles;  // [kAngleFloats]
 
+  static constexpr int kScores = 24 * kGroupRows;
+  static_assert(kScores >= 32 * kTileKeys);
   static int64_t floats(int d) {
-    return int64_t{d} * (2 * kGroupRows + 2 * kTileKeys) + 32 * kTileKeys + 3 * kGroupRows +
-           2 * kMaxHalfDim;
+    return int64_t{d} * (2 * kGroupRows + 2 * kTileKeys) + kScores + 3 * kGroupRows + kAngleFloats;
   }
   explicit Scratch(float* at, int d) {
     const auto take = [&at](int64_t floats) {
@@ -79,9 +85,9 @@ struct Scratch {
     o = take(int64_t{kGroupRows} * d);
     k = take(int64_t{kTileKeys} * d);
     v = take(int64_t{kTileKeys} * d);
-    scores = take(32 * kTileKeys);
+    scores = take(kScores);
     rows = take(3 * kGroupRows);
-    angles = take(2 * kMaxHalfDim);
+    angles = take(kAngleFloats);
   }
   RowState state() const { return {rows, rows + kGroupRows, rows + 2 * kGroupRows}; }
 };
