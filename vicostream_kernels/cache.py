@@ -17,6 +17,7 @@ from collections.abc import Iterator
 import torch
 
 from vicostream_kernels._blocks import Block, Forgotten, Segment
+from vicostream_kernels._huge_pages import empty_pool
 from vicostream_kernels._pages import (
     CacheClosed,
     DoubleFree,
@@ -378,7 +379,7 @@ class PagedKVCache:
 
     def _new_pool(self, pages: int) -> torch.Tensor:
         shape = (self.layers, pages, self.page_size, self.kv_heads, self.head_dim)
-        return torch.empty(shape, dtype=self.dtype, device=self.device)
+        return empty_pool(shape, parts=self.layers, dtype=self.dtype, device=self.device)
 
     def _why_full(self, n: int, stream: CacheStream, asked: str) -> str:
         held: Counter[str] = Counter()

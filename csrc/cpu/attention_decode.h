@@ -43,20 +43,19 @@ struct HeadRows {
 
   HeadRows(const T* const* first, int n, int64_t unit, int units, int d) {
     const bool adjacent = units == 1 || unit == d;
-    list.rows = reinterpret_cast<const char* const*>(first);
-    list.count = n;
-    list.bytes = static_cast<int>((adjacent ? units * d : d) * sizeof(T));
-    if (adjacent) return;
+    const int pieces = adjacent ? 1 : units;
     for (int j = 0; j < n; ++j)
-      for (int u = 0; u < units; ++u) rows_[j * units + u] = first[j] + u * unit;
-    list.rows = reinterpret_cast<const char* const*>(rows_);
-    list.count = n * units;
+      for (int u = 0; u < pieces; ++u)
+        rows_[j * pieces + u] = reinterpret_cast<const char*>(first[j] + u * unit);
+    list.rows = rows_;
+    list.count = n * pieces;
+    list.bytes = (adjacent ? units * d : d) * static_cast<int>(sizeof(T));
   }
   HeadRows(const HeadRows&) = delete;
   HeadRows& operator=(const HeadRows&) = delete;
 
  private:
-  const T* rows_[kDecodeKeys * (kGroupRows / kFewRows)];
+  const char* rows_[kDecodeKeys * (kGroupRows / kFewRows)];
 };
 
 // What attend() does for `units` KV heads whose rows lie one after another in scratch.q (packed),

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from vicostream_kernels._huge_pages import empty_pool
 from vicostream_kernels._pages import check_int
 from vicostream_kernels.checks import check_head_dim
 from vicostream_kernels.integrations._plan import ForwardPlan
@@ -79,8 +80,8 @@ class SinkWindowLayer(CacheLayerMixin):
         ring = self.plan.ring_for(batch, key_states.device)
         shape = (ring.pages, ring.page_size, heads, dim)
         with torch.inference_mode(False):  # both kinds of forward may write them
-            self.k_pages = torch.empty(shape, dtype=key_states.dtype, device=key_states.device)
-            self.v_pages = torch.empty_like(self.k_pages)
+            kind = {"dtype": key_states.dtype, "device": key_states.device}
+            self.k_pages, self.v_pages = empty_pool(shape, **kind), empty_pool(shape, **kind)
             self.no_turn = torch.zeros(dim // 2, device=key_states.device)
         self.batch_size = batch
         self.is_initialized = True
