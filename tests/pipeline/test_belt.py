@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import gc
+import os
+import signal
 import threading
 import time
+import warnings
+from weakref import ref
 
 import pytest
 
+from vicostream_kernels.pipeline import belt as belt_module
 from vicostream_kernels.pipeline.belt import Belt, Line
-from vicostream_kernels.pipeline.lanes import Lane, Turn
+from vicostream_kernels.pipeline.lanes import Lane
 
 WAIT_S = 20
 
@@ -225,28 +231,222 @@ def test_a_closed_belt_drops_what_is_on_its_way():
     assert not any(thread.is_alive() for thread in belt._threads)
 
 
-def test_a_turn_is_one_threads_and_may_be_nested():
-    class Noted(Lane):
-        def __init__(self):
-            self.log = []
+def failing(error, *, at=0):
+    """A stage that raises at the value ``at``; values pass otherwise."""
 
-        def __enter__(self):
-            self.log.append("in")
+    def stage(value):
+        if value == at:
+            raise error
+        return value
 
-        def __exit__(self, *_):
-            self.log.append("out")
+    return stage
 
-    lane = Noted()
-    turn, order = Turn(lane), []
 
-    def other():
-        with turn:
-            order.append("other")
+def ended(belt, at=0):
+    """Waits for the stage ``at`` to have failed for good."""
+    belt._threads[at].join(WAIT_S)
+    assert not belt._threads[at].is_alive()
 
-    with turn, turn:
-        thread = threading.Thread(target=other)
-        thread.start()
-        time.sleep(0.05)
-        order.append("mine")
-    thread.join(WAIT_S)
-    assert order == ["mine", "other"] and lane.log == ["in", "out", "in", "out"]
+
+def test_a_closed_belt_still_says_what_nobody_has_heard():
+    belt = Belt([failing(RuntimeError("broken"))], Full, [Lane()])
+    put(belt, 0)
+    ended(belt)
+    belt.close()
+    assert not belt.over and str(belt.unheard()) == "broken"
+    assert belt.over and belt.unheard() is None
+    belt.close()
+    assert belt.unheard() is None
+
+
+def test_what_was_heard_is_not_said_again_nor_what_follows_it():
+    """Two stages fail for good: what the second has to say is of a way that had ended."""
+    gate = threading.Event()
+
+    def late(value):
+        gate.wait(WAIT_S)
+        raise ValueError("late")
+
+    belt = Belt([late, failing(RuntimeError("broken"))], Full, [Lane()] * 2)
+    belt._inboxes[1].append(0)
+    put(belt, 1)
+    ended(belt, 1)
+    with pytest.raises(RuntimeError, match="broken"):
+        belt.drain()
+    gate.set()
+    belt.close()
+    assert belt.unheard() is None
+
+
+def test_a_stage_that_fails_while_the_belt_is_closed_is_heard():
+    begun, gate = threading.Event(), threading.Event()
+
+    def slow(value):
+        begun.set()
+        gate.wait(WAIT_S)
+        raise RuntimeError("broken")
+
+    belt = Belt([slow], Full, [Lane()])
+    put(belt, 0)
+    assert begun.wait(WAIT_S)
+    belt.stop()
+    gate.set()
+    belt.close()
+    assert str(belt.unheard()) == "broken"
+
+
+def test_an_error_that_waits_behind_one_that_was_heard_is_heard():
+    """A stage wants to be tried again; before the caller makes room, another fails for good."""
+    begun, gate = threading.Event(), threading.Event()
+
+    def first(value):
+        if value == 1:
+            begun.set()
+            gate.wait(WAIT_S)
+            raise RuntimeError("broken")
+        return value
+
+    def last(value):
+        begun.wait(WAIT_S)
+        raise Full(value)
+
+    belt = Belt([first, last], Full, [Lane()] * 2)
+    for x in range(2):
+        put(belt, x)
+    with pytest.raises(Full):
+        belt.drain()
+    gate.set()
+    belt.close()
+    assert str(belt.unheard()) == "broken"
+
+
+def interrupt_the_wait(belt):
+    """Ctrl-C while the caller, and no stage, waits; once."""
+    wait, caller = belt._changed.wait, threading.current_thread()
+
+    def interrupted(timeout=None):
+        if threading.current_thread() is caller:
+            del belt._changed.wait
+            raise KeyboardInterrupt
+        return wait(timeout)
+
+    belt._changed.wait = interrupted
+
+
+@pytest.mark.parametrize("call", ["ready", "drain", "settle"])
+def test_a_wait_that_is_interrupted_changes_nothing(call):
+    gate, out = threading.Event(), []
+    belt = Belt([lambda x: gate.wait(WAIT_S) and x, out.append], Full, [Lane()] * 2)
+    try:
+        for x in (1, 2):
+            put(belt, x)
+        interrupt_the_wait(belt)
+        with pytest.raises(KeyboardInterrupt):
+            getattr(belt, call)()
+        assert not belt.over
+        gate.set()
+        put(belt, 3)
+        belt.drain()
+        assert out == [1, 2, 3]
+    finally:
+        gate.set()
+        belt.close()
+
+
+def test_a_stage_cannot_close_its_own_belt():
+    """That would wait for itself; values that come after it must not go nowhere."""
+    belt = Belt([lambda x: belt.close()], Full, [Lane()])
+    put(belt, 0)
+    with pytest.raises(RuntimeError, match="its own stream"):
+        belt.drain()
+    assert belt.over
+    belt.close()
+
+
+def test_threads_that_could_be_started_end_when_one_could_not(monkeypatch):
+    before, start = set(threading.enumerate()), threading.Thread.start
+
+    def limited(thread):
+        if thread.name == "vicostream-2":
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", limited)
+    with pytest.raises(RuntimeError, match="start new thread"):
+        Belt([print] * 3, Full, [Lane()] * 3)
+    for thread in set(threading.enumerate()) - before:
+        thread.join(WAIT_S)
+    assert set(threading.enumerate()) == before
+
+
+def test_an_error_that_was_heard_goes_when_its_hearer_lets_it_go():
+    """What a stage worked on is large: it must not wait for the garbage collector."""
+
+    class Large:
+        pass
+
+    gone = []
+
+    def last(value):
+        gone.append(ref(value))
+        raise RuntimeError("broken")
+
+    gc.disable()
+    try:
+        belt = Belt([last], Full, [Lane()])
+        put(belt, Large())
+        ended(belt)
+        for hear in (belt.drain, belt.close):
+            try:
+                hear()
+            except RuntimeError:
+                pass
+        assert gone[0]() is None
+    finally:
+        gc.enable()
+
+
+def test_the_end_of_the_interpreter_says_what_nobody_has_heard():
+    belts = [Belt([failing(RuntimeError(f"broken {n}"))], Full, [Lane()]) for n in range(2)]
+    for belt in belts:
+        put(belt, 0)
+        ended(belt)
+    with pytest.raises(RuntimeError, match="broken") as raised:
+        belt_module._close_all()
+    said = {str(raised.value), str(raised.value.__context__)}
+    assert said == {"broken 0", "broken 1"}
+    belt_module._close_all()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_a_forked_process_is_not_held_up_by_stages_that_it_has_not():
+    begun, gate = threading.Event(), threading.Event()
+    belt = Belt([lambda x: begun.set() or gate.wait(WAIT_S)], Full, [Lane()])
+    put(belt, 0)
+    assert begun.wait(WAIT_S)
+    held, let_go = threading.Event(), threading.Event()
+
+    def hold():
+        with belt._changed:
+            held.set()
+            let_go.wait(WAIT_S)
+
+    threading.Thread(target=hold).start()
+    assert held.wait(WAIT_S)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # from 3.12 on they are told of the danger
+        child = os.fork()
+    if child == 0:
+        try:
+            signal.alarm(WAIT_S)
+            over = belt.over
+            belt.settle()
+            belt.close()
+            os._exit(0 if over and belt.unheard() is None else 2)
+        finally:
+            os._exit(1)
+    let_go.set()
+    assert os.waitpid(child, 0)[1] == 0
+    gate.set()
+    belt.drain()
+    belt.close()

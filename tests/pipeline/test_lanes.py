@@ -10,6 +10,7 @@ import torch
 
 from vicostream_kernels.pipeline import stages
 from vicostream_kernels.pipeline.lanes import CudaLane, tensors_of
+from vicostream_kernels.pipeline.turn import Turn
 
 DEVICE = torch.device("cuda", 0)
 
@@ -85,6 +86,28 @@ def test_a_lane_begins_behind_what_was_there_and_waits_for_what_it_takes(main):
     assert tensor.readers == [first, second]
     lanes[1].join()
     assert main.log[-1] == ("waits", second, 3)
+
+
+def test_whoever_has_the_turn_works_on_its_lane_and_leaves_it_once(main):
+    """A stage by way of the stages' turn; an answer nested in it; what waited for the turn."""
+    lane = CudaLane(DEVICE)
+    turn = Turn(lane)
+    stages_turn, order = Turn(turn), []
+
+    def note(what):
+        order.append((what, Stream.current is lane._stream))
+
+    with stages_turn:
+        note("stage")
+        with turn:
+            turn.later(lambda: note("later"))
+        note("stage again")
+    assert Stream.current is main
+    turn.later(lambda: note("at once"))
+    assert order == [("stage", True), ("stage again", True), ("later", True), ("at once", True)]
+    assert Stream.current is main
+    handed = stages_turn.leave(1)
+    assert stages_turn.take(handed) == 1 and lane._stream.log[-1] == ("waits", main, 0)
 
 
 def test_every_tensor_that_stages_pass_on_is_found():

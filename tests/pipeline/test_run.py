@@ -13,9 +13,12 @@ from pipeline_kit import SMALL, pictures, tiny_runner, write_video
 
 from vicostream_kernels.models import errors as model_errors
 from vicostream_kernels.pipeline import run as run_module
+from vicostream_kernels.pipeline.belt import Belt
+from vicostream_kernels.pipeline.errors import PipelineError
 from vicostream_kernels.pipeline.report import SCHEMA_FILE, QuestionFigures
 from vicostream_kernels.pipeline.run import RunOptions, run
 from vicostream_kernels.pipeline.screen import Screen, clock, mib
+from vicostream_kernels.pipeline.session import Stream
 
 jsonschema = pytest.importorskip("jsonschema")
 
@@ -246,8 +249,6 @@ def test_a_failure_midway_keeps_what_was_done(tmp_path, video):
 
 
 def test_a_question_that_fails_does_not_end_the_stream(tmp_path, video, monkeypatch):
-    from vicostream_kernels.pipeline.session import Stream
-
     ask = Stream.ask
 
     def sometimes(self, text, time_s=None, **options):
@@ -286,8 +287,6 @@ def test_debug_shows_the_traceback(tmp_path, capsys):
 
 
 def test_an_interrupt_writes_the_report(tmp_path, video, monkeypatch):
-    from vicostream_kernels.pipeline.session import Stream
-
     ingest = Stream.ingest
 
     def interrupted(self, frames, times_s=None):
@@ -375,3 +374,111 @@ def test_numbers_as_people_read_them():
 
 def test_settings_are_split_at_the_first_sign():
     assert run_module.parse_settings(["a.b = c=d "]) == {"a.b": "c=d"}
+
+
+# -- stages that fail beside each other ---------------------------------------------------------
+
+
+def said(outcome):
+    return [(error["where"], error["what"], error["time_s"]) for error in outcome.report["errors"]]
+
+
+OVERLAP = ["engine.overlap=true"]
+BROKEN = ("ingest", "Broken: no such kernel")
+
+
+@pytest.mark.parametrize(
+    ("leaves", "code", "first"),
+    [
+        (KeyboardInterrupt(), 130, ("video", "interrupted")),
+        (PipelineError("the network is gone"), 1, ("video", "the network is gone")),
+    ],
+    ids=["interrupt", "source"],
+)
+def test_a_run_that_ends_reports_it_beside_what_ended_it(
+    broken_encoder, tmp_path, video, monkeypatch, leaves, code, first
+):  # fmt: skip
+    broken_encoder.at = 0.8
+    frames, ingest = run_module.VideoSource.__iter__, Stream.ingest
+
+    def ingested(self, *arguments):
+        done = ingest(self, *arguments)
+        if self.time_s > 0.8:
+            broken_encoder.has_failed(self)
+        return done
+
+    def ending(self):
+        for frame in frames(self):
+            if frame.time_s > 1.59:
+                raise leaves
+            yield frame
+
+    monkeypatch.setattr(Stream, "ingest", ingested)
+    monkeypatch.setattr(run_module.VideoSource, "__iter__", ending)
+    outcome = Outcome(tmp_path, video, "end Late?", settings=OVERLAP)
+    assert outcome.code == code
+    assert said(outcome) == [
+        (*first, 1.5), (*BROKEN, 0.8), ("answer", "not asked: Late?", None)
+    ]  # fmt: skip
+
+
+def test_an_error_has_the_time_of_its_chunk(broken_encoder, tmp_path, video, monkeypatch):
+    broken_encoder.at = 0.8
+    broken_encoder.may.clear()
+    ingest = Stream.ingest
+
+    def later(self, frames, times):
+        if times[0] > 2:
+            broken_encoder.may.set()
+        return ingest(self, frames, times)
+
+    monkeypatch.setattr(Stream, "ingest", later)
+    outcome = Outcome(tmp_path, video, settings=OVERLAP)
+    assert outcome.code == 1 and said(outcome) == [(*BROKEN, 0.8)]
+
+
+def test_in_turn_an_error_has_the_time_of_its_chunk_too(broken_encoder, tmp_path, video):
+    """A question cuts the batch: the chunk began before it."""
+    broken_encoder.at = 0.8
+    outcome = Outcome(tmp_path, video, "1.2 What?")
+    assert outcome.code == 1 and said(outcome) == [(*BROKEN, 0.8)]
+
+
+def test_a_question_that_hears_of_it_was_not_asked(broken_encoder, tmp_path, video, monkeypatch):
+    broken_encoder.may.clear()
+    ask = Stream.ask
+
+    def hearing(self, *arguments):
+        broken_encoder.may.set()
+        return ask(self, *arguments)
+
+    monkeypatch.setattr(Stream, "ask", hearing)
+    outcome = Outcome(tmp_path, video, "1.5 Early?", "end Late?", settings=OVERLAP)
+    assert outcome.code == 1 and said(outcome) == [
+        (*BROKEN, 0.0),
+        ("answer", "not asked: Early?", 1.5),
+        ("answer", "not asked: Late?", None),
+    ]
+    assert outcome.report["questions"] == []
+
+
+def test_a_save_that_hears_of_it_saves_nothing(broken_encoder, tmp_path, video):
+    broken_encoder.at = 3.2
+    path = tmp_path / "session"
+    outcome = Outcome(tmp_path, video, settings=OVERLAP, save=str(path))
+    assert outcome.code == 1 and said(outcome) == [(*BROKEN, 3.2)] and not path.exists()
+
+
+def test_an_interrupt_while_a_question_waits_for_its_chunks(tmp_path, video, monkeypatch):
+    settle = Belt.settle
+
+    def interrupted(self):
+        settle(self)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Belt, "settle", interrupted)
+    outcome = Outcome(tmp_path, video, "1.5 Early?", settings=OVERLAP)
+    assert outcome.code == 130 and outcome.report["questions"] == []
+    assert said(outcome) == [
+        ("answer", "interrupted", 1.5), ("answer", "not asked: Early?", 1.5)
+    ]  # fmt: skip

@@ -12,12 +12,12 @@ import torch
 from vicostream_kernels.cache import Block
 from vicostream_kernels.methods import Method
 from vicostream_kernels.models import Sampler
-from vicostream_kernels.pipeline.lanes import Turn
 from vicostream_kernels.pipeline.llm import LLMSteps
 from vicostream_kernels.pipeline.reading import Reading
 from vicostream_kernels.pipeline.report import BlockRead, QuestionFigures, Recorder
 from vicostream_kernels.pipeline.selection import Selector
 from vicostream_kernels.pipeline.text import TextStream
+from vicostream_kernels.pipeline.turn import Turn
 from vicostream_kernels.pipeline.visibility import (
     History,
     View,
@@ -62,6 +62,7 @@ class Answer:
         self._tokens: list[int] = []
         self._block: Block | None = None
         self._held = ExitStack()
+        history._kept.add(self._held)
         self._first, self._preamble = history.fork_id(time_s), history.preamble
         self._trace = recorder.trace
         self._decoding_s = 0.0
@@ -90,9 +91,10 @@ class Answer:
         self._let_go("closed")
 
     def __del__(self) -> None:
-        # `for piece in stream.ask(...)` that was left early must not keep its pages.
-        if getattr(self, "figures", None) is not None:
-            self.close()
+        # `for piece in stream.ask(...)` that was left early must not keep its pages. The garbage
+        # collector comes in any thread, also in the middle of what that does at the cache.
+        if getattr(self, "_block", None) is not None:
+            self._turn.later(self.close)
 
     def __iter__(self) -> Iterator[str]:
         return self
@@ -145,6 +147,7 @@ class Answer:
             asking=self._asking,
             backend=self._runner.backend,
         )
+        self._history._kept.add(reading)
         pages = reading.begin(embeds)
         if pages is None:
             empty = torch.empty(1, 0, dtype=torch.int32, device=embeds.device)
@@ -230,3 +233,4 @@ class Answer:
         self._held.close()
         if self._reading is not None:
             self._reading.close()
+        self._history._kept -= {self._held, self._reading}

@@ -7,12 +7,14 @@ the same bits (at equal intra-op threads: a stage's thread has as many as torch 
 from __future__ import annotations
 
 import atexit
+import os
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 from weakref import WeakSet
 
+from vicostream_kernels.pipeline.errors import surface
 from vicostream_kernels.pipeline.lanes import Lane
 
 Stage = Callable[[Any], Any]
@@ -25,8 +27,14 @@ class Way(Protocol):
     """What ``Line`` and ``Belt`` have in common; used by one thread.
 
     A stage that raises ``again`` (a type of exception) keeps its value and is tried again at the
-    next call. What else it raises is the end: no value goes on after that.
+    next call. What else it raises is the end: no value goes on after that. A call that waits may be
+    interrupted and made again.
     """
+
+    @property
+    def over(self) -> bool:
+        """Whether nothing goes on any more, and the caller has heard why."""
+        ...
 
     def ready(self) -> None:
         """Returns when there is room for a value; raises what a stage raised before."""
@@ -50,6 +58,10 @@ class Way(Protocol):
         """Drops the values on their way; a stage that is at work ends first. May be repeated."""
         ...
 
+    def unheard(self) -> BaseException | None:
+        """What a stage raised and no call has raised yet. It counts as heard then."""
+        ...
+
 
 class Line:
     """One stage after another, in the caller's thread, within ``put``."""
@@ -57,6 +69,7 @@ class Line:
     def __init__(self, stages: Sequence[Stage], again: type[Exception]) -> None:
         self._stages, self._again = stages, again
         self._waiting: tuple[int, Any] | None = None  # the stage to be tried again
+        self.over = False
 
     def ready(self) -> None:
         self.drain()
@@ -74,14 +87,21 @@ class Line:
     def close(self) -> None:
         self._waiting = None
 
-    def _run(self, first: int, value: Any) -> None:
+    def unheard(self) -> None:
+        pass
+
+    def _run(self, at: int, value: Any) -> None:
         self._waiting = None
-        for at in range(first, len(self._stages)):
-            try:
+        try:
+            while at < len(self._stages):
                 value = self._stages[at](value)
-            except self._again:
-                self._waiting = at, value
-                raise
+                at += 1
+        except self._again:
+            self._waiting = at, value
+            raise
+        except BaseException:
+            self.over = True
+            raise
 
 
 class Belt:
@@ -93,15 +113,24 @@ class Belt:
         self._stages, self._again, self._lanes = stages, again, lanes
         self._inboxes: list[deque[Any]] = [deque() for _ in stages]  # the first is being worked on
         self._changed = threading.Condition()
-        self._error: BaseException | None = None
+        self._error: BaseException | None = None  # the caller has yet to hear it
         self._rests = self._over = False  # until the caller's next call; for good
+        self._failed = False  # an error was the end
         self._threads = [
             threading.Thread(target=self._work, args=(at,), name=f"vicostream-{at}", daemon=True)
             for at in range(len(stages))
         ]
-        for thread in self._threads:
-            thread.start()
+        try:
+            for thread in self._threads:
+                thread.start()
+        except BaseException:
+            self.stop()
+            raise
         _RUNNING.add(self)
+
+    @property
+    def over(self) -> bool:
+        return self._over and self._error is None
 
     def ready(self) -> None:
         self._until(lambda: self._room(0))
@@ -128,11 +157,18 @@ class Belt:
             self._changed.notify_all()
 
     def close(self) -> None:
+        self._check_caller()
         self.stop()
         for thread in self._threads:
             thread.join()
         for inbox in self._inboxes:
             inbox.clear()
+
+    def unheard(self) -> BaseException | None:
+        with self._changed:
+            error, self._error = self._error, None
+            self._rests = self._rests or error is not None
+            return error
 
     def _until(self, done: Callable[[], bool]) -> None:
         with self._changed:
@@ -143,9 +179,12 @@ class Belt:
             self._say()
 
     def _wait(self, done: Callable[[], bool]) -> None:
+        self._check_caller()
+        self._changed.wait_for(lambda: self._still() or done())
+
+    def _check_caller(self) -> None:
         if threading.current_thread() in self._threads:
             raise RuntimeError("a stage, or what it calls, cannot wait for its own stream")
-        self._changed.wait_for(lambda: self._still() or done())
 
     def _still(self) -> bool:
         """Whether nothing moves on: before the caller has heard why, and then until it calls again,
@@ -154,9 +193,7 @@ class Belt:
 
     def _say(self) -> None:
         """Raises an error once."""
-        if self._error is not None:
-            error, self._error, self._rests = self._error, None, True
-            raise error
+        surface([self.unheard()])
 
     def _room(self, at: int) -> bool:
         return at == len(self._stages) or len(self._inboxes[at]) < _ROOM
@@ -175,10 +212,7 @@ class Belt:
             except BaseException as error:  # the caller's next call raises it
                 with self._changed:
                     self._changed.wait_for(lambda: self._over or not self._still())
-                    if self._over:
-                        return
-                    self._error, self._over = error, not isinstance(error, self._again)
-                    self._changed.notify_all()
+                    self._fail(error)
                 continue
             with self._changed:
                 self._changed.wait_for(lambda: self._over or self._room(at + 1))
@@ -189,12 +223,35 @@ class Belt:
                     self._inboxes[at + 1].append(value)
                 self._changed.notify_all()
 
+    def _fail(self, error: BaseException) -> None:
+        """Notes an error for the caller, also one that comes while the belt is being closed."""
+        if self._error is not None or self._failed:
+            return  # the belt is over by an error before
+        self._error, self._failed = error, not isinstance(error, self._again)
+        self._over = self._over or self._failed
+        self._changed.notify_all()
 
-#: Threads that are at work while the interpreter goes away end the process with an abort.
+    def _orphan(self) -> None:
+        """The threads did not come along through a fork, and whatever lock they held is held."""
+        self._changed, self._threads, self._over = threading.Condition(), [], True
+
+
 _RUNNING: WeakSet[Belt] = WeakSet()
 
 
 @atexit.register
 def _close_all() -> None:
-    for belt in list(_RUNNING):
+    """Threads that are at work while the interpreter goes away end the process with an abort."""
+    belts = list(_RUNNING)
+    for belt in belts:
         belt.close()
+    surface([belt.unheard() for belt in belts])
+
+
+def _forked() -> None:
+    for belt in list(_RUNNING):
+        belt._orphan()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forked)

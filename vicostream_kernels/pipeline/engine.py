@@ -15,12 +15,13 @@ from vicostream_kernels import methods
 from vicostream_kernels.cache import PagedKVCache, Tiers
 from vicostream_kernels.models import Qwen2_5_VLRunner, load_model
 from vicostream_kernels.pipeline.belt import Belt
-from vicostream_kernels.pipeline.errors import InputError
-from vicostream_kernels.pipeline.lanes import CudaLane, Lane, Turn
+from vicostream_kernels.pipeline.errors import InputError, surface
+from vicostream_kernels.pipeline.lanes import CudaLane, Lane
 from vicostream_kernels.pipeline.report import Recorder
 from vicostream_kernels.pipeline.session import Stream
 from vicostream_kernels.pipeline.snapshot import Snapshot, fingerprint, settings_of
 from vicostream_kernels.pipeline.stages import ChunkMask
+from vicostream_kernels.pipeline.turn import Turn
 
 _FIRST_PAGES = 256
 _CUDA_BUCKET = 64
@@ -41,7 +42,8 @@ class StreamEngine:
 
     Attributes: ``runner`` (the model), ``method`` (frozen), ``cache`` (the paged KV cache that all
     streams share), ``bucket`` (LLM lengths are multiples of it), ``turn`` (entered by whoever uses
-    the cache while streams overlap their stages), ``belts`` (of those streams).
+    the cache), ``stages_turn`` (the way to it for stages), ``belts`` (of streams that overlap their
+    stages).
     """
 
     def __init__(self, runner: Qwen2_5_VLRunner, method: methods.Method) -> None:
@@ -57,6 +59,8 @@ class StreamEngine:
             first = rule.max_pages or 2**31 // rule.page_size - 1
         overlaps = rule.overlap and runner.device.type == "cuda"
         self.turn = Turn(CudaLane(runner.device) if overlaps else Lane())
+        # Stages wait for each other first: of all streams one at most stands before an answer.
+        self.stages_turn = Turn(self.turn)
         with self.turn:  # pools that grow are freed where they were made
             self.cache = PagedKVCache(
                 layers=runner.layers,
@@ -181,17 +185,23 @@ class StreamEngine:
         return recorder
 
     def close(self) -> None:
-        """Closes every stream and the cache; a second close does nothing."""
-        for belt in list(self.belts):
+        """Closes every stream and the cache; a second close does nothing. Raises as
+        ``Stream.close`` does."""
+        surface(self._end())
+
+    def _end(self) -> list[BaseException | None]:
+        belts = list(self.belts)
+        for belt in belts:
             belt.close()
         with self.turn:
             self.cache.close()
+        return [belt.unheard() for belt in belts]
 
     def __enter__(self) -> StreamEngine:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, _: object, leaving: BaseException | None, __: object) -> None:
+        surface(self._end(), leaving)
 
 
 def _tiers(rule: methods.EngineRule, device: torch.device) -> Tiers | None:

@@ -7,7 +7,6 @@ for on the device, and tells the allocator who still reads its tensors. The host
 from __future__ import annotations
 
 import dataclasses
-import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import Any
@@ -74,33 +73,6 @@ class CudaLane(Lane):
 
     def follow(self) -> None:
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
-
-
-class Turn(Lane):
-    """The turn at the cache and the LLM: one thread's at a time, on one lane. May be nested."""
-
-    def __init__(self, lane: Lane) -> None:
-        self._lock, self._depth, self._lane = threading.RLock(), 0, lane
-        self.leave, self.take = lane.leave, lane.take
-        self.join, self.follow = lane.join, lane.follow
-
-    def __enter__(self) -> None:
-        self._lock.acquire()
-        try:
-            if self._depth == 0:
-                self._lane.__enter__()
-            self._depth += 1
-        except BaseException:
-            self._lock.release()
-            raise
-
-    def __exit__(self, *_: object) -> None:
-        try:
-            self._depth -= 1
-            if self._depth == 0:
-                self._lane.__exit__()
-        finally:
-            self._lock.release()
 
 
 def tensors_of(value: Any) -> Iterator[torch.Tensor]:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from vicostream_kernels import methods
-from vicostream_kernels.pipeline.errors import InputError, PipelineError, one_line
+from vicostream_kernels.pipeline.errors import InputError, PipelineError, chunk_time, one_line
 from vicostream_kernels.pipeline.report import QuestionFigures, Recorder
 from vicostream_kernels.pipeline.screen import Screen
 from vicostream_kernels.pipeline.source import FrameGroups, VideoSource, stack
@@ -97,14 +97,20 @@ class _Run:
             self._raised(error)
 
     def _raised(self, error: Exception) -> None:
+        part, time_s = self._part, chunk_time(error)
+        if time_s is not None:
+            part = "ingest"  # a stage's, whichever call it came from
         code = getattr(error, "exit_code", 1)
-        if isinstance(error, (ValueError, TypeError)) and self._part in _USERS_PARTS:
+        if isinstance(error, (ValueError, TypeError)) and part in _USERS_PARTS:
             code = 2
-        self._failed(_said(error), code)
+        self._failed(_said(error), code, part, time_s)
 
-    def _failed(self, what: str, code: int) -> None:
+    def _failed(
+        self, what: str, code: int, part: str | None = None, time_s: float | None = None
+    ) -> None:
         self._screen.stop()
-        self._recorder.error(self._part, what, self._time_s)
+        time_s = self._time_s if time_s is None else time_s
+        self._recorder.error(part or self._part, what, time_s)
         self._screen.error(what)
         if self._options.debug and sys.exc_info()[0] is not None:
             traceback.print_exc(file=sys.stderr)
@@ -164,7 +170,8 @@ class _Run:
                 self._part = "ingest"
                 recorder.restart()
                 watch = None if self._film is None else self._film.watch
-                with self._open(engine, source, watch) as stream:
+                with self._open(engine, source, watch) as stream, self._caught():
+                    # What the stream says at its end comes beside it.
                     self._consume(source, stream, questions)
 
     def _tell_damage(self) -> None:
@@ -259,18 +266,36 @@ class _Run:
             stream.save(self._options.save)
             self._screen.say(f"saved the session to {self._options.save}")
         except Exception as error:
+            if chunk_time(error) is not None:
+                raise
             self._raised(error)
 
     def _ask(self, stream: Any, question: Question) -> None:
         """A question that fails does not end the stream: the video does not depend on it."""
         part, self._part = self._part, "answer"
-        try:
-            self._answer(stream, question)
-        except BrokenPipeError:
-            raise  # nobody would read the answers that follow
-        except Exception as error:
-            self._raised(error)
+        with self._waits_unless_asked(question):
+            try:
+                self._answer(stream, question)
+            except BrokenPipeError:
+                raise  # nobody would read the answers that follow
+            except Exception as error:
+                if chunk_time(error) is not None:
+                    raise  # the stream has failed, and says so here
+                self._raised(error)
         self._part = part
+
+    @contextmanager
+    def _waits_unless_asked(self, question: Question) -> Iterator[None]:
+        """Where the run ends here, the question is among those that were not asked, unless the
+        stream had it."""
+        asked = self._recorder.questions
+        before = asked[-1] if asked else None
+        try:
+            yield
+        except BaseException:
+            if (asked[-1] if asked else None) is before:
+                self._waiting.insert(0, question)
+            raise
 
     def _answer(self, stream: Any, question: Question) -> None:
         time_s = stream.time_s if question.time_s is None else question.time_s

@@ -19,7 +19,7 @@ from vicostream_kernels.methods import Method
 from vicostream_kernels.models import Qwen2_5_VLRunner, Sampler
 from vicostream_kernels.pipeline.answer import Answer
 from vicostream_kernels.pipeline.belt import Belt, Line, Stage, Way
-from vicostream_kernels.pipeline.errors import InputError, PipelineError
+from vicostream_kernels.pipeline.errors import InputError, PipelineError, date, surface
 from vicostream_kernels.pipeline.frames import as_frames, joined
 from vicostream_kernels.pipeline.lanes import CudaLane, Lane
 from vicostream_kernels.pipeline.llm import LLMSteps
@@ -60,7 +60,9 @@ class Stream:
 
     With ``engine.overlap`` each stage has a thread of its own (on a GPU a CUDA stream, too), a few
     chunks are on their way when ``ingest`` returns, and what a stage raises is raised by the next
-    call; ``ask``, ``flush``, ``save`` wait for them. The bits are the same.
+    call; ``ask``, ``flush``, ``save`` wait for them. The bits are the same. A call that is
+    interrupted while it waits (Ctrl-C) leaves the stream as it was, the chunks on their way, and
+    may be made again.
     """
 
     def __init__(
@@ -111,6 +113,8 @@ class Stream:
             except BaseException:
                 self._cleanup.close()
                 raise
+        # One that is dropped gives its pages back, too, when its answers are gone as well.
+        finalize(self.history, self._turn.later, self._cleanup.close).atexit = False
 
     # -- frames ----------------------------------------------------------------------------------
 
@@ -128,9 +132,9 @@ class Stream:
 
         Raises ``TypeError``, ``ValueError`` for bad arguments, before anything is taken in. What
         else a chunk raises leaves the frames after that chunk untaken: ``recorder.frames_ingested``
-        grew by those that were taken. After ``DiskFull`` for want of room the chunk's own frames
-        wait in the stream, and the caller may go on with the rest; where the chunk itself failed,
-        the stream has failed.
+        grew by those that were taken. After ``DiskFull`` for want of room, or an interrupt while it
+        waited for room, the chunk's own frames wait in the stream, and the caller may go on with
+        the rest; where the chunk itself failed, the stream has failed.
         """
         self._check_open()
         frames = as_frames(frames)
@@ -144,16 +148,21 @@ class Stream:
                         self._finish_chunk()
                     room = self._method.engine.frames_per_chunk - len(self._times)
                     part = frames[at : at + room]
-                    self._buffer.append(part)
-                    self._times += times[at : at + room]
-                    self._now = self._times[-1]
-                    at += part.shape[0]
-                    self.recorder.frames_ingested += part.shape[0]
+                    if part.shape[0] < room:
+                        part = part.clone()  # what waits must not change with the caller's memory
+                    with self._fails_whole():
+                        self._buffer.append(part)
+                        self._times += times[at : at + room]
+                        self._now = self._times[-1]
+                        at += part.shape[0]
+                        self.recorder.frames_ingested += part.shape[0]
                     if len(self._times) == self._method.engine.frames_per_chunk:
                         self._finish_chunk()
+            except BaseException:
+                with self._fails_whole():  # a full chunk waits as well
+                    self._buffer[-1:] = [part.clone() for part in self._buffer[-1:]]
+                raise
             finally:
-                # What waits for the rest of its chunk must not change with the caller's memory.
-                self._buffer[-1:] = [part.clone() for part in self._buffer[-1:]]
                 done = self._finished()
         return done
 
@@ -164,7 +173,7 @@ class Stream:
         with self.recorder.taking_in():
             try:
                 self._finish_chunk()
-                self._drain()
+                self._way.drain()
             finally:
                 done = self._finished()
         return done
@@ -181,24 +190,20 @@ class Stream:
 
     def _finish_chunk(self) -> None:
         """Hands the chunk that is being filled on, short as it is."""
-        with self._fails_whole():
-            self._way.ready()
+        self._way.ready()
         if not self._buffer:
             return
         if not self._overlaps:
             # What must move for it moves now: where that fails, the chunk's frames wait.
-            self._engine.cache.make_room(self._most_pages)
+            with self._turn:
+                self._engine.cache.make_room(self._most_pages)
         images = joined(self._buffer, self._engine.runner.device)
         if self._overlaps and len(self._buffer) == 1:
             images = images.clone()  # the caller may overwrite them
         chunk = ChunkFrames(images, self._times[0], self._times[-1], self._seconds_per_step())
-        self._buffer, self._times = [], []
         with self._fails_whole():
+            self._buffer, self._times = [], []
             self._way.put(_Carried(chunk, chunk, self.recorder.take_decoded()))
-
-    def _drain(self) -> None:
-        with self._fails_whole():
-            self._way.drain()
 
     def _finished(self) -> int:
         """How many chunks were finished since the call before."""
@@ -213,7 +218,7 @@ class Stream:
     def _stage_lanes(self) -> list[Lane]:
         device = self._engine.runner.device
         own = CudaLane if self._overlaps and device.type == "cuda" else lambda _: Lane()
-        return [*(own(device) for _ in range(3)), self._turn]
+        return [*(own(device) for _ in range(3)), self._engine.stages_turn]
 
     def _make_way(self) -> Way:
         # None of them keeps the stream: one that nobody uses any more goes, its threads with it.
@@ -223,8 +228,9 @@ class Stream:
             _timed(self.recorder, "preprocess", self._preprocess),
             _timed(self.recorder, "encode", self._encode),
             _counted(prune) if self._overlaps else prune,
-            lambda chunk: write()(chunk),
+            lambda chunk: (write() or _dropped)(chunk),
         ]
+        stages = [_dated(stage) for stage in stages]
         if not self._overlaps:
             return Line(stages, DiskFull)
         belt = Belt(stages, DiskFull, self._lanes)
@@ -237,10 +243,11 @@ class Stream:
         written then."""
         recorder, source = self.recorder, chunk.source
         span = recorder.trace.span("prefill", start_s=source.start_s)
-        with recorder.taking_in(), torch.no_grad(), span as span:
-            done = self._prefill.run(chunk.value)
-        self._most_pages = max(self._most_pages, len(done.block.pages))
-        kv = self._account()
+        with self._turn:
+            with recorder.taking_in(), torch.no_grad(), span as span:
+                done = self._prefill.run(chunk.value)
+            self._most_pages = max(self._most_pages, len(done.block.pages))
+            kv = self._account()
         recorder.chunk(
             ChunkFigures(
                 source.start_s,
@@ -258,7 +265,8 @@ class Stream:
 
     @contextmanager
     def _fails_whole(self) -> Iterator[None]:
-        """A chunk that is missing would leave a hole that nobody sees: the stream fails with it."""
+        """Around what must not be left half done, by Ctrl-C say: frames that are missing, or there
+        twice, would be seen by nobody. The stream fails."""
         try:
             yield
         except DiskFull:
@@ -334,8 +342,7 @@ class Stream:
             raise InputError("ask: a selector needs a method that retrieves; set retrieve")
         ids = self._engine.question_ids(text)
         began = time.perf_counter()
-        with self._fails_whole():
-            self._way.settle()
+        self._way.settle()
         self._turn.follow()  # whatever the selector and the sampler hold
         with self._turn:
             answer = Answer(
@@ -378,7 +385,7 @@ class Stream:
         ``DiskFull`` where a chunk still waits for room in the cache.
         """
         self._check_open()
-        self._drain()
+        self._way.drain()
         self._turn.follow()  # frames that wait are the caller's work
         with self._turn, torch.no_grad():
             for lane in self._lanes:
@@ -418,12 +425,20 @@ class Stream:
     def _check_open(self) -> None:
         if self.history.cache.closed:
             raise PipelineError("the stream was closed")
-        if self._failed:
+        if self._failed or self._way.over:
             raise PipelineError("the stream failed before; open a new one")
 
     def close(self) -> None:
         """Ends open answers and gives all pages back; frames of an unfinished chunk are dropped.
-        The report stays readable."""
+        The report stays readable.
+
+        Raises what a stage raised and no call has raised yet, after all of that; where a ``with``
+        block is left by another exception, that one goes on, with the stage's as its context.
+        """
+        self._end()
+        surface([self._way.unheard()])
+
+    def _end(self) -> None:
         self._way.close()
         with self._turn, self._cleanup:  # the pages go back whatever an answer raises
             for answer in list(self._answers):
@@ -433,8 +448,9 @@ class Stream:
     def __enter__(self) -> Stream:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, _: object, leaving: BaseException | None, __: object) -> None:
+        self._end()
+        surface([self._way.unheard()], leaving)
 
 
 def _timed(recorder: Recorder, name: str, stage: Preprocess | Encode | Prune) -> Stage:
@@ -446,6 +462,21 @@ def _timed(recorder: Recorder, name: str, stage: Preprocess | Encode | Prune) ->
         return _Carried(source, value, (*chunk.spans, span))
 
     return run
+
+
+def _dated(stage: Stage) -> Stage:
+    def run(chunk: _Carried) -> Any:
+        try:
+            return stage(chunk)
+        except Exception as error:
+            date(error, chunk.source.start_s)
+            raise
+
+    return run
+
+
+def _dropped(chunk: _Carried) -> None:
+    """Nobody has the stream any more: nobody misses the chunk."""
 
 
 def _counted(prune: Stage) -> Stage:

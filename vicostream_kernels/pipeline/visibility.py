@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -63,6 +64,8 @@ class History:
     chunks_seen: int = 0
     _holds: Counter[Block] = field(default_factory=Counter)
     _retired: list[Block] = field(default_factory=list)
+    #: What open answers hold blocks with: not the garbage collector's, who lets go at any moment.
+    _kept: set[Any] = field(default_factory=set)
 
     def add(self, block: Block, first: int, after: int) -> None:
         """Notes that ``block`` took the ids from ``first`` up to, not including, ``after``."""
