@@ -42,6 +42,9 @@ class Provider:
         run: does the work on inputs in place and returns what ``Case.outputs`` needs.
         optional: runs only when asked for by name (slow to start, or of no interest in a table).
         note: what a reader of the table must know, as "cos and sin are given".
+
+    The first call on a set of inputs may prepare what later calls on it use: the check and every
+    timer call a provider before they time it.
     """
 
     name: str
@@ -52,6 +55,15 @@ class Provider:
     @property
     def ours(self) -> bool:
         return self.name.startswith("ours:")
+
+    @property
+    def package(self) -> str:
+        return package_of(self.name)
+
+
+def package_of(provider: str) -> str:
+    """What it is made of, by its name: ``torch:sdpa`` -> ``torch``."""
+    return provider.partition(":")[0]
 
 
 @dataclass(frozen=True)
@@ -95,6 +107,8 @@ class Case:
         reads: it writes next to nothing: its ceiling is the bandwidth of reading alone.
         heavy: a call takes seconds on a CPU: few rounds there, and one cache state everywhere.
         devices: device types the case makes sense on.
+        absent: ``(device) -> {package: reason}``: packages whose providers are not among
+            ``providers(device)``, though elsewhere they are.
     """
 
     name: str
@@ -114,6 +128,7 @@ class Case:
     heavy: bool = False
     devices: tuple[str, ...] = ("cpu", "cuda")
     tolerance: Tolerance | None = field(default=None)
+    absent: Callable[[torch.device], Mapping[str, str]] = field(default=lambda device: {})
 
     def __post_init__(self) -> None:
         if not self.name.startswith(self.word + "/"):

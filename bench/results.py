@@ -68,7 +68,7 @@ class Document:
     environment: dict[str, Any]
     roofline: dict[str, Any] = field(default_factory=dict)
     rows: list[Row] = field(default_factory=list)
-    #: Cases that would have taken this machine too long, and why.
+    #: Cases that would have taken this machine too long, packages it has not, and why.
     left_out: dict[str, str] = field(default_factory=dict)
 
     @property

@@ -12,7 +12,7 @@ import torch
 from vicostream_kernels.backends import BACKENDS
 from vicostream_kernels.bench import environment
 from vicostream_kernels.bench.check import Verdict, check
-from vicostream_kernels.bench.registry import Case, Inputs, Provider
+from vicostream_kernels.bench.registry import Case, Inputs, Provider, package_of
 from vicostream_kernels.bench.results import Document, Row
 from vicostream_kernels.bench.roofline import Roofline
 from vicostream_kernels.bench.stats import Ratio, paired_ratio, timing
@@ -35,6 +35,7 @@ class Options:
         graphs: on CUDA, replay graphs (kernel time) instead of timing eager calls.
         quick: shorter measurements with wider intervals.
         seed: of the random inputs; the checked and the timed inputs differ.
+        leave_out: packages whose providers run only when asked for by name.
     """
 
     device: torch.device
@@ -44,6 +45,7 @@ class Options:
     graphs: bool = True
     quick: bool = False
     seed: int = 0
+    leave_out: tuple[str, ...] = ()
 
     @property
     def budget(self) -> Budget:
@@ -84,13 +86,30 @@ def choose_providers(case: Case, options: Options) -> tuple[list[Provider], str]
     baseline = options.baseline or case.baseline
     for name in (baseline, case.baseline, *options.providers):
         if name not in available:
+            reason = case.absent(options.device).get(package_of(name))
             raise NothingToRun(
-                f"{case.name} has no provider {name!r} on {options.device.type}; "
-                f"there are: {', '.join(available)}"
+                f"{case.name} has no provider {name!r} on {options.device.type}"
+                f"{f' ({reason})' if reason else ''}; there are: {', '.join(available)}"
             )
-    wanted = options.providers or [p.name for p in available.values() if not p.optional]
+    wanted = options.providers or [
+        p.name for p in available.values() if not p.optional and p.package not in options.leave_out
+    ]
     names = dict.fromkeys((baseline, *wanted))
     return [available[name] for name in names], baseline
+
+
+def absent(cases: Sequence[Case], options: Options) -> dict[str, str]:
+    """Packages that none of the cases can be seen beside on this GPU, and why not.
+
+    Nothing where providers were asked for by name. Nor on a CPU, where nobody misses them.
+    """
+    if options.providers or options.device.type == "cpu":
+        return {}
+    there = {p.package for case in cases for p in case.providers(options.device)}
+    found: dict[str, str] = {}
+    for case in cases:
+        found |= case.absent(options.device)
+    return {name: why for name, why in found.items() if name not in {*there, *options.leave_out}}
 
 
 def run(
@@ -105,7 +124,7 @@ def run(
         choose_providers(case, options)
     progress(f"measuring the ceilings of {environment.device_name(options.device)}")
     roofline = Roofline.measure(options.device, quick=options.quick)
-    document = Document(environment.collect(options.device))
+    document = Document(environment.collect(options.device), left_out=absent(cases, options))
     for case in cases:
         if reason := too_slow(case, options, roofline):
             document.left_out[case.name] = reason

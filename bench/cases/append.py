@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from vicostream_kernels import KeySummary, backends, rope_append
+from vicostream_kernels.bench import flashinfer_providers
 from vicostream_kernels.bench.registry import Case, Inputs, Outputs, Provider, case
 from vicostream_kernels.reference.append import rope_append as truth
 
@@ -213,7 +214,7 @@ def _case(
         moved += 2 * (kv_heads * head_dim + 1) * 4
     extra = "+raw" * raw + "+sum" * summary
     name = str(dtype).removeprefix("torch.")
-    return Case(
+    made = Case(
         name=f"append/{tokens}t-{heads}h-{kv_heads}g-{head_dim}d/{name}{extra}",
         word="append",
         op="rope_append",
@@ -226,6 +227,12 @@ def _case(
         reference=_reference,
         outputs=_outputs,
         smoke=smoke,
+    )
+    if raw or summary:  # FlashInfer's append keeps neither
+        return made
+    note = "cos, sin and places are given, two launches"
+    return flashinfer_providers.beside(
+        made, Provider(flashinfer_providers.PACKAGE, flashinfer_providers.append, note=note)
     )
 
 

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch.nn.attention.bias import causal_lower_right
 
 from vicostream_kernels import backends, sink_window_attention, varlen_attention
+from vicostream_kernels.bench.flashinfer_providers import attention_providers, beside
 from vicostream_kernels.bench.registry import Case, Inputs, Outputs, Provider, case
 from vicostream_kernels.native.attention import not_decode
 from vicostream_kernels.reference import attention as truth
@@ -219,15 +220,16 @@ def _long_providers(device: torch.device, *, queries: int) -> list[Provider]:
 
 
 def _long_case(queries: int, keys: int, heads: int, kv_heads: int, head_dim: int) -> Case:
-    """A prefill for a GPU alone, beside the best that torch has for it."""
+    """A prefill for a GPU alone, beside the best that torch has for it (and FlashInfer)."""
     case = _paged_case("prefill", queries, keys, heads, kv_heads, head_dim, torch.bfloat16)
-    return replace(
+    case = replace(
         case,
         make=partial(_make_long, dtype=case.dtype, **case.axes),
         providers=partial(_long_providers, queries=queries),
         baseline="torch:sdpa-in-order",
         devices=("cuda",),
     )
+    return beside(case, *attention_providers(queries))
 
 
 def _outputs(inputs: Inputs, result: torch.Tensor) -> Outputs:
@@ -264,7 +266,7 @@ def _paged_case(
     if shifted:
         axes["shifted"] = True
         kind = f"{kind}-shifted"
-    return Case(
+    made = Case(
         name=f"attention/{kind}-{queries}q-{keys}k-{heads}h-{kv_heads}g-{head_dim}d/{_name(dtype)}",
         word="attention",
         op="sink_window_attention",
@@ -282,6 +284,8 @@ def _paged_case(
         smoke=smoke,
         devices=("cpu", "cuda") if streams == 1 else ("cuda",),
     )
+    # FlashInfer has no keys that turn while they are read.
+    return made if shifted else beside(made, *attention_providers(queries))
 
 
 # ---------------------------------------------------------------- varlen_attention

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -10,11 +10,19 @@ from typing import Any
 import torch
 
 from vicostream_kernels import backends, select_pages, topk_blocks, topk_pages
+from vicostream_kernels.bench.flashinfer_providers import (
+    PACKAGE,
+    TOP_K_DTYPES,
+    beside,
+    top_k,
+    top_k_pages,
+)
 from vicostream_kernels.bench.registry import Case, Inputs, Outputs, Provider, case
 from vicostream_kernels.reference import retrieve as reference
 
 _NO_RULE = {"ratio": None, "mass": None, "token_budget": None, "tokens_per_block": None}
 _ALL_FREE = {"min_k": 1, "group": 1, "force_first": 0, "force_last": 0}
+_CHOICE_ALONE = "its top-k, the rest torch's"
 
 
 def _providers(op: str, run: Any, rivals: list[Provider], device: torch.device) -> list[Provider]:
@@ -64,9 +72,19 @@ def _ours_dot(inputs: Inputs, *, backend: str) -> tuple[torch.Tensor, torch.Tens
     return found.block_index, found.scores
 
 
-def _torch_dot(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
-    scores = inputs["summary"][0] @ inputs["query"][0]
-    index = scores.topk(inputs["k"]).indices.sort().values.int()
+def _dots(inputs: Inputs) -> torch.Tensor:
+    return inputs["summary"][0] @ inputs["query"][0]
+
+
+def _torch_top_k(scores: torch.Tensor, k: int) -> torch.Tensor:
+    return scores.topk(k).indices
+
+
+def _torch_dot(
+    inputs: Inputs, *, choose: Callable[[torch.Tensor, int], torch.Tensor] = _torch_top_k
+) -> tuple[torch.Tensor, torch.Tensor]:
+    scores = _dots(inputs)
+    index = choose(scores, inputs["k"]).sort().values.int()
     return index[None], scores.float()[None]
 
 
@@ -74,7 +92,7 @@ def _dot_case(
     blocks: int, width: int, k: int, dtype: torch.dtype = torch.float32, *, smoke: bool = False
 ) -> Case:
     axes = dict(blocks=blocks, width=width, k=k)
-    return Case(
+    made = Case(
         name=f"retrieve/dot-{blocks}n-{width}w-{k}k/{str(dtype).removeprefix('torch.')}",
         word="retrieve",
         op="topk_blocks",
@@ -89,6 +107,8 @@ def _dot_case(
         smoke=smoke,
         reads=True,
     )
+    rival = Provider(PACKAGE, partial(_torch_dot, choose=top_k), note=_CHOICE_ALONE)
+    return beside(made, rival, dtypes=TOP_K_DTYPES)
 
 
 # --- bound: the smallest and largest key of each page --------------------------------------------
@@ -243,9 +263,23 @@ def _listed(inputs: Inputs, index: torch.Tensor) -> torch.Tensor:
     return torch.cat((inputs["sink_pages"][0], pages, inputs["recent_pages"][0]))[None]
 
 
-def _torch_list(inputs: Inputs) -> tuple[torch.Tensor, ...]:
-    index, scores = _torch_dot(inputs)
+def _torch_list(inputs: Inputs, **choice: Any) -> tuple[torch.Tensor, ...]:
+    index, scores = _torch_dot(inputs, **choice)
     return index, scores, _listed(inputs, index)
+
+
+def _flashinfer_list(inputs: Inputs) -> tuple[torch.Tensor, ...]:
+    scores = _dots(inputs)
+    index, table = top_k_pages(inputs, scores, inputs["k"])
+    return index, scores.float()[None], table
+
+
+def _flashinfer_lister(pages: int, extra: int) -> Provider:
+    """Its kernel that chooses and looks up has one entry a score, and nothing around them."""
+    if pages == 1 and not extra:
+        note = "torch's product, then choice and look-up in one kernel, in no order"
+        return Provider(PACKAGE, _flashinfer_list, note=note)
+    return Provider(PACKAGE, partial(_torch_list, choose=top_k), note=_CHOICE_ALONE)
 
 
 def _list_outputs(inputs: Inputs, result: tuple[torch.Tensor, ...]) -> Outputs:
@@ -279,7 +313,7 @@ def _list_case(
         "cpu": "one native call",
     }
     listed = 2 * (k * pages + sinks + recent)
-    return Case(
+    made = Case(
         name=f"retrieve/list-{blocks}n-{width}w-{k}k-{pages}m/{str(dtype).removeprefix('torch.')}",
         word="retrieve",
         op="topk_pages",
@@ -294,11 +328,13 @@ def _list_case(
         smoke=smoke,
         reads=True,
     )
+    return beside(made, _flashinfer_lister(pages, sinks + recent), dtypes=TOP_K_DTYPES)
 
 
 @case
 def cases() -> Iterator[Case]:
-    """A question to an hour of chunks, Quest's pages at 128 Ki tokens, and a long history."""
+    """A question to an hour of chunks, Quest's pages at 128 Ki tokens, and a long history; pages
+    that are chosen one by one, of which alone the list is made."""
     yield _dot_case(100, 256, 16, smoke=True)
     yield _dot_case(4096, 2048, 64)
     yield _dot_case(4096, 2048, 64, torch.bfloat16)
@@ -309,6 +345,7 @@ def cases() -> Iterator[Case]:
     yield _list_case(4096, 2048, 64, 5, 4, 40)
     yield _list_case(4096, 2048, 64, 5, 4, 40, torch.bfloat16)
     yield _list_case(262144, 256, 1024, 5, 4, 40)
+    yield _list_case(8192, 256, 64, 1, 0, 0)
     yield _pages_case(50, 3, 8, 2, 5, smoke=True)
     yield _pages_case(4096, 5, 64, 4, 40)
     yield _pages_case(262144, 5, 1024, 4, 40)
