@@ -395,7 +395,7 @@ void attend_tiles(const Work& w, int units, Source& source, const TileScratch& m
     const int steps = (n + kAmxStep - 1) / kAmxStep;
     ahead_k.pace(steps * (depth / 32));
     score_tiles<NV>(q, keys, steps, depth, m.scores, &ahead_k);
-    ahead_v.pace(2 * (kAmxStep / 4 + 2) * steps);  // half of it
+    ahead_v.pace(2 * (kAmxStep / 4 + 2) * steps);  // half of it, of 16 rows
     if (seen == Seen::kSome)
       soften_tiles<NV, kFew, true>(m.scores, steps, w.scale, &mask, state, p, &ahead_v);
     else

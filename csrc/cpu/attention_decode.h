@@ -1,5 +1,10 @@
 // Up to eight query rows of each KV head against a range of logical keys, with AVX2: keys that are
 // not rotated, and all values, are read where they lie.
+//
+// Tiles are small, and memory is asked for the values of a tile while its keys are scored and for
+// the next keys while they are summed, all heads of a token at once. More or earlier would be gone
+// from the first level cache before its turn; one head after the other breaks the runs of
+// addresses.
 #pragma once
 
 #include "cpu/attention_few.h"
@@ -9,12 +14,6 @@
 
 namespace vico {
 namespace VICO_ISA {
-
-// Small tiles, and memory is asked for the values of a tile while its keys are scored and for the
-// next keys while they are summed, all heads of a token at once. More or earlier would be gone from
-// the first level cache before its turn; one head after the other breaks the runs of addresses.
-constexpr int kDecodeKeys = 24;
-static_assert(kFewRows * kDecodeKeys * (kGroupRows / kFewRows) <= Scratch::kScores);
 
 // Whether attend_few takes so many rows of a head dim.
 template <typename T>

@@ -58,9 +58,11 @@ struct Few {
     }
   }
 
+  static constexpr int keys_of_pass(int rows) { return rows > 2 ? kKeys : rows == 2 ? 4 : 8; }
+
   // How often score and weigh ask memory, at least.
   static int asks_of_score(int keys, int rows) {
-    return rows > 4 ? 2 * (keys / kKeys) : rows > 2 ? keys / kKeys : keys / (rows == 2 ? 4 : 8);
+    return keys / keys_of_pass(rows) * (rows > 4 ? 2 : 1);
   }
   static int asks_of_weigh(int keys, int rows, int d) {
     return (d / kStep + kSteps - 1) / kSteps * (keys / kKeysAtOnce) * ((rows + 3) / 4);
@@ -131,7 +133,7 @@ struct Few {
   static VICO_INLINE void score_rows(const float* q, const T* const* k, int keys, int d, float* s,
                                      Ahead* ahead) {
     constexpr int kGroup = ROWS > 4 ? 4 : ROWS;
-    constexpr int kMost = ROWS > 2 ? kKeys : ROWS == 2 ? 4 : 8;
+    constexpr int kMost = keys_of_pass(ROWS);
     const auto pass = [&](auto count, int j) {
 #pragma GCC unroll 1
       for (int r = 0; r < ROWS; r += kGroup) {

@@ -24,8 +24,9 @@ struct TileRows {
 };
 
 #if defined(__AVX2__) && !defined(__AVX512F__)
-inline void attend_few_tile(TileRows& t, const float* q, int rows, int keys, const RowMask* mask,
-                            float scale, int d, const RowState& state, float* scores, float* o) {
+inline void attend_few_tile(TileRows& t, const float* q, int rows, const RowMask* mask, float scale,
+                            int d, const RowState& state, float* scores, float* o) {
+  const int keys = (t.n + kKeysAtOnce - 1) / kKeysAtOnce * kKeysAtOnce;
   t.next_k.pace(Few<float>::asks_of_score(keys, rows));
   Few<float>::score(q, rows, t.k, keys, d, scores, &t.next_k);
   soften<kFewRows, 1>(scores, keys, scale, mask, state);
@@ -39,10 +40,6 @@ void attend_tile(TileRows& t, const float* q, int rows, const RowMask* mask, flo
                  const RowState& state, float* scores, float* o) {
   constexpr int kWidth = W * NV;
   const int groups = (t.n + kKeysAtOnce - 1) / kKeysAtOnce, keys = groups * kKeysAtOnce;
-#if defined(__AVX2__) && !defined(__AVX512F__)
-  if constexpr (kWidth == kFewRows)
-    return attend_few_tile(t, q, rows, keys, mask, scale, d, state, scores, o);
-#endif
   score_tile<W, NV, Dot>(q, t.k, keys, d / Dot::kPerElement, scores, &t.next_k);
   soften<W, NV>(scores, keys, scale, mask, state);
   using Element = typename Dot::Element;
@@ -51,8 +48,9 @@ void attend_tile(TileRows& t, const float* q, int rows, const RowMask* mask, flo
       pair_rows(scores + j * kWidth, scores + (j + 1) * kWidth,
                 reinterpret_cast<uint32_t*>(scores + j / 2 * kWidth), kWidth);
   const auto* weights = reinterpret_cast<const Element*>(scores);
-  const int groups_of_rows = kLanes == 16 ? 1 : (rows + 3) / 4;
-  t.next_v.pace(keys / Dot::kPerElement / kKeysOfAsk * passes_over(d) * groups_of_rows);
+  constexpr int kRowsAtOnce = kLanes == 16 ? 8 : 4;
+  t.next_v.pace(keys / Dot::kPerElement / kKeysOfAsk * passes_over(d) *
+                ((rows + kRowsAtOnce - 1) / kRowsAtOnce));
   for (int r = 0; r < rows;) {
     const int left = rows - r;
     const auto run = [&](auto count) {
@@ -119,7 +117,7 @@ void attend_blocks(const Work& w, TileRows& t, const float* q, float* o, const R
     if (width == 16)
       run(attend_tile<8, 2, Dot>);
     else
-      run(attend_tile<8, 1, Dot>);
+      run(attend_few_tile);
 #else
     run(attend_tile<4, 2, Dot>);
 #endif

@@ -28,33 +28,37 @@ constexpr float kNegInf = -std::numeric_limits<float>::infinity();
 // Lines that will be needed, asked for a few at a time in the order of their addresses: a decode
 // step meets each key once, and the hardware keeps up with a plain stream only.
 struct Ahead {
-  static constexpr int kBurst = 4;    // lines at a time; a test for each would cost more than they
-  static constexpr int kWhole = 256;  // of a line that is due
+  static constexpr int kBurst = 4;    // lines at a time: a test for each would cost more than they
+  static constexpr int kWhole = 256;  // of a burst that is due
 
   const char* const* rows = nullptr;
   int count = 0, bytes = 0;  // rows of so many bytes each
   int row = 0, at = 0;
-  int rate = 0, due = 0;  // lines in 1 / kWhole: of each step, and by now
+  int rate = 0, due = 0;  // bursts in 1 / kWhole: of each step, and by now
 
   // For all that is left, evenly over so many calls of ask().
   void pace(int steps) {
+    const int left =
+        row < count ? (count - row) * ((bytes + kBytes - 1) / kBytes) - at / kBytes : 0;
     due = 0;
-    rate = (left() * kWhole + steps - 1) / steps;
+    rate = (left * kWhole + steps - 1) / steps;
   }
   VICO_INLINE void ask() {
-    for (due += rate; due > 0 && row < count; due -= kBurst * kWhole) {
+    for (due += rate; due > 0 && row < count; due -= kWhole) {
       const char* from = rows[row] + at;
-      if (at + 64 * kBurst <= bytes) {
+      if (at + kBytes <= bytes) {
 #pragma GCC unroll 4
         for (int i = 0; i < kBurst; ++i) __builtin_prefetch(from + 64 * i, 0, 1);
       } else {
         for (int i = 0; at + i < bytes; i += 64) __builtin_prefetch(from + i, 0, 1);
       }
-      at += 64 * kBurst;
+      at += kBytes;
       if (at >= bytes) at = 0, ++row;
     }
   }
-  int left() const { return row < count ? (count - row) * ((bytes + 63) / 64) - at / 64 : 0; }
+
+ private:
+  static constexpr int kBytes = 64 * kBurst;
 };
 
 // How products are summed: one fp32 element at a time, or two bf16 elements side by side in 32 bits
@@ -162,7 +166,7 @@ VICO_INLINE void score_keys(const float* queries, const float* const* k, int n, 
 template <int W, int NV, typename Dot>
 VICO_INLINE void score_tile(const float* q, const float* const* k, int keys, int n, float* s,
                             Ahead* ahead) {
-  constexpr int kKeys = kLanes == 16 || NV == 1 ? kKeysAtOnce : 6;
+  constexpr int kKeys = kLanes == 16 ? kKeysAtOnce : 6;
   ahead->pace((keys + kKeys - 1) / kKeys * ((n + kPart - 1) / kPart));
   int j = 0;
   for (; j + kKeys <= keys; j += kKeys)

@@ -12,6 +12,7 @@ namespace vico {
 namespace VICO_ISA {
 
 constexpr int kGroupRows = 128;
+constexpr int kDecodeKeys = 24;  // of a tile where rows are few, see attention_decode.h
 
 // Rows [row0, row0 + rows) of each KV head, row = query * share + head, and the keys they may see.
 struct Work {
@@ -62,7 +63,7 @@ constexpr int kAngleFloats = kAngles * 2 * kMaxHalfDim;
 
 // Memory of one thread.
 struct Scratch {
-  float* q;       // [kGroupRows * d], block by block [d][width]
+  float* q;       // [kGroupRows * d], block by block [d][width], of few rows [width][d]
   float* o;       // [kGroupRows, d]
   float* scores;  // [kScores], as [kTileKeys, 32] or [head, key, kFewRows]
   float* k;       // [kTileKeys, d], where keys must be converted or rotated
@@ -70,7 +71,7 @@ struct Scratch {
   float* rows;    // [3, kGroupRows]
   float* angles;  // [kAngleFloats]
 
-  static constexpr int kScores = 24 * kGroupRows;
+  static constexpr int kScores = kDecodeKeys * kGroupRows;
   static_assert(kScores >= 32 * kTileKeys);
   static int64_t floats(int d) {
     return int64_t{d} * (2 * kGroupRows + 2 * kTileKeys) + kScores + 3 * kGroupRows + kAngleFloats;
