@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+import signal
+import warnings
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
@@ -16,6 +19,20 @@ from vicostream_kernels.pipeline.engine import StreamEngine
 
 #: Four tokens a row at most: a chunk takes milliseconds.
 SMALL = {"engine.pixels": 56 * 112, "engine.max_new_tokens": 8}
+
+
+def forked(holds: Callable[[], bool], most_s: int) -> int:
+    """A child process that ends with 0 where it holds; killed when it hangs."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # from 3.12 on threads are told of the danger
+        child = os.fork()
+    if child == 0:
+        try:
+            signal.alarm(most_s)
+            os._exit(0 if holds() else 2)
+        finally:
+            os._exit(1)
+    return child
 
 
 @lru_cache(maxsize=1)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import gc
 import os
-import signal
 import threading
 import time
-import warnings
 from weakref import ref
 
 import pytest
+from pipeline_kit import forked
 
 from vicostream_kernels.pipeline import belt as belt_module
 from vicostream_kernels.pipeline.belt import Belt, Line
@@ -433,18 +432,14 @@ def test_a_forked_process_is_not_held_up_by_stages_that_it_has_not():
 
     threading.Thread(target=hold).start()
     assert held.wait(WAIT_S)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # from 3.12 on they are told of the danger
-        child = os.fork()
-    if child == 0:
-        try:
-            signal.alarm(WAIT_S)
-            over = belt.over
-            belt.settle()
-            belt.close()
-            os._exit(0 if over and belt.unheard() is None else 2)
-        finally:
-            os._exit(1)
+
+    def closes():
+        over = belt.over
+        belt.settle()
+        belt.close()
+        return over and belt.unheard() is None
+
+    child = forked(closes, WAIT_S)
     let_go.set()
     assert os.waitpid(child, 0)[1] == 0
     gate.set()

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import os
-import signal
 import threading
-import warnings
 
 import pytest
 import torch
-from pipeline_kit import pictures, small_engine
+from pipeline_kit import forked, pictures, small_engine
 
 from vicostream_kernels.pipeline import session
 from vicostream_kernels.pipeline.lanes import Lane
@@ -180,16 +178,12 @@ def test_a_forked_process_does_not_wait_for_threads_that_it_has_not():
 
     thread = start(other)
     assert has_it.wait(WAIT_S)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # from 3.12 on they are told of the danger
-        child = os.fork()
-    if child == 0:
-        try:
-            signal.alarm(WAIT_S)
-            with turn:
-                os._exit(0)
-        finally:
-            os._exit(1)
+
+    def takes_it():
+        with turn:
+            return True
+
+    child = forked(takes_it, WAIT_S)
     go_on.set()
     thread.join(WAIT_S)
     assert os.waitpid(child, 0)[1] == 0

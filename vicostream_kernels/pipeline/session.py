@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 from weakref import WeakMethod, WeakSet, finalize
 
 import numpy as np
@@ -19,7 +19,8 @@ from vicostream_kernels.methods import Method
 from vicostream_kernels.models import Qwen2_5_VLRunner, Sampler
 from vicostream_kernels.pipeline.answer import Answer
 from vicostream_kernels.pipeline.belt import Belt, Line, Stage, Way
-from vicostream_kernels.pipeline.errors import InputError, PipelineError, date, surface
+from vicostream_kernels.pipeline.carried import Carried, counted, dated, dropped, timed
+from vicostream_kernels.pipeline.errors import InputError, PipelineError, surface
 from vicostream_kernels.pipeline.frames import as_frames, joined
 from vicostream_kernels.pipeline.lanes import CudaLane, Lane
 from vicostream_kernels.pipeline.llm import LLMSteps
@@ -35,19 +36,10 @@ from vicostream_kernels.pipeline.stages import (
     Preprocess,
     Prune,
 )
-from vicostream_kernels.pipeline.trace import Span
 from vicostream_kernels.pipeline.visibility import History
 
 if TYPE_CHECKING:
     from vicostream_kernels.pipeline.engine import StreamEngine
-
-
-class _Carried(NamedTuple):
-    """What a stage made of a chunk, and where the time went so far."""
-
-    source: ChunkFrames
-    value: Any
-    spans: tuple[Span, ...]
 
 
 class Stream:
@@ -203,7 +195,7 @@ class Stream:
         chunk = ChunkFrames(images, self._times[0], self._times[-1], self._seconds_per_step())
         with self._fails_whole():
             self._buffer, self._times = [], []
-            self._way.put(_Carried(chunk, chunk, self.recorder.take_decoded()))
+            self._way.put(Carried(chunk, chunk, self.recorder.take_decoded()))
 
     def _finished(self) -> int:
         """How many chunks were finished since the call before."""
@@ -223,14 +215,14 @@ class Stream:
     def _make_way(self) -> Way:
         # None of them keeps the stream: one that nobody uses any more goes, its threads with it.
         write = WeakMethod(self._write)
-        prune = _timed(self.recorder, "prune", self._prune)
+        prune = timed(self.recorder, "prune", self._prune)
         stages: list[Stage] = [
-            _timed(self.recorder, "preprocess", self._preprocess),
-            _timed(self.recorder, "encode", self._encode),
-            _counted(prune) if self._overlaps else prune,
-            lambda chunk: (write() or _dropped)(chunk),
+            timed(self.recorder, "preprocess", self._preprocess),
+            timed(self.recorder, "encode", self._encode),
+            counted(prune) if self._overlaps else prune,
+            lambda chunk: (write() or dropped)(chunk),
         ]
-        stages = [_dated(stage) for stage in stages]
+        stages = [dated(stage) for stage in stages]
         if not self._overlaps:
             return Line(stages, DiskFull)
         belt = Belt(stages, DiskFull, self._lanes)
@@ -238,7 +230,7 @@ class Stream:
         finalize(self, belt.stop).atexit = False
         return belt
 
-    def _write(self, chunk: _Carried) -> None:
+    def _write(self, chunk: Carried) -> None:
         """The last stage. Where it raises DiskFull the chunk was larger than any before: nothing is
         written then."""
         recorder, source = self.recorder, chunk.source
@@ -451,44 +443,6 @@ class Stream:
     def __exit__(self, _: object, leaving: BaseException | None, __: object) -> None:
         self._end()
         surface([self._way.unheard()], leaving)
-
-
-def _timed(recorder: Recorder, name: str, stage: Preprocess | Encode | Prune) -> Stage:
-    def run(chunk: _Carried) -> _Carried:
-        source = chunk.source
-        span = recorder.trace.span(name, start_s=source.start_s)
-        with recorder.taking_in(), torch.no_grad(), span as span:
-            value = stage.run(chunk.value)
-        return _Carried(source, value, (*chunk.spans, span))
-
-    return run
-
-
-def _dated(stage: Stage) -> Stage:
-    def run(chunk: _Carried) -> Any:
-        try:
-            return stage(chunk)
-        except Exception as error:
-            date(error, chunk.source.start_s)
-            raise
-
-    return run
-
-
-def _dropped(chunk: _Carried) -> None:
-    """Nobody has the stream any more: nobody misses the chunk."""
-
-
-def _counted(prune: Stage) -> Stage:
-    """Waits for the count of what was kept, where nobody else waits: the last stage has the turn
-    at the cache."""
-
-    def run(chunk: _Carried) -> _Carried:
-        carried = prune(chunk)
-        carried.value.count.get()
-        return carried
-
-    return run
 
 
 def _follow(method: Method, runner: Qwen2_5_VLRunner, cache: CacheStream) -> Selector | None:
