@@ -115,7 +115,7 @@ def reach_kernel(
     if MASS:
         mass = mass_bits.to(tl.float64, bitcast=True)
         whole = tl.full((), 0.0, tl.float64)
-        target = 0
+        target, last_heavy = units, 0
         for walk in tl.static_range(2):  # first for all of it, then for what reaches the share
             reached = tl.full((), 0.0, tl.float64)
             for start in range(0, units, TILE):
@@ -133,11 +133,17 @@ def reach_kernel(
                         score *= tl.maximum(size, 0).to(tl.float64)
                     weight += score
                 sums = reached + tl.cumsum(weight, 0)
-                if walk == 1:
-                    target += tl.sum(((sums < mass * whole) & (i < units)).to(tl.int32), 0)
-                reached += tl.sum(weight, 0)
+                if walk == 0:
+                    last_heavy = tl.maximum(last_heavy, tl.max(tl.where(weight > 0.0, i + 1, 0), 0))
+                else:
+                    first = tl.where((sums >= mass * whole) & (i < units), i, units)
+                    target = tl.minimum(target, tl.min(first, 0))
+                # Not tl.sum of the weights, whose order is another: what they all weigh must be
+                # one of the sums.
+                reached = tl.maximum(reached, tl.max(sums, 0))
             whole = reached
-        target = tl.where(whole > 0.0, target + 1, 0)
+        # Sums of another order may reach it late: not among the last ones, that weigh nothing.
+        target = tl.minimum(target + 1, last_heavy)
         tl.store(target_ptr + row, target)
     else:
         used = tl.full((), 0, tl.int64)

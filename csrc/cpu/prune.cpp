@@ -16,9 +16,8 @@ namespace vico {
 namespace VICO_ISA {
 namespace {
 
-template <typename T>
-void mark(const PruneArgs& a, const std::vector<Segment<T>>& segments, Judged* judged) {
-  for (const Segment<T>& s : segments) {
+void mark(const PruneArgs& a, const std::vector<Segment>& segments, Judged* judged) {
+  for (const Segment& s : segments) {
     const PruneAlways always = a.rule.always_keep;
     const bool first =
         always == PruneAlways::kFirst ||
@@ -33,13 +32,13 @@ void mark(const PruneArgs& a, const std::vector<Segment<T>>& segments, Judged* j
   }
 }
 
-template <typename T>
-void update_state(const PruneArgs& a, const Segment<T>& s, const Judged& judged) {
+void update_state(const PruneArgs& a, const Segment& s, const Judged& judged) {
   if (a.steps == nullptr) return;
   a.steps[s.number] += static_cast<int32_t>(s.steps);
+  const int64_t size = size_of(a.dtype);
   const auto put = [&](void* state, int64_t row, int64_t place, int64_t n, int64_t t) {
-    std::memcpy(static_cast<T*>(state) + s.number * row + n * place, s.token(t, n),
-                a.width * sizeof(T));
+    std::memcpy(static_cast<char*>(state) + (s.number * row + n * place) * size, s.row(t, n),
+                a.width * size);
   };
   for (int64_t n = 0; n < s.places; ++n) {
     if (a.previous != nullptr) put(a.previous, a.previous_row, a.previous_place, n, s.steps - 1);
@@ -52,12 +51,11 @@ void update_state(const PruneArgs& a, const Segment<T>& s, const Judged& judged)
 
 // The row of the output that is each token's to write: kept tokens have theirs in order, dropped
 // ones those behind. Lists of what is kept are written on the way; returns how many that is.
-template <typename T>
-int64_t list_kept(const PruneArgs& a, const std::vector<Segment<T>>& segments, const Judged& judged,
+int64_t list_kept(const PruneArgs& a, const std::vector<Segment>& segments, const Judged& judged,
                   std::vector<int32_t>* rows) {
   int64_t count = 0, dropped = std::count(judged.keep.begin(), judged.keep.end(), uint8_t{1});
   a.cu_count[0] = 0;
-  for (const Segment<T>& s : segments) {
+  for (const Segment& s : segments) {
     const int64_t positions_step = a.packed ? s.places : a.positions_step;
     const int64_t mask_step = a.packed ? s.places : a.mask_step;
     const int64_t from = a.packed ? s.start : 0;
@@ -89,27 +87,28 @@ int64_t list_kept(const PruneArgs& a, const std::vector<Segment<T>>& segments, c
 
 // Each thread writes the rows of the tokens that it has scored, the last first: these are still in
 // its cache. With a row of padding for each dropped token all threads write alike much.
-template <typename T>
-void compact(const PruneArgs& a, const std::vector<Segment<T>>& segments, const Judged& judged,
+void compact(const PruneArgs& a, const std::vector<Segment>& segments, const Judged& judged,
              int n_threads) {
   std::vector<int32_t> rows(a.total);
   const int64_t count = list_kept(a, segments, judged, &rows);
-  const int64_t bytes = a.width * int64_t{sizeof(T)};
+  const int64_t size = size_of(a.dtype), bytes = a.width * size;
   const bool streamed = a.capacity * bytes >= kStreamedBytes;
-  const auto row_at = [&](int64_t row) { return static_cast<T*>(a.tokens) + row * a.tokens_row; };
+  const auto row_at = [&](int64_t row) {
+    return static_cast<char*>(a.tokens) + row * a.tokens_row * size;
+  };
   const int workers = worthwhile_threads(a.capacity * a.width, n_threads);
 #pragma omp parallel num_threads(workers)
   {
     const int thread = omp_get_thread_num(), threads = omp_get_num_threads();
     for (size_t i = segments.size(); i-- > 0;) {
-      const Segment<T>& s = segments[i];
+      const Segment& s = segments[i];
       const Share own = share_of(s.places, thread, threads);
       for (int64_t n = own.end; n-- > own.begin;) {
         for (int64_t t = s.steps; t-- > 0;) {
           const int64_t row = rows[s.at(t, n)];
           if (row >= a.capacity) continue;
           if (row < count) {
-            copy_row(row_at(row), s.token(t, n), bytes, streamed);
+            copy_row(row_at(row), s.row(t, n), bytes, streamed);
           } else {
             clear_row(row_at(row), bytes, true);  // nobody reads it
           }
@@ -123,28 +122,27 @@ void compact(const PruneArgs& a, const std::vector<Segment<T>>& segments, const 
   }
 }
 
-template <typename T>
-void prune(const PruneArgs& a, int n_threads) {
-  const std::vector<Segment<T>> segments = segments_of<T>(a);
-  Judged judged(a.total);
-  mark(a, segments, &judged);
-  for (const Segment<T>& s : segments) Scorer<T>(a, s, &judged, n_threads).run();
-  decide(a, segments, &judged);
-  for (const Segment<T>& s : segments) update_state(a, s, judged);
-  compact(a, segments, judged, n_threads);
+void score(const PruneArgs& a, const Segment& s, Judged* judged, int n_threads) {
+  switch (a.dtype) {
+    case DType::kFloat32:
+      return Scorer<float>(a, s, judged, n_threads).run();
+    case DType::kFloat16:
+      return Scorer<Half>(a, s, judged, n_threads).run();
+    case DType::kBFloat16:
+      return Scorer<BFloat16>(a, s, judged, n_threads).run();
+  }
 }
 
 }  // namespace
 
-void prune_tokens(const PruneArgs& args, int n_threads) {
-  switch (args.dtype) {
-    case DType::kFloat32:
-      return prune<float>(args, n_threads);
-    case DType::kFloat16:
-      return prune<Half>(args, n_threads);
-    case DType::kBFloat16:
-      return prune<BFloat16>(args, n_threads);
-  }
+void prune_tokens(const PruneArgs& a, int n_threads) {
+  const std::vector<Segment> segments = segments_of(a);
+  Judged judged(a.total);
+  mark(a, segments, &judged);
+  for (const Segment& s : segments) score(a, s, &judged, n_threads);
+  decide(a, segments, &judged);
+  for (const Segment& s : segments) update_state(a, s, judged);
+  compact(a, segments, judged, n_threads);
 }
 
 }  // namespace VICO_ISA

@@ -71,8 +71,7 @@ inline void rank_groups(const PruneArgs& a, int64_t unit, int64_t begin, int64_t
   }
 }
 
-template <typename T>
-void decide(const PruneArgs& a, const std::vector<Segment<T>>& segments, Judged* judged) {
+inline void decide(const PruneArgs& a, const std::vector<Segment>& segments, Judged* judged) {
   const PruneRule& rule = a.rule;
   int64_t unit = 0;
   const auto rank = [&](int64_t begin, int64_t end) {
@@ -88,14 +87,14 @@ void decide(const PruneArgs& a, const std::vector<Segment<T>>& segments, Judged*
   } else if (rule.scope == PruneScope::kCall) {
     rank(0, a.total);
   } else {
-    for (const Segment<T>& s : segments) {
+    for (const Segment& s : segments) {
       const int64_t length = rule.scope == PruneScope::kStep ? s.places : s.steps * s.places;
       for (int64_t begin = 0; begin < s.steps * s.places; begin += length)
         rank(s.start + begin, s.start + begin + length);
     }
   }
   if (rule.reduce_any) {
-    for (const Segment<T>& s : segments) {
+    for (const Segment& s : segments) {
       for (int64_t n = 0; n < s.places; ++n) {
         bool any = false;
         for (int64_t t = 0; t < s.steps; ++t) {

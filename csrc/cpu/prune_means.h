@@ -69,14 +69,14 @@ struct ColumnSums {
 // Tokens [first, last) of step t that hold neither NaN nor inf; scaled to length 1 where
 // `squares` (of the channels compared) are given.
 template <typename T, typename Channels>
-void sum_group(const Segment<T>& s, int64_t t, int64_t first, int64_t last, const Judged& judged,
+void sum_group(const Segment& s, int64_t t, int64_t first, int64_t last, const Judged& judged,
                const float* squares, int64_t width, Channels channels, ColumnSums* into) {
   const T* rows[kGroupTokens];
   float scale[kGroupTokens];
   int64_t whole = 0;
   for (int64_t n = first; n < last; ++n) {
     if (judged.marks[s.at(t, n)] & kBroken) continue;
-    rows[whole] = s.token(t, n);
+    rows[whole] = s.token<T>(t, n);
     scale[whole++] = squares == nullptr ? 1.0f : inverse_norm(squares[s.at(t, n)]);
   }
   int64_t r = 0;

@@ -39,7 +39,7 @@ float compare(PruneMetric metric, const T* token, float squares, const Other<V>&
 template <typename T>
 class Scorer {
  public:
-  Scorer(const PruneArgs& a, const Segment<T>& s, Judged* judged, int n_threads)
+  Scorer(const PruneArgs& a, const Segment& s, Judged* judged, int n_threads)
       : a_(a),
         rule_(a.rule),
         s_(s),
@@ -74,12 +74,13 @@ class Scorer {
     const bool unit_now = unit_means && !some_channels_;
     each_group(raw.groups, [&](int64_t t, int64_t g, int64_t first, int64_t last) {
       for (int64_t n = first; n < last; ++n)
-        set_squares(s_.at(t, n), squares_of(s_.token(t, n), a_.width));
+        set_squares(s_.at(t, n), squares_of(s_.token<T>(t, n), a_.width));
       if (raw_means)
-        sum_group(s_, t, first, last, judged_, nullptr, a_.width, AllChannels{}, &raw.group(t, g));
+        sum_group<T>(s_, t, first, last, judged_, nullptr, a_.width, AllChannels{},
+                     &raw.group(t, g));
       if (unit_now)
-        sum_group(s_, t, first, last, judged_, judged_.squares.data(), a_.width, AllChannels{},
-                  &unit.group(t, g));
+        sum_group<T>(s_, t, first, last, judged_, judged_.squares.data(), a_.width, AllChannels{},
+                     &unit.group(t, g));
     });
     if (raw_means) join(&raw);
     if (some_channels_) {
@@ -93,10 +94,10 @@ class Scorer {
       const SomeChannels channels{mask_.data()};
       each_group(raw.groups, [&](int64_t t, int64_t g, int64_t first, int64_t last) {
         for (int64_t n = first; n < last; ++n)
-          channel_squares_[s_.at(t, n)] = squares_of(s_.token(t, n), a_.width, channels);
+          channel_squares_[s_.at(t, n)] = squares_of(s_.token<T>(t, n), a_.width, channels);
         if (unit_means)
-          sum_group(s_, t, first, last, judged_, channel_squares_.data(), a_.width, channels,
-                    &unit.group(t, g));
+          sum_group<T>(s_, t, first, last, judged_, channel_squares_.data(), a_.width, channels,
+                       &unit.group(t, g));
       });
     }
     if (unit_means) join(&unit);
@@ -230,9 +231,9 @@ class Scorer {
     }
     for (int64_t t = 0; t < s_.steps; ++t) {
       const int64_t at = s_.at(t, n);
-      const T* token = s_.token(t, n);
+      const T* token = s_.token<T>(t, n);
       if (t + 1 < s_.steps || n + 1 < s_.places)
-        prefetch_row(t + 1 < s_.steps ? s_.token(t + 1, n) : s_.token(0, n + 1),
+        prefetch_row(t + 1 < s_.steps ? s_.token<T>(t + 1, n) : s_.token<T>(0, n + 1),
                      a_.width * sizeof(T));
       float score = a_.external_score == nullptr ? 0.0f : a_.external_score[at] * rule_.external;
       bool squares_known = squares_known_ || rule_.terms == 0;
@@ -281,7 +282,7 @@ class Scorer {
 
   const PruneArgs& a_;
   const PruneRule& rule_;
-  const Segment<T>& s_;
+  const Segment& s_;
   Judged& judged_;
   const int threads_;
   const bool some_channels_;

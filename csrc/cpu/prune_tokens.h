@@ -12,24 +12,27 @@ namespace vico {
 namespace VICO_ISA {
 
 // One chunk, or one segment of the packed form.
-template <typename T>
 struct Segment {
   int64_t number, steps, places, start;  // start: its first token in the call
-  const T* x;
-  int64_t x_step, x_row;
+  const char* x;
+  int64_t x_step, x_row;  // in bytes
 
-  const T* token(int64_t t, int64_t n) const { return x + t * x_step + n * x_row; }
+  const char* row(int64_t t, int64_t n) const { return x + t * x_step + n * x_row; }
+  template <typename T>
+  const T* token(int64_t t, int64_t n) const {
+    return reinterpret_cast<const T*>(row(t, n));
+  }
   int64_t at(int64_t t, int64_t n) const { return start + t * places + n; }
 };
 
-template <typename T>
-std::vector<Segment<T>> segments_of(const PruneArgs& a) {
-  std::vector<Segment<T>> made;
+inline std::vector<Segment> segments_of(const PruneArgs& a) {
+  std::vector<Segment> made;
+  const int64_t row = a.x_row * size_of(a.dtype), step = a.x_step * size_of(a.dtype);
   int64_t start = 0;
   for (int64_t s = 0; s < a.segments; ++s) {
     const int64_t steps = a.shapes[2 * s], places = a.shapes[2 * s + 1];
-    made.push_back({s, steps, places, start, static_cast<const T*>(a.x) + start * a.x_row,
-                    a.packed ? places * a.x_row : a.x_step, a.x_row});
+    made.push_back({s, steps, places, start, static_cast<const char*>(a.x) + start * row,
+                    a.packed ? places * row : step, row});
     start += steps * places;
   }
   return made;

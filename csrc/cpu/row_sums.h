@@ -87,7 +87,7 @@ struct SomeChannels {
 };
 
 template <typename A, typename Channels = AllChannels>
-VICO_INLINE float squares_of(const A* a, int64_t n, Channels channels = {}) {
+VICO_NOINLINE float squares_of(const A* a, int64_t n, Channels channels = {}) {
   float sum;
   row_sums<1>(n, &sum, [&](int64_t i, int64_t left, Floats* total) {
     const Floats v = channels(load_lanes(a + i, left), i);
@@ -97,7 +97,7 @@ VICO_INLINE float squares_of(const A* a, int64_t n, Channels channels = {}) {
 }
 
 template <typename A, typename B, typename Channels = AllChannels>
-VICO_INLINE float dot_of(const A* a, const B* b, int64_t n, Channels channels = {}) {
+VICO_NOINLINE float dot_of(const A* a, const B* b, int64_t n, Channels channels = {}) {
   float sum;
   row_sums<1>(n, &sum, [&](int64_t i, int64_t left, Floats* total) {
     total[0] += channels(load_lanes(a + i, left), i) * channels(load_lanes(b + i, left), i);
@@ -110,7 +110,7 @@ struct SquaresAndDot {
 };
 
 template <typename T>
-VICO_INLINE SquaresAndDot squares_and_dot(const T* a, const T* b, int64_t n) {
+VICO_NOINLINE SquaresAndDot squares_and_dot(const T* a, const T* b, int64_t n) {
   float sum[2];
   row_sums<2>(n, sum, [&](int64_t i, int64_t left, Floats* total) {
     const Floats v = load_lanes(a + i, left), w = load_lanes(b + i, left);
@@ -122,7 +122,7 @@ VICO_INLINE SquaresAndDot squares_and_dot(const T* a, const T* b, int64_t n) {
 
 // sum |a - b|
 template <typename A, typename B, typename Channels = AllChannels>
-VICO_INLINE float absolute_distance(const A* a, const B* b, int64_t n, Channels channels = {}) {
+VICO_NOINLINE float absolute_distance(const A* a, const B* b, int64_t n, Channels channels = {}) {
   float sum;
   row_sums<1>(n, &sum, [&](int64_t i, int64_t left, Floats* total) {
     total[0] += absolute(channels(load_lanes(a + i, left) - load_lanes(b + i, left), i));
@@ -132,8 +132,8 @@ VICO_INLINE float absolute_distance(const A* a, const B* b, int64_t n, Channels 
 
 // sum (a * a_scale - b * b_scale)^2
 template <typename A, typename B, typename Channels = AllChannels>
-VICO_INLINE float square_distance(const A* a, float a_scale, const B* b, float b_scale, int64_t n,
-                                  Channels channels = {}) {
+VICO_NOINLINE float square_distance(const A* a, float a_scale, const B* b, float b_scale, int64_t n,
+                                    Channels channels = {}) {
   float sum;
   row_sums<1>(n, &sum, [&](int64_t i, int64_t left, Floats* total) {
     const Floats v = rounded(load_lanes(a + i, left) * a_scale);

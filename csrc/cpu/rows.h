@@ -97,11 +97,11 @@ inline uint16_t float_to_half(float value) {
   return static_cast<uint16_t>(sign | ((rounded - 0x38000000u) >> 13));
 }
 
-inline void load_row(const Half* row, float* out, int n) {
+VICO_NOINLINE inline void load_row(const Half* row, float* out, int n) {
   for (int i = 0; i < n; ++i) out[i] = half_to_float(row[i].bits);
 }
 
-inline void store_row(const float* row, Half* out, int n) {
+VICO_NOINLINE inline void store_row(const float* row, Half* out, int n) {
   for (int i = 0; i < n; ++i) out[i].bits = float_to_half(row[i]);
 }
 #endif

@@ -227,6 +227,23 @@ def test_permuting_the_blocks_permutes_the_choice(backend):
             assert chosen == {int(i) for i in got.block_index[s] if i >= 0}
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_all_of_the_mass_leaves_what_weighs_nothing(backend):
+    """Sums of one order may stay below those of another by a bit, which must not choose all."""
+    name, device = backend
+    scores = torch.softmax(2 * tensors.randn((32, 300), seed=8), -1)
+    scores[:, 250:270] = 0.0
+    scores[:, 270:] = NAN
+    scores[::2, 0] = 0.0  # forced, and weighs nothing: those behind it count as before
+    got = vico.topk_blocks(
+        None, None, external_score=scores.to(device), mass=1.0, force_first=1, backend=name
+    )
+    heavy = (scores > 0).sum(-1) + (scores[:, 0] == 0)
+    # The lightest may be too light to show in a sum.
+    assert ((heavy - 2 <= got.count.view(-1).cpu()) & (got.count.view(-1).cpu() <= heavy)).all()
+    assert int(got.block_index.max()) < 250
+
+
 @pytest.mark.parametrize(
     "options,width",
     [

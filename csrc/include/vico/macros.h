@@ -1,6 +1,9 @@
 // What lets one inline function serve host and device.
 #pragma once
 
+// A copy at each call would cost the compiler far more than the calls cost: rows are long.
+#define VICO_NOINLINE __attribute__((noinline))
+
 #if defined(__CUDACC__)
 #define VICO_INLINE __host__ __device__ __forceinline__
 #else
