@@ -52,9 +52,11 @@ def remember(check: Callable[..., Any]) -> Callable[..., Any]:
             )
             return passed[key]
         except KeyError:
-            return _passing(check, args, passed, key)
+            pass
         except (TypeError, RuntimeError, AttributeError):  # symbolic sizes have no hash
-            return check(*args)
+            key = None
+        # Out here, so that what it raises does not come with the key's whole KeyError.
+        return _passing(check, args, passed, key)
 
     return remembering
 
@@ -74,15 +76,18 @@ def remember_pages(check: Callable[..., Any]) -> Callable[..., Any]:
             )  # fmt: skip
             return passed[key]
         except KeyError:
-            return _passing(check, (a, b, c, d, e), passed, key)
+            pass
         except (TypeError, RuntimeError, AttributeError):
-            return check(a, b, c, d, e)
+            key = None
+        return _passing(check, (a, b, c, d, e), passed, key)
 
     return remembering
 
 
 def _passing(check, args: tuple[object, ...], passed: dict[Hashable, Any], key: Hashable) -> Any:
     result = check(*args)
+    if key is None:
+        return result
     if len(passed) >= _MOST_REMEMBERED:
         passed.clear()
     passed[key] = result
@@ -174,8 +179,17 @@ def check_choice(op: str, name: str, value: object, allowed: Iterable[object]) -
 def check_range(
     op: str, name: str, value: float, low: float | None = None, high: float | None = None
 ) -> None:
-    """Raises ValueError unless ``low <= value <= high`` (None does not restrict; NaN fails)."""
-    if value != value or (low is not None and value < low) or (high is not None and value > high):
+    """Raises ValueError unless ``low <= value <= high`` (None does not restrict; NaN fails), and
+    TypeError for what is no number."""
+    try:
+        outside = (
+            value != value
+            or (low is not None and value < low)
+            or (high is not None and value > high)
+        )
+    except TypeError:
+        raise TypeError(f"{op}: {name}={value!r:.60} must be a number") from None
+    if outside:
         bounds = f"[{'-inf' if low is None else low}, {'inf' if high is None else high}]"
         raise ValueError(f"{op}: {name}={value} is outside {bounds}")
 
@@ -217,14 +231,16 @@ def check_apart(op: str, **tensors: torch.Tensor | None) -> None:
         seen[address] = name
 
 
-def check_tensors(op: str, optional: bool = False, **tensors: object) -> None:
-    """The public functions' share: what is no tensor never reaches the dispatcher's own errors."""
-    for name, value in tensors.items():
-        if not isinstance(value, torch.Tensor) and not (optional and value is None):
-            raise TypeError(
-                f"{op}: {name} must be a tensor{' or None' if optional else ''}, "
-                f"got {type(value).__name__}"
-            )
+def check_tensor(op: str, name: str, value: object) -> None:
+    """For what is asked for its shape before the op itself looks at its arguments."""
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{op}: {name} must be a tensor, got {type(value).__name__}")
+
+
+def check_int(op: str, name: str, value: object) -> None:
+    """Raises TypeError unless ``value`` is an integer, numpy's and symbolic ones included."""
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"{op}: {name}={value!r} must be an int")
 
 
 def int_list(op: str, name: str, value: Iterable[object] | None) -> list[int] | None:
@@ -235,6 +251,14 @@ def int_list(op: str, name: str, value: Iterable[object] | None) -> list[int] | 
         return [operator.index(v) for v in value]
     except TypeError:
         raise TypeError(f"{op}: {name}={value!r} must be a sequence of ints or None") from None
+
+
+def float_list(op: str, name: str, value: Iterable[object]) -> list[float]:
+    """``value`` as a list of floats; raises TypeError for anything else."""
+    try:
+        return [float(v) for v in value]
+    except (TypeError, ValueError):
+        raise TypeError(f"{op}: {name}={value!r} must be a sequence of floats") from None
 
 
 def check_mrope_section(op: str, section: Sequence[int] | None, half: int) -> None:

@@ -48,7 +48,7 @@ BAD = [
     ({"page_table": ints(2, 3).long()}, TypeError, "page_table has dtype int64"),
     ({"page_table": [[1]]}, TypeError, "page_table must be a tensor, got list"),
     ({"kv_len": [11, 8]}, TypeError, "kv_len must be a tensor or None, got list"),
-    ({"out": "x"}, TypeError, "out must be a tensor or None, got str"),
+    ({"out": "x"}, TypeError, "out must be a tensor, got str"),
     ({"page_table": ints(2)}, ValueError, "page_table must have 2 dimensions"),
     (
         {"page_table": ints(2, 3, 3), "page_fill": FILL, "kv_len": None},

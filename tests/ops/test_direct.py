@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch._subclasses import FakeTensorMode
@@ -153,14 +155,23 @@ def test_gradients_are_refused_on_the_short_way_too(rows):
             vico.gather_rows(dual, index)
 
 
-def test_a_written_tensor_has_a_new_version():
+@pytest.mark.parametrize("around", [nullcontext, torch.inference_mode, torch.profiler.profile])
+def test_a_written_tensor_has_a_new_version(around):
+    """What autograd saved of it must not serve a backward pass, in inference mode neither."""
     q = tensors.randn((3, 2, 8), seed=5)
     pages = torch.zeros(1, 4, 1, 8)
-    before = pages._version
     out = torch.empty_like(q)
-    vico.sink_window_attention(
-        q, pages, pages, torch.zeros(1, 1, dtype=torch.int32),
-        torch.tensor([0, 3], dtype=torch.int32), kv_len=torch.tensor([4], dtype=torch.int32),
-        out=out,
-    )  # fmt: skip
-    assert out._version > 0 and pages._version == before
+    before = pages._version, out._version
+
+    def call(out):
+        vico.sink_window_attention(
+            q, pages, pages, torch.zeros(1, 1, dtype=torch.int32),
+            torch.tensor([0, 3], dtype=torch.int32), kv_len=torch.tensor([4], dtype=torch.int32),
+            out=out,
+        )  # fmt: skip
+
+    with around():
+        call(out)
+    assert (pages._version, out._version) == (before[0], before[1] + 1)
+    with torch.inference_mode(), around():
+        call(torch.empty_like(q))  # has no version, which is no error

@@ -153,7 +153,7 @@ def test_registration_and_fullgraph():
         ({"block_index": torch.zeros(1, 3).int()}, ValueError, "block_index has shape .*S=2"),
         ({"block_pages": torch.zeros(2, 3).int()}, ValueError, "block_pages must have 3 dim"),
         ({"sink_pages": torch.zeros(2).int()}, ValueError, "sink_pages must have 2 dim"),
-        ({"recent_pages": [[1], [2]]}, TypeError, "recent_pages must be a tensor, got list"),
+        ({"recent_pages": [[1], [2]]}, TypeError, "recent_pages must be a tensor or None"),
         ({"backend": "fast"}, ValueError, "backend='fast'"),
     ],
 )

@@ -22,6 +22,14 @@ if _KNOWN:
     _thread_keys, _tensor_keys, _function_modes = (getattr(_C, name) for name in _PRIVATE)
     _profiler = _C._autograd._profiler_enabled
 _TENSORS = (torch.Tensor, torch.nn.Parameter)
+#: Schema type -> what its arguments are called, and what torch takes for one.
+_KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "Tensor": ("a tensor", lambda x: isinstance(x, torch.Tensor)),
+    "int": ("an int", lambda x: hasattr(x, "__index__")),
+    "float": ("a float", lambda x: hasattr(x, "__float__") or hasattr(x, "__index__")),
+    "str": ("a string", lambda x: isinstance(x, str)),
+    "ScalarType": ("a torch.dtype", lambda x: isinstance(x, torch.dtype)),
+}
 _PLAIN = {
     "int": (int,),
     "float": (float,),
@@ -54,8 +62,7 @@ def direct(
 ) -> Callable[..., Any]:
     """``overload`` for positional arguments; it calls the kernel ``run`` itself where it may.
 
-    ``written``: the places of the arguments that ``run`` writes. Autograd refuses to use what it
-    saved of a tensor that was written since, and the kernels write behind its back.
+    ``written``: the places of the arguments that ``run`` writes.
     """
     if not _KNOWN:
         return overload
@@ -74,6 +81,8 @@ def direct(
             return overload(*args)
         types = tuple(map(type, args))
         places = places_of.get(types) or learn(types)
+        if places is None:
+            _refuse_types(overload, args)
         allowed = _ALLOWED.get(_thread_keys().raw_repr())
         if places is None or allowed is None or _function_modes() or _profiler():
             return overload(*args)
@@ -93,19 +102,44 @@ def direct(
             if _tensor_keys(tensor).raw_repr() not in allowed or (grad and tensor.requires_grad):
                 return overload(*args)
         result = run(*args)
-        if written and _INFERENCE not in allowed:
-            changed = [args[i] for i in written if i < len(args) and args[i] is not None]
-            torch.autograd.graph.increment_version(changed)
+        if written:
+            increment_versions(args, written)
         return result
 
     return call
 
 
+def increment_versions(args: Sequence[Any], written: Sequence[int]) -> None:
+    """Autograd refuses to use what it saved of a tensor that was written since; the kernels write
+    behind its back. Tensors made in inference mode have no version."""
+    changed = [args[i] for i in written if i < len(args) and args[i] is not None]
+    torch.autograd.graph.increment_version([t for t in changed if not t.is_inference()])
+
+
+def _kind(argument: Any) -> tuple[str, bool]:
+    """What its schema calls an argument's type, and whether it may be None."""
+    kind = argument.type.annotation_str
+    if kind.startswith("Optional["):
+        return kind.removeprefix("Optional[")[:-1], True
+    return kind, False
+
+
 def _types(argument: Any) -> tuple[type, ...]:
     """What an argument may be without the dispatcher converting it."""
-    kind = argument.type.annotation_str
-    optional = kind.startswith("Optional[")
-    if optional:
-        kind = kind.removeprefix("Optional[")[:-1]
+    kind, optional = _kind(argument)
     types = _TENSORS if kind == "Tensor" else _PLAIN.get(kind, ())
     return (*types, type(None)) if optional else types
+
+
+def _refuse_types(overload: Any, args: Sequence[Any]) -> None:
+    """Raises TypeError, by name, for what the dispatcher would refuse with the whole schema."""
+    for argument, value in zip(overload._schema.arguments, args):
+        kind, optional = _kind(argument)
+        wanted, takes = _KINDS.get(kind, ("", None))
+        if takes is None or takes(value) or (optional and value is None):
+            continue
+        name = overload._schema.name.rpartition("::")[2]
+        got = type(value).__name__ if kind == "Tensor" else f"{value!r:.60}"
+        raise TypeError(
+            f"{name}: {argument.name} must be {wanted}{' or None' if optional else ''}, got {got}"
+        )

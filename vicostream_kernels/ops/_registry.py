@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 
-from vicostream_kernels.ops._direct import direct
+from vicostream_kernels.ops._direct import direct, increment_versions
 
 NAMESPACE = "vicostream"
 _LIBRARY = torch.library.Library(NAMESPACE, "DEF")
@@ -35,14 +35,25 @@ def register(
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_LIBRARY)
     arguments = overload._schema.arguments
     written = [i for i, a in enumerate(arguments) if a.alias_info and a.alias_info.is_write]
-    above = (
-        torch.library.fallthrough_kernel if integral else _refuse_autograd(name, overload, written)
-    )
+    above = torch.library.fallthrough_kernel if integral else _refuse_autograd(name, overload)
     _LIBRARY.impl(name, above, "Autograd")
+    if written:
+        # Not with autograd, which inference mode leaves out.
+        _LIBRARY.impl(name, _counted(overload, written), "ADInplaceOrView")
     return direct(overload, run, written, integral)
 
 
-def _refuse_autograd(name: str, overload: Any, written: list[int]) -> Callable[..., Any]:
+def _counted(overload: Any, written: list[int]) -> Callable[..., Any]:
+    def counted(*args: Any) -> Any:
+        with torch._C._AutoDispatchBelowADInplaceOrView():
+            result = overload(*args)
+        increment_versions(args, written)
+        return result
+
+    return counted
+
+
+def _refuse_autograd(name: str, overload: Any) -> Callable[..., Any]:
     def refuse() -> None:
         raise RuntimeError(
             f"{name} has no backward: an input requires grad. Call it under "
@@ -60,12 +71,6 @@ def _refuse_autograd(name: str, overload: Any, written: list[int]) -> Callable[.
                 if dual and dual.tangent is not None:
                     refuse()
         with torch._C._AutoDispatchBelowAutograd():
-            result = overload(*args, **kwargs)
-        if written:
-            # Autograd refuses to use what it saved of a tensor that was written since; the kernels
-            # write behind its back.
-            changed = [args[i] for i in written if i < len(args) and args[i] is not None]
-            torch.autograd.graph.increment_version(changed)
-        return result
+            return overload(*args, **kwargs)
 
     return below_autograd

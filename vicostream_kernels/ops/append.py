@@ -131,14 +131,7 @@ def rope_append(
             f"rope_append: summary must be a KeySummary or None, got {type(summary).__name__}"
         )
     parts = summary if summary is not None else KeySummary()
-    checks.check_tensors(
-        "rope_append", q=q, k=k, v=v, positions=positions, inv_freq=inv_freq, k_pages=k_pages,
-        v_pages=v_pages, slots=slots,
-    )  # fmt: skip
-    checks.check_tensors(
-        "rope_append", optional=True, raw_k_pages=raw_k_pages, sum=parts.sum, count=parts.count,
-        kmin=parts.kmin, kmax=parts.kmax, block_of_page=block_of_page,
-    )  # fmt: skip
+    checks.check_tensor("rope_append", "q", q)
     checks.check_choice("rope_append", "summary.source", parts.source, ("rotated", "raw"))
     q_out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     _rope_append(

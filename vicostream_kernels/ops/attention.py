@@ -95,15 +95,7 @@ def sink_window_attention(
     pass with LSE, FlashAttention-2 (arXiv 2307.08691); page tables, PagedAttention (arXiv
     2309.06180); learned sink logits, gpt-oss (arXiv 2508.10925).
     """
-    checks.check_tensors(
-        "sink_window_attention", q=q, k_pages=k_pages, v_pages=v_pages, page_table=page_table,
-        cu_seqlens_q=cu_seqlens_q,
-    )  # fmt: skip
-    checks.check_tensors(
-        "sink_window_attention", optional=True, kv_len=kv_len, page_fill=page_fill,
-        window_start=window_start, sink_logits=sink_logits, page_shift=page_shift,
-        inv_freq=inv_freq, out=out,
-    )  # fmt: skip
+    checks.check_tensor("sink_window_attention", "q", q)
     result = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
     lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device) if return_lse else None
     _attention.sink_window_attention(
@@ -170,9 +162,6 @@ def varlen_attention(
 
     Source: window attention of Qwen2.5-VL's ViT (arXiv 2502.13923, section 2.1.1).
     """
-    checks.check_tensors(
-        "varlen_attention", q=q, k=k, v=v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k
-    )
     return _attention.varlen_attention(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, sm_scale, backend
     )
@@ -210,5 +199,4 @@ def merge_states(
     Source: online softmax (Milakov and Gimelshein, arXiv 1805.02867), as FlashInfer's cascade
     merge (arXiv 2501.01005, section 2.2).
     """
-    checks.check_tensors("merge_states", out_a=out_a, lse_a=lse_a, out_b=out_b, lse_b=lse_b)
     return _attention.merge_states(out_a, lse_a, out_b, lse_b, backend)

@@ -125,11 +125,22 @@ def preprocess_frames(
     """
     checks.Dims(_OP).bind("frames", frames, "F H W 3", torch.uint8)
     _check_sizes(patch=patch, merge=merge, temporal=temporal, resizes=resizes)
+    checks.check_choice(_OP, "dtype", dtype, checks.FLOAT_DTYPES)
+    checks.check_choice(_OP, "backend", backend, ("auto", *backends.BACKENDS))
     height, width = frames.shape[1:3]
     for _ in range(resizes):
         height, width = smart_resize(height, width, patch * merge, min_pixels, max_pixels)
     patches = torch.ops.vicostream.preprocess_frames(
-        frames, height, width, list(mean), list(std), patch, merge, temporal, dtype, backend
+        frames,
+        height,
+        width,
+        checks.float_list(_OP, "mean", mean),
+        checks.float_list(_OP, "std", std),
+        patch,
+        merge,
+        temporal,
+        dtype,
+        backend,
     )
     steps = -(-frames.shape[0] // temporal)
     return patches, (steps, height // patch, width // patch)
@@ -137,6 +148,7 @@ def preprocess_frames(
 
 def _check_sizes(**sizes: int) -> None:
     for name, value in sizes.items():
+        checks.check_int(_OP, name, value)
         checks.check_range(_OP, name, value, 1)
 
 

@@ -125,8 +125,10 @@ def prune_tokens(
     total = x.shape[:-1].numel()
     if capacity is None:
         capacity = total
-    if capacity < 1:
-        raise ValueError(f"{_OP}: capacity={capacity} must be at least 1")
+    checks.check_int(_OP, "capacity", capacity)
+    checks.check_range(_OP, "capacity", capacity, 1)
+    if not isinstance(state, PruneState | None):
+        raise TypeError(f"{_OP}: state must be a PruneState or None, got {type(state).__name__}")
     pairs = None if shapes is None else _flat_shapes(shapes)
     segments = 1 if pairs is None else len(pairs) // 2
     tokens = x.new_empty((capacity, x.shape[-1]))
@@ -182,8 +184,7 @@ def _check(
     dims.bind("index", index, "C", torch.int32, x.device)
     dims.bind("mask", mask, rows, torch.bool, x.device)
     dims.bind("cu_count", cu_count, str(len(chunks) + 1), torch.int32, x.device)
-    if dims["C"] < 1:
-        raise ValueError(f"{_OP}: capacity={dims['C']} must be at least 1")
+    checks.check_range(_OP, "capacity", dims["C"], 1)
     state = {"previous": previous, "last_kept": last_kept, "mean": mean, "mean_count": mean_count}
     _check_state(dims, x, parsed, chunks, steps, state)
     if (external_score is not None) != bool(parsed.external):

@@ -6,6 +6,7 @@ A block is a run of tokens with pages of its own (a chunk of video, a frame, a p
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -68,16 +69,15 @@ def summarize_blocks(
     Source: mean keys as in ReKV (arXiv 2503.00540), min and max keys as in Quest (arXiv
     2406.10774), parts of a page as in LServe (arXiv 2502.14866).
     """
-    _check_types("summarize_blocks", k_pages=k_pages, block_pages=block_pages, page_fill=page_fill)
     first, second = _retrieve.summarize_blocks(k_pages, block_pages, page_fill, kind, sub, backend)
     return first if kind == "mean" else (first, second)
 
 
-def _check_types(op: str, **tensors: object) -> None:
-    """torch's own message for a list where a tensor belongs shows the schema, not the mistake."""
-    for name, value in tensors.items():
-        if value is not None and not isinstance(value, torch.Tensor):
-            raise TypeError(f"{op}: {name} must be a tensor, got {type(value).__name__}")
+def _whole_or_sizes(block_tokens: int | torch.Tensor | None) -> tuple[Any, Any]:
+    """``block_tokens`` as one number for all blocks, or as what must be a tensor of them."""
+    if isinstance(block_tokens, torch.Tensor) or not hasattr(block_tokens, "__index__"):
+        return None, block_tokens
+    return block_tokens, None
 
 
 def _summary_tensors(
@@ -199,20 +199,12 @@ def topk_blocks(
     (arXiv 2512.12284: mass).
     """
     first, second, count = _summary_tensors("topk_blocks", summary, score)
-    whole = block_tokens if isinstance(block_tokens, int) else None
-    sizes = None if whole is not None else block_tokens
-    try:
-        found = _retrieve.topk_blocks(
-            query, first, second, count, cu_seqlens, num_blocks, external_score, sizes, score, pool,
-            scope, sm_scale, k, ratio, mass, token_budget, whole, max_blocks, min_k, group,
-            force_first, force_last, backend,
-        )  # fmt: skip
-    except (TypeError, RuntimeError):  # looked at when something is wrong only: it takes its time
-        _check_types(
-            "topk_blocks", query=query, summary=first, kmax=second, num_blocks=num_blocks,
-            cu_seqlens=cu_seqlens, external_score=external_score, block_tokens=sizes,
-        )  # fmt: skip
-        raise
+    whole, sizes = _whole_or_sizes(block_tokens)
+    found = _retrieve.topk_blocks(
+        query, first, second, count, cu_seqlens, num_blocks, external_score, sizes, score, pool,
+        scope, sm_scale, k, ratio, mass, token_budget, whole, max_blocks, min_k, group,
+        force_first, force_last, backend,
+    )  # fmt: skip
     return TopBlocks(*found)
 
 
@@ -246,14 +238,7 @@ def select_pages(
             a block index out of range.
         BackendUnavailable: the backend asked for can't serve this; the message says what can.
     """
-    try:
-        return _retrieve.select_pages(block_index, block_pages, sink_pages, recent_pages, backend)
-    except (TypeError, RuntimeError):  # looked at when something is wrong only: it takes its time
-        _check_types(
-            "select_pages", block_index=block_index, block_pages=block_pages,
-            sink_pages=sink_pages, recent_pages=recent_pages,
-        )  # fmt: skip
-        raise
+    return _retrieve.select_pages(block_index, block_pages, sink_pages, recent_pages, backend)
 
 
 def topk_pages(
@@ -308,19 +293,10 @@ def topk_pages(
         RuntimeError: an input requires grad (there is no backward).
     """
     first, second, count = _summary_tensors("topk_pages", summary, score)
-    whole = block_tokens if isinstance(block_tokens, int) else None
-    sizes = None if whole is not None else block_tokens
-    try:
-        table, *found = _retrieve.topk_pages(
-            query, first, block_pages, sink_pages, recent_pages, second, count, cu_seqlens,
-            num_blocks, external_score, sizes, score, pool, scope, sm_scale, k, ratio, mass,
-            token_budget, whole, max_blocks, min_k, group, force_first, force_last, backend,
-        )  # fmt: skip
-    except (TypeError, RuntimeError):  # looked at when something is wrong only: it takes its time
-        _check_types(
-            "topk_pages", query=query, summary=first, kmax=second, block_pages=block_pages,
-            sink_pages=sink_pages, recent_pages=recent_pages, num_blocks=num_blocks,
-            cu_seqlens=cu_seqlens, external_score=external_score, block_tokens=sizes,
-        )  # fmt: skip
-        raise
+    whole, sizes = _whole_or_sizes(block_tokens)
+    table, *found = _retrieve.topk_pages(
+        query, first, block_pages, sink_pages, recent_pages, second, count, cu_seqlens,
+        num_blocks, external_score, sizes, score, pool, scope, sm_scale, k, ratio, mass,
+        token_budget, whole, max_blocks, min_k, group, force_first, force_last, backend,
+    )  # fmt: skip
     return table, TopBlocks(*found)

@@ -100,7 +100,9 @@ def select_changed(
     if threshold is None:
         k = max(1, k)
     capacity = max_changed
-    if capacity is None:
+    if max_changed is not None:
+        checks.check_int("select_changed", "max_changed", max_changed)
+    else:
         capacity = k if threshold is None else places
     return Changed(
         *_select_changed(feature, reference, k, threshold, capacity, metric, force, backend)
