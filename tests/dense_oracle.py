@@ -191,6 +191,6 @@ def _visible(
         if kind == "question" and method.retrieve is not None:
             visible[row] &= is_["system"] | is_["question"] | asked_about
         elif kind not in ("question", "system") and reach is not None:
-            system = is_["system"] & (method.engine.system_prompt == "always" or mine <= reach)
+            system = is_["system"] & (method.engine.system_prompt == "always" or mine < reach)
             visible[row] &= system | (~is_["system"] & (mine - number <= reach))
     return visible

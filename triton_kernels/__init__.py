@@ -6,7 +6,22 @@ when an op is first served by it; this one does not.
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
+
+
+@cache
+def mend_interpreter(version: str) -> None:
+    """Before kernels run in the interpreter of ``triton.__version__``; once for a process."""
+    if _release(version) < (3, 7):
+        from vicostream_kernels.triton_kernels import _interpreter
+
+        _interpreter.mend()
+
+
+def _release(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split(".")[:2])
 
 
 def refusal(
@@ -25,7 +40,7 @@ def refusal(
         capability: `torch.cuda.get_device_capability()`; None for Triton's interpreter.
         dtype: of the tensors; None when it is not known yet.
     """
-    if tuple(int(part) for part in version.split(".")[:2]) < (3, 3):
+    if _release(version) < (3, 3):
         return f"Triton {version} has no tuples of tensors, which the kernels use; 3.3 or newer has"
     if capability is not None and capability < (8, 0):
         return (

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from vicostream_kernels.triton_kernels import refusal
+from vicostream_kernels.triton_kernels import mend_interpreter, refusal
 
 WORDS = ("prune", "attention", "reuse", "retrieve", "preprocess", "append")
 BACKENDS = ("cuda", "triton", "cpu", "reference")
@@ -85,9 +85,13 @@ def _triton_missing(device_type: str, dtype: torch.dtype | None = None) -> str |
         triton = importlib.import_module("triton")
     except ImportError as error:
         return f"triton is not installed ({error}); pip install 'vicostream-kernels[triton]'"
-    usable = device_type == "cuda" and torch.cuda.is_available()
-    capability = torch.cuda.get_device_capability() if usable else (8, 0)
-    return refusal(triton.__version__, None if device_type != "cuda" else capability, dtype)
+    if device_type != "cuda":
+        reason = refusal(triton.__version__, None, dtype)
+        if reason is None:
+            mend_interpreter(triton.__version__)
+        return reason
+    capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else (8, 0)
+    return refusal(triton.__version__, capability, dtype)
 
 
 def missing(backend: str, device_type: str, dtype: torch.dtype | None = None) -> str | None:

@@ -162,7 +162,7 @@ def check_dtype(
 
 
 def check_head_dim(op: str, d: int) -> None:
-    """Head dims are multiples of 8 up to 256 (design.md, rule 5)."""
+    """Head dims are multiples of 8 up to 256 (the ops' common contract)."""
     if d % 8 or not 8 <= d <= MAX_HEAD_DIM:
         raise ValueError(f"{op}: head dim {d} must be a multiple of 8 from 8 to {MAX_HEAD_DIM}")
 

@@ -69,7 +69,7 @@ def run(
         list[str] | None,
         typer.Option(
             metavar='"TIME TEXT"',
-            help="A question and when to ask it: seconds, mm:ss, or end. May be repeated.",
+            help="A question and when to ask it: seconds, mm:ss, h:mm:ss, or end. May be repeated.",
         ),
     ] = None,
     fps: Annotated[

@@ -127,22 +127,13 @@ def _read(lines: Sequence[Sequence[Any]], output: str, end: str | None) -> Run:
 
 
 def pytest_configure() -> None:
-    """In the interpreter process: lets `for n in range(...)` take the kernels' own scalars."""
+    """In the interpreter process: see `_patch_once_a_launch`."""
     if not ACTIVE:
         return
     try:
         from triton.runtime import interpreter
     except ImportError:
         return
-    patch = interpreter._patch_lang_tensor
-
-    def patch_with_index(tensor: type, scope: Any) -> None:
-        patch(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
-
-    # Until Triton 3.7 it converts arrays of one element, which numpy 2.4 refuses
-    # (https://github.com/triton-lang/triton/issues/9171).
-    interpreter._patch_lang_tensor = patch_with_index
     _patch_once_a_launch(interpreter)
 
 

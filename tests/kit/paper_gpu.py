@@ -237,14 +237,16 @@ def _runner(mode: Any) -> Any:
 
 
 def _stream(runner: Any, preset: str, overrides: dict[str, Any]) -> str:
+    """``overrides`` may say where the frames are, which is no setting: "frames": "cuda"."""
     from pipeline_kit import SMALL, pictures
 
     from vicostream_kernels import methods
     from vicostream_kernels.pipeline.engine import StreamEngine
 
     _launches.clear(), _faults.clear(), _waits.clear()
+    where = overrides.pop("frames", "cpu")
     method = methods.get(preset, {**SMALL, **overrides})
-    frames = torch.from_numpy(pictures(method.engine.frames_per_chunk))
+    frames = torch.from_numpy(pictures(method.engine.frames_per_chunk)).to(where)
     with StreamEngine(runner, method) as engine, engine.open(fps=4) as stream:
         stream.ingest(frames)
         with _Watch():

@@ -34,6 +34,16 @@ def test_vicostream_is_as_published():
     assert method.attention == methods.AttentionRule() and method.reuse is None
 
 
+@pytest.mark.parametrize(
+    ("name", "eps", "chunks", "k"),
+    [("streamingbench", 0.25, 4, 32), ("ovo", 0.15, 4, 64), ("ego4d", 0.5, 16, 64)],
+)
+def test_vicostream_as_launched_for_a_benchmark(name, eps, chunks, k):
+    method = methods.get(f"vicostream-{name}")
+    assert (method.prune.threshold, method.engine.window_chunks) == (eps, chunks)
+    assert method.retrieve.k == k
+
+
 def test_vicostream_pruning_against_the_definition():
     torch.manual_seed(0)
     x = torch.randn(4, 12, 16)

@@ -97,7 +97,7 @@ def test_check_mode_reads_values(monkeypatch):
     with pytest.raises(ValueError, match="cu_seqlens=.0, 2, 1. must ascend"):
         vico.topk_blocks(query, summary, k=k, cu_seqlens=cu)
     cu = torch.tensor([0, 2, 2], dtype=torch.int32)
-    with pytest.raises(ValueError, match="gives a stream no query token"):
+    with pytest.warns(RuntimeWarning, match="5 blocks score NaN"):  # no tokens: defined, and empty
         vico.topk_blocks(query, summary, k=k, cu_seqlens=cu)
     sizes = torch.tensor([[1, 1, -3, 1, 1]] * 2, dtype=torch.int32)
     with pytest.raises(ValueError, match="block_tokens holds -3"):
@@ -108,6 +108,11 @@ def test_check_mode_reads_values(monkeypatch):
     k_pages, table, fill = paged_keys(torch.float32)
     with pytest.raises(ValueError, match=r"block_pages holds 99, allowed: -1 or \[0, 11\)"):
         vico.summarize_blocks(k_pages, table, fill)
+    whole = table.clamp(max=10)
+    with pytest.raises(ValueError, match=r"page_fill holds -1, allowed: \[0, \d+\)"):
+        vico.summarize_blocks(k_pages, whole, torch.full_like(fill, -1))
     index = torch.tensor([[0, 7]] * 2, dtype=torch.int32)
     with pytest.raises(ValueError, match=r"block_index holds 7, allowed: -1 or \[0, 4\)"):
         vico.select_pages(index, table)
+    with pytest.raises(ValueError, match="sink_pages holds -2, allowed: -1 or 0 and more"):
+        vico.select_pages(index.clamp(max=3), table, torch.full((2, 1), -2, dtype=torch.int32))

@@ -21,7 +21,7 @@ PRESETS = {
     "quest": {},
     "lserve": {},
     "streamingtom": {},
-    "stc": {"reuse.skip_tolerance": "none"},
+    "stc": {"frames": "cuda"},
     "timechat-online-pixel": {},
     "stc-pruner-dual-anchor": {},
 }

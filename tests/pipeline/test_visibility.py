@@ -73,13 +73,13 @@ def blocks_of(forward):
     return list(dict.fromkeys(name for name, _ in forward.visible))
 
 
-def test_vicostream_video_sees_four_chunks_and_the_system_prompt_with_the_first(monkeypatch):
+def test_vicostream_video_sees_the_four_forwards_before_it(monkeypatch):
     with small_engine(prune__threshold=0.9) as made, made.open() as stream:
         with watched(monkeypatch, stream) as forwards:
             stream.ingest(pictures(72))
         for i, forward in enumerate(forwards):
             expected = [f"c{j}" for j in range(max(0, i - 4), i)]
-            if i - 4 <= 0:  # chunk 0 is in the window
+            if i < 4:  # the prompt is one of the four forwards before it
                 expected.insert(0, "preamble")
             assert blocks_of(forward) == expected
             whole = {b: sum(n == b for n, _ in forward.visible) for b in expected}

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -28,3 +32,22 @@ def test_known_bad_is_refused_with_its_reason(version, capability, dtype, reason
 )
 def test_the_rest_is_served(version, capability, dtype):
     assert refusal(version, capability, dtype) is None
+
+
+def test_the_interpreter_runs_with_nothing_but_its_variable():
+    """Kernels that loop over a number they computed: numpy 2.4 and Triton before 3.7."""
+    pytest.importorskip("triton")
+    program = """
+import torch, vicostream_kernels as vk
+x = torch.arange(80.0).view(2, 5, 8)
+changed = vk.select_changed(x, x.flip(1), ratio=0.5, backend="triton")
+rows = vk.gather_rows(x, changed.index, backend="triton")
+assert torch.equal(rows, vk.gather_rows(x, changed.index, backend="reference"))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr

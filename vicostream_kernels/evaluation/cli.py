@@ -64,7 +64,9 @@ def streamqa(
     ] = None,
     study: Annotated[
         list[str] | None,
-        typer.Option(help="A standard comparison: dropping, window, retrieval, models, plane."),
+        typer.Option(
+            help="A standard comparison: dropping, window, retrieval, models, plane, live."
+        ),
     ] = None,
     clips: Annotated[int, typer.Option(help="Number of clips.")] = 24,
     steps: Annotated[int, typer.Option(help="Length of a clip; two steps are a second.")] = 96,

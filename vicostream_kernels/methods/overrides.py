@@ -90,7 +90,8 @@ def _replace(
     current = current or _DEFAULTS.get(section)
     if current is None:
         having = [name for name, other in presets.items() if getattr(other, section) is not None]
-        advice = f": first take a preset's with {section}={having[0]}" if having else ""
+        source = "prune" if section == "scorer" else section  # a score is of use to its rule only
+        advice = f": first take a preset's with {source}={having[0]}" if having else ""
         raise InvalidValue(
             f"{section}.{next(iter(values))}: {method.name!r} has no {section} step{advice}"
         )

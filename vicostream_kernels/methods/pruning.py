@@ -53,9 +53,15 @@ PRUNING = (
 
 
 def vicostream_variants(base: Method) -> tuple[Method, ...]:
-    """ViCoStream with the thresholds of other benchmarks, and with its optional spatial stage."""
+    """ViCoStream as launched for its benchmarks, and with its optional spatial stage."""
     ovo, ego4d = (prune_rules.chunk_intra(name) for name in ("ovo-bench", "vstream-ego4d"))
     return (
+        replace(
+            base,
+            name="vicostream-streamingbench",
+            source=base.source + " for StreamingBench",
+            retrieve=replace(base.retrieve, k=32),
+        ),
         replace(
             base,
             name="vicostream-ovo",
@@ -67,6 +73,7 @@ def vicostream_variants(base: Method) -> tuple[Method, ...]:
             name="vicostream-ego4d",
             source=base.source + " for VStream-Ego4D",
             prune=ego4d,
+            engine=replace(base.engine, window_chunks=16),
         ),
         replace(
             base,

@@ -84,7 +84,7 @@ class AttentionRule:
 
     ``sink_tokens`` first tokens of the stream stay visible for good; ``window`` is how many tokens
     a query sees besides, itself included (None: no limit in tokens). ``positions="cache"`` moves
-    the sinks along with the window, so that they always stand right before it; ``"absolute"``
+    the sinks along with the window, right before the oldest block that it touches; ``"absolute"``
     leaves every token at the position it was written with.
     """
 
@@ -226,8 +226,8 @@ class EngineRule:
     seconds_per_step: what a step counts as in the temporal position ids. None measures it from the
         frame times of the chunk.
     window_chunks: how many chunks before it a chunk attends to; None is all of them.
-    system_prompt: ``"always"`` visible to video, or only ``"with_first_chunk"``: as long as the
-        window still covers chunk 0.
+    system_prompt: ``"always"`` visible to video, or only ``"with_first_chunk"``: to the first
+        ``window_chunks`` chunks, since it counts as one of those before them.
     history: ``"all"`` keeps every chunk for later questions, ``"window"`` frees what no later chunk
         can see.
     page_size: tokens in a page of the KV cache.

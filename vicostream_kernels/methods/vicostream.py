@@ -4,5 +4,5 @@ from __future__ import annotations
 
 from vicostream_kernels.methods.rules import RetrieveRule
 
-#: 64 chunks (32 in the launcher of StreamingBench); one choice for all layers and all tokens.
+#: 64 chunks (32 where the launcher is StreamingBench's); one choice for all layers and all tokens.
 CHUNKS = RetrieveRule(summary="embedding", score="cosine", k=64)

@@ -10,6 +10,7 @@ from vicostream_kernels.ops._registry import register
 from vicostream_kernels.ops._retrieve_checks import (
     capacity_of,
     check_index_values,
+    check_page_lists,
     check_select_pages,
     check_summarize,
     check_topk,
@@ -44,7 +45,7 @@ def _run_summarize(k_pages, block_pages, page_fill, kind="mean", sub=1, backend=
     if checks.CHECK_VALUES:
         pages, page_size = k_pages.shape[:2]
         check_index_values("summarize_blocks", "block_pages", block_pages, pages)
-        check_index_values("summarize_blocks", "page_fill", page_fill, page_size + 1)
+        check_index_values("summarize_blocks", "page_fill", page_fill, page_size + 1, least=0)
     run = backends.resolve("summarize_blocks", backend, k_pages)
     return run(k_pages, block_pages, page_fill, kind, sub)
 
@@ -163,6 +164,7 @@ def _run_topk_pages(
         check_topk_values(
             "topk_pages", query, summary, cu_seqlens, num_blocks, external_score, block_tokens
         )
+        check_page_lists("topk_pages", block_pages, sink_pages, recent_pages)
     found = run(*tensors)
     if checks.CHECK_VALUES:
         warn_of_nan("topk_pages", found[3], summary_count)
@@ -225,6 +227,7 @@ def _run_select_pages(
     if checks.CHECK_VALUES:
         blocks = block_pages.shape[1]
         check_index_values("select_pages", "block_index", block_index, blocks)
+        check_page_lists("select_pages", block_pages, sink_pages, recent_pages)
     return run(block_index, block_pages, sink_pages, recent_pages)
 
 

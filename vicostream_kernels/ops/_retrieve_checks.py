@@ -208,8 +208,6 @@ def check_topk_values(
         steps = cu_seqlens.tolist()
         if steps[0] < 0 or steps[-1] > query.shape[0] or sorted(steps) != steps:
             raise ValueError(f"{op}: cu_seqlens={steps} must ascend within [0, Q={query.shape[0]}]")
-        if len(set(steps)) != len(steps):
-            raise ValueError(f"{op}: cu_seqlens={steps} gives a stream no query token")
 
 
 def warn_of_nan(op: str, scores: torch.Tensor, summary_count: torch.Tensor | None) -> None:
@@ -249,10 +247,27 @@ def check_select_pages(block_index, block_pages, sink_pages, recent_pages) -> No
     _check_lists(dims, sink_pages, recent_pages, device)
 
 
-def check_index_values(op: str, name: str, index: torch.Tensor, size: int) -> None:
-    if bool(((index < -1) | (index >= size)).any()):
-        worst = int(index.max()) if bool((index >= size).any()) else int(index.min())
-        raise ValueError(f"{op}: {name} holds {worst}, allowed: -1 or [0, {size})")
+def check_index_values(
+    op: str, name: str, index: torch.Tensor | None, size: int | None, least: int = -1
+) -> None:
+    """``size`` None: as many as there are, which nobody here knows."""
+    if index is None or index.numel() == 0:
+        return
+    low, high = int(index.min()), int(index.max())
+    above = size is not None and high >= size
+    if above or low < least:
+        allowed = "-1 or " if least < 0 else ""
+        allowed += "0 and more" if size is None else f"[0, {size})"
+        raise ValueError(f"{op}: {name} holds {high if above else low}, allowed: {allowed}")
+
+
+def check_page_lists(op: str, block_pages, sink_pages, recent_pages) -> None:
+    for name, pages in (
+        ("block_pages", block_pages),
+        ("sink_pages", sink_pages),
+        ("recent_pages", recent_pages),
+    ):
+        check_index_values(op, name, pages, None)
 
 
 def check_topk_pages(tensors, block_pages, sink_pages, recent_pages, options) -> checks.Dims:

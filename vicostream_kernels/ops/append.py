@@ -210,10 +210,11 @@ def _check(
 
 
 def _check_values(slots: torch.Tensor, pool: int) -> None:
-    used = slots[slots >= 0]
-    if bool((used >= pool).any()):
+    used = slots[slots != -1]
+    wrong = used[(used < 0) | (used >= pool)]
+    if wrong.numel():
         raise ValueError(
-            f"rope_append: slots reach {int(used.max())}, allowed: -1 or below P*B={pool}"
+            f"rope_append: slots holds {int(wrong[0])}, allowed: -1 or [0, P*B={pool})"
         )
     if used.unique().numel() != used.numel():
         raise ValueError("rope_append: slots holds the same slot twice, allowed: each once, or -1")

@@ -197,9 +197,9 @@ class Encode:
             return self._encoded(chunk)
 
     def _encoded(self, chunk: ChunkPatches) -> ChunkTokens:
-        frames = None
-        if self.state is not None and self.state.rule.skip_tolerance is not None:
-            frames = chunk.source.images.cpu()  # where the state keeps its reference
+        # Frames on a GPU are not compared: the host would wait for each chunk.
+        images = chunk.source.images
+        frames = images if self.state is not None and images.device.type == "cpu" else None
         seen: list[torch.Tensor] = []
         tokens = self._runner.encode(
             chunk.patches,

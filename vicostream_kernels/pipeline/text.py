@@ -70,7 +70,7 @@ def parse_question(words: str) -> Question:
     if when is _NOT_A_TIME:
         raise InputError(
             f"--ask {words!r}: {time!r} is not a time; "
-            "start with seconds (12.5), mm:ss (1:05) or the word end"
+            "start with seconds (12.5), mm:ss (1:05), h:mm:ss or the word end"
         )
     if not text:
         raise InputError(f"--ask {words!r}: the question after the time is empty")

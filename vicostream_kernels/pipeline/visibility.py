@@ -132,7 +132,13 @@ class Window:
 def chunk_window(method: Method, history: History, new_tokens: int) -> Window:
     """What the next chunk of ``new_tokens`` tokens (markers included) sees after the sink."""
     reach = method.engine.window_chunks
-    shown = method.engine.system_prompt == "always" or reach is None or history.chunks_seen <= reach
+    # The system prompt was a forward of its own, the first of those that the window counts; without
+    # a window of chunks the first one sees it all the same.
+    shown = (
+        method.engine.system_prompt == "always"
+        or reach is None
+        or history.chunks_seen < max(reach, 1)
+    )
     return _cut(
         method, history.preamble if shown else None, history.cache.chunks, reach, new_tokens
     )
@@ -183,7 +189,8 @@ def window_view(method: Method, history: History, window: Window, next_id: int) 
         start = window.hidden + (sink.tokens if sink is not None else 0)
     shift = 0
     if method.attention.positions == "cache" and sink is not None:
-        # The sinks stand right before the first block that the window still touches.
+        # Right before the first block that the window still touches: the ids within a block are
+        # the device's, so that of its first visible token is not known here.
         origin = history.ids[window.blocks[0]][0] if window.blocks else next_id
         shift = origin - history.ids[sink][1]
     return View(
