@@ -49,7 +49,7 @@ def _granules_of_run(listed):
     do_not_specialize=[
         "streams",
         "rows",
-        "length",
+        "angle_rows",
         "sink_tokens",
         "window",
         "kv_heads",
@@ -68,11 +68,11 @@ def split_kernel(
     window_start_ptr,
     totals_ptr,
     slots_ptr,
-    entries_ptr,
+    turns_ptr,
     angles_ptr,
     streams,
     rows,
-    length,
+    angle_rows,
     sink_tokens,
     window,
     capacity,
@@ -128,8 +128,8 @@ def split_kernel(
     table = table.to(tl.int64)
     slots_ptr += table * capacity
     if angles_ptr is not None:
-        entries_ptr += table * capacity
-        angles_ptr += table * length * HEAD_DIM
+        turns_ptr += table * capacity
+        angles_ptr += table * angle_rows * HEAD_DIM
     kv_head = (heads * kv_heads // groups).to(tl.int64)
     k_ptr += kv_head * k_stride_h
     v_ptr += kv_head * v_stride_h
@@ -151,7 +151,7 @@ def split_kernel(
             start = tl.where(place < sinks, place, place + hidden)
             acc_a, acc_b, top, total = fold_page_tile(
                 acc_a, acc_b, top, total, q_a, q_b, start, rule, window, pages,
-                entries_ptr, angles_ptr, scale, True, WINDOWED, PAGE_SIZE, HEAD_DIM, SPLIT,
+                turns_ptr, angles_ptr, scale, True, WINDOWED, PAGE_SIZE, HEAD_DIM, SPLIT,
                 PART_A, PART_B, BLOCK_N,
             )  # fmt: skip
 

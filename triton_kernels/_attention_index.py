@@ -69,6 +69,7 @@ def _entries(table_ptr, stride_l, page_fill_ptr, e, length, pages, PAGE_SIZE: tl
         "rows",
         "sink_tokens",
         "window",
+        "angle_rows",
         "height_from",
         "width_from",
         # Products of the table's length, which grows with a stream.
@@ -88,8 +89,8 @@ def index_kernel(
     inv_freq_ptr,
     totals_ptr,  # out, [tables] int32: logical keys
     slots_ptr,  # out, [tables, capacity]: page * PAGE_SIZE + offset of each listed key
-    entries_ptr,  # out, [tables, capacity] int32: its table entry; only with a shift
-    angles_ptr,  # out, [tables, length, 2, HALF] fp32: cos and sin by entry; only with a shift
+    turns_ptr,  # out, [tables, capacity] int32: its row of angles; only with a shift
+    angles_ptr,  # out, [tables, angle_rows, 2, HALF] fp32: cos and sin; only with a shift
     per_stream,
     length,
     pages,
@@ -97,6 +98,7 @@ def index_kernel(
     sink_tokens,
     window,
     capacity,
+    angle_rows,  # one for each entry; below `length` only for those with listed keys
     height_from,  # frequencies below turn with t, then with h, then with w
     width_from,
     table_stride_s,
@@ -153,6 +155,11 @@ def index_kernel(
     start = before + tl.cumsum(fill, 0) - fill
     stop = tl.minimum(start + fill, total)
     list_at = table.to(tl.int64) * capacity
+    # An entry's row of angles: its own number, or the place of its first listed key, of which there
+    # are not more than the window holds.
+    first_key = tl.where(start < sinks, start, tl.maximum(start, sinks + hidden))
+    row = tl.where(first_key < sinks, first_key, first_key - hidden)
+    row = tl.where(angle_rows < length, row, e)
     for from_offset in range(0, PAGE_SIZE, SLOTS):
         offset = from_offset + tl.arange(0, SLOTS)[None, :]
         j = start[:, None] + offset
@@ -162,13 +169,12 @@ def index_kernel(
         slot = page[:, None].to(slots_ptr.dtype.element_ty) * PAGE_SIZE + offset
         tl.store(slots_ptr + list_at + place, slot, mask=listed)
         if shift_ptr is not None:
-            wide_e = tl.broadcast_to(e[:, None], (ENTRIES, SLOTS))
-            tl.store(entries_ptr + list_at + place, wide_e, mask=listed)
+            turn = tl.broadcast_to(row[:, None], (ENTRIES, SLOTS))
+            tl.store(turns_ptr + list_at + place, turn, mask=listed)
 
     if shift_ptr is not None:
-        wide_e = e.to(tl.int64)
         shift_ptr += s.to(tl.int64) * shift_stride_s + x.to(tl.int64) * shift_stride_x
-        shifts = shift_ptr + wide_e * shift_stride_l
+        shifts = shift_ptr + e.to(tl.int64) * shift_stride_l
         listed = (start < stop) & ((start < sinks) | (stop > sinks + hidden))
         time = tl.load(shifts, mask=listed, other=0)
         height = tl.load(shifts + shift_stride_a, mask=listed, other=0)
@@ -181,7 +187,9 @@ def index_kernel(
         )
         inv_freq = tl.load(inv_freq_ptr + f, mask=f < HALF, other=0.0)
         cos, sin = cos_sin(positions, turns_per_position(inv_freq)[None, :])
-        at = angles_ptr + (table.to(tl.int64) * length + wide_e)[:, None] * (2 * HALF) + f[None, :]
+        listed &= row < angle_rows
+        row = table.to(tl.int64) * angle_rows + row
+        at = angles_ptr + row[:, None] * (2 * HALF) + f[None, :]
         mask = listed[:, None] & (f < HALF)[None, :]
         tl.store(at, cos, mask=mask)
         tl.store(at + HALF, sin, mask=mask)

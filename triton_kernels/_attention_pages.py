@@ -23,7 +23,7 @@ def fold_page_tile(
     rule,  # who sees what: see below
     window,  # or None, which Triton 3.3 takes in no tuple
     pages,  # where the keys lie
-    entries_ptr,  # of the table's slots; None without a shift
+    turns_ptr,  # of the table's slots; None without a shift
     angles_ptr,
     scale,
     MASKED: tl.constexpr,  # False: every row sees every key of the tile
@@ -67,9 +67,9 @@ def fold_page_tile(
         k_a, k_b = load_head(k_rows, live, k_strides[2], HEAD_DIM, SPLIT, PART_A, PART_B)
     else:
         if MASKED:
-            entry = tl.load(entries_ptr + places, mask=live, other=0)
+            entry = tl.load(turns_ptr + places, mask=live, other=0)
         else:
-            entry = tl.load(entries_ptr + places)
+            entry = tl.load(turns_ptr + places)
         angles = angles_ptr + entry.to(tl.int64) * HEAD_DIM
         k_a, k_b = load_rotated(k_rows, live, k_strides[2], angles, HEAD_DIM, SPLIT, PART_A)
     v_a, v_b = load_head(v_rows, live, v_strides[2], HEAD_DIM, SPLIT, PART_A, PART_B)

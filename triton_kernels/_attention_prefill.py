@@ -43,7 +43,7 @@ def _stream_of_tile(
     do_not_specialize=[
         "streams",
         "rows",
-        "length",
+        "angle_rows",
         "sink_tokens",
         "window",
         "kv_heads",
@@ -61,11 +61,11 @@ def prefill_kernel(
     sink_logits_ptr,
     totals_ptr,
     slots_ptr,
-    entries_ptr,
+    turns_ptr,
     angles_ptr,
     streams,
     rows,
-    length,
+    angle_rows,
     sink_tokens,
     window,
     capacity,
@@ -153,8 +153,8 @@ def prefill_kernel(
     table = table.to(tl.int64)
     slots_ptr += table * capacity
     if angles_ptr is not None:
-        entries_ptr += table * capacity
-        angles_ptr += table * length * HEAD_DIM
+        turns_ptr += table * capacity
+        angles_ptr += table * angle_rows * HEAD_DIM
     kv_head = (heads * kv_heads // tl.num_programs(1)).to(tl.int64)
     k_ptr += kv_head * k_stride_h
     v_ptr += kv_head * v_stride_h
@@ -169,19 +169,19 @@ def prefill_kernel(
             start = tl.where(n < sink_end, n, n - sink_end + from_tile) * BLOCK_N
             acc_a, acc_b, top, total = fold_page_tile(
                 acc_a, acc_b, top, total, q_a, q_b, start, rule, window, pages,
-                entries_ptr, angles_ptr, scale, True, True, PAGE_SIZE, HEAD_DIM, SPLIT,
+                turns_ptr, angles_ptr, scale, True, True, PAGE_SIZE, HEAD_DIM, SPLIT,
                 PART_A, PART_B, BLOCK_N,
             )  # fmt: skip
     for n in range(whole_from, whole_to):
         acc_a, acc_b, top, total = fold_page_tile(
             acc_a, acc_b, top, total, q_a, q_b, n * BLOCK_N, rule, window, pages,
-            entries_ptr, angles_ptr, scale, False, WINDOWED, PAGE_SIZE, HEAD_DIM, SPLIT,
+            turns_ptr, angles_ptr, scale, False, WINDOWED, PAGE_SIZE, HEAD_DIM, SPLIT,
             PART_A, PART_B, BLOCK_N,
         )  # fmt: skip
     for n in range(whole_to, to_tile):
         acc_a, acc_b, top, total = fold_page_tile(
             acc_a, acc_b, top, total, q_a, q_b, n * BLOCK_N, rule, window, pages,
-            entries_ptr, angles_ptr, scale, True, WINDOWED, PAGE_SIZE, HEAD_DIM, SPLIT,
+            turns_ptr, angles_ptr, scale, True, WINDOWED, PAGE_SIZE, HEAD_DIM, SPLIT,
             PART_A, PART_B, BLOCK_N,
         )  # fmt: skip
     if sink_logits_ptr is not None:

@@ -185,14 +185,15 @@ def sink_window_attention(
         totals = torch.empty(streams * per_stream, dtype=torch.int32, **device)
         slot_type = torch.int32 if pages * page_size <= _INT32_MAX else torch.int64
         slots = torch.empty(streams * per_stream, capacity, dtype=slot_type, **device)
-        entries = angles = None
+        turns = angles = None
+        angle_rows = min(length, capacity)
         if page_shift is not None:
-            entries = torch.empty(streams * per_stream, capacity, dtype=torch.int32, **device)
-            size = (streams * per_stream, length, head_dim)
+            turns = torch.empty(streams * per_stream, capacity, dtype=torch.int32, **device)
+            size = (streams * per_stream, angle_rows, head_dim)
             angles = torch.empty(size, dtype=torch.float32, **device)
         _index(
             tables, pages, page_size, kv_len, page_fill, cu_seqlens_q, rows, sink_tokens, window,
-            window_start, page_shift, inv_freq, mrope_section, head_dim, totals, slots, entries,
+            window_start, page_shift, inv_freq, mrope_section, head_dim, totals, slots, turns,
             angles,
         )  # fmt: skip
 
@@ -211,9 +212,9 @@ def sink_window_attention(
             "k_ptr": k_pages,
             "v_ptr": v_pages,
             "slots_ptr": slots,
-            "entries_ptr": entries,
+            "turns_ptr": turns,
             "angles_ptr": angles,
-            "length": length,
+            "angle_rows": angle_rows,
             "capacity": capacity,
             "kv_heads": kv_heads,
             "scale": scale,
@@ -287,10 +288,10 @@ def _index(
     head_dim: int,
     totals: torch.Tensor,
     slots: torch.Tensor,
-    entries: torch.Tensor | None,
+    turns: torch.Tensor | None,
     angles: torch.Tensor | None,
 ) -> None:
-    """Writes totals, slots, entries and angles: see `index_kernel`."""
+    """Writes totals, slots, turns and angles: see `index_kernel`."""
     streams, per_stream, length = tables.shape
     half = head_dim // 2
     sections = (half, 0) if mrope_section is None else mrope_section
@@ -310,7 +311,7 @@ def _index(
         inv_freq_ptr=None if page_shift is None else inv_freq.contiguous(),
         totals_ptr=totals,
         slots_ptr=slots,
-        entries_ptr=entries,
+        turns_ptr=turns,
         angles_ptr=angles,
         per_stream=per_stream,
         length=length,
@@ -319,6 +320,7 @@ def _index(
         sink_tokens=sink_tokens,
         window=window,
         capacity=slots.shape[1],
+        angle_rows=length if angles is None else angles.shape[1],
         height_from=sections[0],
         width_from=sections[0] + sections[1],
         **_strides(tables, "table", "sxl"),

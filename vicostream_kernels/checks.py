@@ -195,9 +195,10 @@ def check_range(
 
 
 def check_last_dim_dense(op: str, **tensors: torch.Tensor | None) -> None:
-    """Tensors written in place need stride 1 along the last dimension, and no expanded dimension.
+    """Tensors written in place need stride 1 along the last dimension, and a place for each element.
 
-    An expanded dimension (stride 0) holds several elements in one place: the last write would win.
+    Where several elements share a place (expanded dimensions, overlapping windows) the last write
+    would win.
     """
     for name, tensor in tensors.items():
         if tensor is None:
@@ -207,11 +208,14 @@ def check_last_dim_dense(op: str, **tensors: torch.Tensor | None) -> None:
                 f"{op}: {name} is written in place and needs a dense last dimension, "
                 f"got strides {tuple(tensor.stride())}"
             )
-        if any(stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride())):
-            raise ValueError(
-                f"{op}: {name} is written in place and can't be an expanded tensor, "
-                f"got shape {tuple(tensor.shape)} with strides {tuple(tensor.stride())}"
-            )
+        reach = 0  # of the dimensions so far, from the smallest stride on
+        for stride, size in sorted(zip(tensor.stride(), tensor.shape)):
+            if size > 1 and stride <= reach:
+                raise ValueError(
+                    f"{op}: {name} is written in place and several elements share a place, "
+                    f"got shape {tuple(tensor.shape)} with strides {tuple(tensor.stride())}"
+                )
+            reach += (size - 1) * stride
 
 
 def check_apart(op: str, **tensors: torch.Tensor | None) -> None:

@@ -58,12 +58,12 @@ BAD = {
     "pages expanded": (
         dict(k_pages=lambda x: x[:1].expand(5, 3, 2, 16)),
         ValueError,
-        "k_pages is written in place and can't be an expanded tensor",
+        "k_pages is written in place and several elements share a place",
     ),
     "sums expanded": (
         dict(summary=lambda x: KeySummary(x.sum[:1].expand(3, 2, 16), x.count)),
         ValueError,
-        "sum is written in place and can't be an expanded tensor",
+        "sum is written in place and several elements share a place",
     ),
     "bounds without parts": (
         dict(summary=lambda x: KeySummary(kmin=x.kmin[:, :0], kmax=x.kmax[:, :0])),

@@ -83,6 +83,25 @@ def test_shifts_of_missing_entries_are_ignored(backend):
 
 
 @each_backend
+@pytest.mark.parametrize("rows", ([3, 1], [20, 2]), ids=str)
+def test_a_table_longer_than_its_window(backend, rows):
+    """Most entries are hidden, some are sinks, and one straddles both ends of what is hidden."""
+    choice = random.Random(9)
+    table = [[choice.choice((-1, *range(12))) for _ in range(200)] for _ in rows]
+    case = make_case(
+        rows,
+        table,
+        page_fill=[4, 1, 0, 3, 2, 4, 4, 0, 1, 2, 4, 3],
+        page_shift=tensors.ints((2, 200, 3), -900, 900, seed=12),
+        inv_freq=inverse_frequencies(16),
+        mrope_section=[2, 3, 3],
+        sink_tokens=9,
+        window=25,
+    )
+    check(case, backend)
+
+
+@each_backend
 def test_the_sign(backend):
     """One key at position 0 turned by +1 meets a query at position 1 as if both stood at 1."""
     q = torch.zeros(1, 1, 8)
