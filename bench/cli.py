@@ -107,6 +107,9 @@ def bench(
     except ValueError as error:
         raise _fail(str(error)) from None
 
+    for path in (json, csv, plot):
+        if path is not None and not _writable(path):  # known before anything is measured
+            raise _fail(f"{str(path)!r} can't be written")
     screen = report.Screen()
 
     def keep(document: results.Document) -> None:
@@ -133,6 +136,14 @@ def bench(
         raise _fail(str(error)) from None
     if not document.all_match:
         raise typer.Exit(1)
+
+
+def _writable(path: Path) -> bool:
+    """Folders above it are made where they are missing."""
+    if path.is_dir():
+        return False
+    above = next(p for p in path.absolute().parents if p.exists())
+    return above.is_dir() and os.access(above, os.W_OK)
 
 
 @dataclass(frozen=True)

@@ -404,7 +404,7 @@ class PagedKVCache:
             if self.on_full == "error" and held["in chunks that could be evicted"]:
                 helps.append("on_full='evict_oldest' or evict() of chunks")
             if held["in chunks pinned or held"]:
-                helps.append("unpinning chunks")
+                helps.append("unpinning chunks (the engine: a smaller window)")
             if held["reserved, not committed"]:
                 helps.append("commit() or rollback() of reservations")
             if held["in texts"]:
@@ -412,7 +412,11 @@ class PagedKVCache:
             if self.tiers is not None:
                 helps.append("a larger memory budget (engine.history_bytes)")
             else:
-                helps.append("a larger max_pages" if self.grow else "more pages or grow=True")
+                helps.append(
+                    "a larger max_pages (engine.max_pages)"
+                    if self.grow
+                    else "more pages or grow=True"
+                )
         return (
             f"{asked}: {n} pages of {self.page_size} tokens asked, {self.free_pages} of "
             f"{self.total_pages} are free (on_full={self.on_full!r}, at most {self.max_pages} "

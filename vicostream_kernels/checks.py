@@ -195,7 +195,7 @@ def check_range(
 
 
 def check_last_dim_dense(op: str, **tensors: torch.Tensor | None) -> None:
-    """Tensors written in place need stride 1 along the last dimension, and a place for each element.
+    """Tensors written in place need a dense last dimension, and a place for each element.
 
     Where several elements share a place (expanded dimensions, overlapping windows) the last write
     would win.

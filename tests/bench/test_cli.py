@@ -108,6 +108,8 @@ def test_smoke_leaves_out_the_rest(call):
         (["--backend", "cuda", "--device", "cpu"], "no provider 'ours:cuda' on cpu"),
         (["--baseline", "jax", "--device", "cpu"], "no provider 'jax'"),
         (["--plot", "x.bmp", "--device", "cpu"], "must end in one of .png"),
+        (["--json", "/", "--device", "cpu"], "'/' can't be written"),
+        (["--csv", "/dev/null/y.csv", "--device", "cpu"], "can't be written"),
     ],
 )
 def test_what_can_not_be_served_is_one_line_and_exit_code_2(call, arguments, reason):

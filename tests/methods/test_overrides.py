@@ -83,6 +83,8 @@ def test_unknown_names_show_the_nearest(preset, overrides, said):
         ("vicostream", {"attention.window": "64"}, "set one of them to none"),
         ("streaming-llm", {"attention.window": "none"}, "set a window"),
         ("vicostream", {"prune": 3}, "give none or a preset's name"),
+        ("vicostream", {"engine.history_bytes": "256M"}, r"write MiB \(1024\) or MB \(1000\)"),
+        ("vicostream", {"scorer.budget": "5"}, "first take a preset's with prune=streamingtom"),
     ],
 )
 def test_wrong_values_name_the_key_and_what_is_allowed(preset, overrides, said):

@@ -81,6 +81,14 @@ def test_missing_folder_names_what_would_serve(tmp_path: Path) -> None:
     assert "tiny-random" in refused(e.ModelNotFound, tmp_path / "nothing")
 
 
+def test_a_device_or_backend_that_is_not_there_is_named_before_weights_are_read() -> None:
+    for device in ("gpu", "cuda:99"):
+        with pytest.raises(ValueError, match=f"device='{device}'"):
+            load_checkpoint("tiny-random", device=device)
+    with pytest.raises(ValueError, match="backend='cudaa' is not one of 'auto'"):
+        load_model("tiny-random", backend="cudaa")
+
+
 def test_a_plain_wrong_name_is_not_looked_up_in_the_hub() -> None:
     assert "tiny-random" in refused(e.ModelNotFound, "tiny-rando")
 
@@ -200,7 +208,8 @@ def test_hub_name_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> Non
     import huggingface_hub.constants
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    refused(e.ModelNotFound, "nobody/no-such-model")
+    message = refused(e.ModelNotFound, "nobody/no-such-model")
+    assert "the hub gave nothing: We couldn't connect" in message
 
 
 def test_named_models_need_no_network(monkeypatch: pytest.MonkeyPatch) -> None:

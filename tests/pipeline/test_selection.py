@@ -70,6 +70,38 @@ def test_a_selector_decides_what_is_read(monkeypatch):
         assert asked.summary.shape == (1, 7, made.runner.hidden_size)
 
 
+def test_select_is_all_that_a_selector_needs():
+    class Last:
+        def select(self, asked):
+            return chosen_rows([len(asked.rows) - 1], asked.rows)
+
+    class Wrong:
+        def select(self, asked):
+            return [0]
+
+    with small_engine(prune__threshold=0.9, retrieve__k=2) as made, made.open() as stream:
+        stream.ingest(pictures(24))
+        _, figures = answer_of(stream, Last())
+        last = stream.history.chunks()[-1]
+        assert figures.blocks == [(last.start_s, last.end_s)]
+        with pytest.raises(TypeError, match="Wrong.select must return TopBlocks, got list"):
+            answer_of(stream, Wrong())
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        (dict(max_new_tokens=0), "max_new_tokens=0 must be an int of at least 1"),
+        (dict(max_new_tokens=2.5), "max_new_tokens=2.5 must be an int"),
+        (dict(time_s="1:05"), "time_s='1:05' must be finite seconds"),
+    ],
+)
+def test_what_ask_takes(asked, said):
+    with small_engine() as made, made.open() as stream:
+        with pytest.raises(InputError, match=said):
+            stream.ask("What?", **asked)
+
+
 def test_a_selector_may_read_nothing():
     with small_engine(prune__threshold=0.9, retrieve__k=2) as made, made.open() as stream:
         stream.ingest(pictures(24))

@@ -112,14 +112,17 @@ def _replace(
 _UNITS = {"k": 1, "m": 2, "g": 3, "t": 4}
 
 
-def _bytes(value: Any) -> Any:
+def _bytes(key: str, value: Any) -> Any:
     """``"256MiB"`` and the like (powers of 1024 with an i, of 1000 without) as a number; anything
     else as it is."""
     if not isinstance(value, str):
         return value
-    found = re.fullmatch(r"([0-9.]+)\s*([kmgt])(i?)b", value.strip().lower())
+    found = re.fullmatch(r"([0-9.]+)\s*([kmgt])(i?)(b?)", value.strip().lower())
     if found is None:
         return value
+    if not found[4]:
+        unit = found[2].upper()
+        raise InvalidValue(f"{key}={value}: write {unit}iB (1024) or {unit}B (1000)")
     try:
         count = float(found[1])
     except ValueError:
@@ -130,7 +133,7 @@ def _bytes(value: Any) -> Any:
 def _parse(key: str, value: Any, hint: Any) -> Any:
     """``value`` as the field's type has it; the first alternative that fits is taken."""
     if key.endswith("_bytes"):
-        value = _bytes(value)
+        value = _bytes(key, value)
     for option in _alternatives(hint):
         fits, parsed = _as(value, option)
         if fits:

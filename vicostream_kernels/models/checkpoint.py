@@ -52,6 +52,22 @@ class Checkpoint:
     images: ImageSettings
 
 
+def _usable(device: torch.device | str) -> torch.device:
+    """Known before gigabytes are read: torch's own errors come with the first tensor that moves."""
+    try:
+        found = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"device={device!r}: give cpu, cuda or cuda:N") from error
+    if found.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (found.index or 0) >= count:
+            raise ValueError(
+                f"device={str(device)!r}: this machine has {count} usable CUDA devices "
+                "(`vicostream info` says why)"
+            )
+    return found
+
+
 def load_checkpoint(
     name_or_path: str | Path,
     *,
@@ -64,8 +80,10 @@ def load_checkpoint(
     ``dtype`` None means float32 on the CPU and the checkpoint's own dtype elsewhere (the random
     models: their configuration's). ``seed`` makes the weights of the ``*-random`` models.
 
-    Raises a ``CheckpointError`` of some kind, whose message is one line.
+    Raises a ``CheckpointError`` of some kind, whose message is one line, or ``ValueError`` for a
+    device that is not here.
     """
+    device = _usable(device)
     name = str(name_or_path)
     embedded = named.FOLDERS.get(name)
     if embedded is None and name in named.NAMES:
@@ -76,7 +94,7 @@ def load_checkpoint(
     _check_config(config, name)
     source = str(path) if local else name
     tokenizer = load_tokenizer(source, local=local)
-    if dtype is None and torch.device(device).type == "cpu":
+    if dtype is None and device.type == "cpu":
         dtype = torch.float32
     model = _load_model(source, local, dtype).to(device).eval()
     return Checkpoint(
@@ -177,8 +195,11 @@ def _hub_file(name: str, file: str) -> Path | None:
     from transformers.utils import cached_file
 
     try:
-        found = cached_file(name, file, _raise_exceptions_for_missing_entries=False)
+        # Not told to ignore missing files: it would ignore a hub that can't be reached as well.
+        found = cached_file(name, file)
     except (OSError, ValueError) as error:
+        if "does not appear to have" in str(error):
+            return None
         raise ModelNotFound(
             f"model {name!r} is no local folder, and the hub gave nothing: {_first_line(error)}"
         ) from error

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from vicostream_kernels import backends, checks
 from vicostream_kernels.methods.rules import ReuseRule
 from vicostream_kernels.models import positions as ids
 from vicostream_kernels.models.checkpoint import Checkpoint, load_checkpoint
@@ -75,6 +76,7 @@ class Qwen2_5_VLRunner:
     """
 
     def __init__(self, checkpoint: Checkpoint, *, backend: str = "auto") -> None:
+        checks.check_choice("Qwen2_5_VLRunner", "backend", backend, ("auto", *backends.BACKENDS))
         model, config = checkpoint.model, checkpoint.model.config
         text, vision = config.text_config, config.vision_config
         self.model, self.name, self.backend = model, checkpoint.name, backend

@@ -114,8 +114,8 @@ class StreamEngine:
         """A new stream. ``fps`` is the rate of frames that come without times; ``system`` replaces
         the chat template's own system message; ``recorder`` collects the figures (default: a new
         one); ``on_pruned`` sees each chunk's frames and what pruning kept of them."""
-        if not 0 < fps < float("inf"):
-            raise InputError(f"open: fps={fps} must be a positive number of frames per second")
+        if isinstance(fps, str) or not 0 < fps < float("inf"):
+            raise InputError(f"open: fps={fps!r} must be a positive number of frames per second")
         recorder = self._described(recorder)
         return Stream(self, recorder, fps=fps, system=system, on_pruned=on_pruned)
 

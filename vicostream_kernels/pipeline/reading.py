@@ -55,6 +55,7 @@ class Reading:
         backend: str,
     ) -> None:
         self._rule, self._selector, self._backend = rule, selector, backend
+        self._per_layer = getattr(selector, "per_layer", False)
         self._time_s, self._asking = time_s, asking
         self._cache, cache = history.cache, history.cache
         self._tiered = cache.cache.tiers is not None
@@ -117,7 +118,7 @@ class Reading:
         [N, D]; None when layers ask."""
         if not self.rows:
             return self._pages(None)
-        if self._selector.per_layer:
+        if self._per_layer:
             return None
         summary = self._cache.summaries()[:, : len(self.rows)] if self._by_embedding else None
         return self._choose(-1, None, embeds.float().mean(0, keepdim=True), summary)
@@ -148,7 +149,7 @@ class Reading:
         """Whether what will be read is settled once the prompt has been."""
         rule = self._rule
         dense = rule.dense_layers > 0 or rule.prefill == "dense"
-        return not self._selector.per_layer or not (dense or rule.reuse_steps is not None)
+        return not self._per_layer or not (dense or rule.reuse_steps is not None)
 
     def blocks(self) -> tuple[Block, ...]:
         """What must stay in the cache: all candidates until the choice is settled, then what was
@@ -236,6 +237,11 @@ class Reading:
             pages = self._shifted(table, top.block_index)
         else:
             top = self._selector.select(asked)
+            if not isinstance(top, TopBlocks):
+                raise TypeError(
+                    f"{type(self._selector).__name__}.select must return TopBlocks, "
+                    f"got {type(top).__name__}"
+                )
             pages = self._pages(top.block_index)
         self._made[who] = self._step, pages
         self._note(who, top)

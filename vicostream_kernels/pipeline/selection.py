@@ -63,9 +63,9 @@ class Asked:
 class Selector(Protocol):
     """Decides what a question reads.
 
-    ``per_layer``: whether layers ask, each with its own queries and summaries (all of them, or one
-    for all, as the rule has it). Else one choice is made for all of them before the prompt is read,
-    by embeddings.
+    ``per_layer`` (False where it is missing): whether layers ask, each with its own queries and
+    summaries (all of them, or one for all, as the rule has it). Else one choice is made for all of
+    them before the prompt is read, by embeddings.
     """
 
     per_layer: bool

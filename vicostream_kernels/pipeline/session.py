@@ -324,12 +324,12 @@ class Stream:
         """
         self._check_open()
         limit = self._method.engine.max_new_tokens if max_new_tokens is None else max_new_tokens
-        if not isinstance(limit, int) or limit < 1:
-            raise InputError(f"ask: max_new_tokens={limit!r} must be at least 1")
+        if not hasattr(limit, "__index__") or limit < 1:
+            raise InputError(f"ask: max_new_tokens={limit!r} must be an int of at least 1")
         if time_s is None:
             time_s = self.time_s
-        if not math.isfinite(time_s):
-            raise InputError(f"ask: time_s={time_s} must be finite seconds")
+        if isinstance(time_s, str) or not math.isfinite(time_s):
+            raise InputError(f"ask: time_s={time_s!r} must be finite seconds")
         if selector is not None and self._selector is None:
             raise InputError("ask: a selector needs a method that retrieves; set retrieve")
         ids = self._engine.question_ids(text)
