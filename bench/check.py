@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from vicostream_kernels.bench.inputs import clone, to_truth
+from vicostream_kernels.bench.lost_device import first_line, why_lost
 from vicostream_kernels.bench.registry import Case, Outputs, Provider, Tolerance
 
 
@@ -46,12 +47,18 @@ def check(
 
     The providers run before the truth is computed, so that memory it leaves behind can't pass for
     a provider's own work. The case's baseline must be among ``providers``: it is the yardstick.
+    Where a provider loses the device the later ones do not run; what the others made is judged.
     """
     made = case.make(device, seed)
-    got: dict[str, Outputs | Exception] = {}
+    before = to_truth(made)  # a lost device gives nothing back
+    lost_by = ""
+    got: dict[str, Outputs | str] = {}  # outputs, or why there are none
     for provider in providers:
-        inputs = clone(made)
+        if lost_by:
+            got[provider.name] = f"not run: {lost_by} lost the device"
+            continue
         try:
+            inputs = clone(made)
             if provider.ours:
                 with poisoned_empty():
                     result = provider.run(inputs)
@@ -60,18 +67,18 @@ def check(
             outputs = case.outputs(inputs, result)
             got[provider.name] = {name: out.detach().cpu() for name, out in outputs.items()}
         except Exception as error:  # a provider that raises is a finding, not the end of the run
-            got[provider.name] = error
-    truth = case.reference(to_truth(made))
+            got[provider.name] = f"raised {first_line(error)}"
+            lost_by = provider.name if why_lost() else ""
+    truth = case.reference(before)
 
     yardstick = got[case.baseline]
-    if isinstance(yardstick, Exception):
+    if isinstance(yardstick, str):
         yardstick = None
     verdicts = {}
     for provider in providers:
         outputs = got[provider.name]
-        if isinstance(outputs, Exception):
-            reason = f"raised {type(outputs).__name__}: {str(outputs).splitlines()[0][:200]}"
-            verdicts[provider.name] = Verdict(False, float("nan"), reason)
+        if isinstance(outputs, str):
+            verdicts[provider.name] = Verdict(False, float("nan"), outputs)
         else:
             bound = None if provider.name == case.baseline else yardstick
             verdicts[provider.name] = judge(outputs, truth, bound, case.allowed, case.dtype)

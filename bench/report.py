@@ -131,6 +131,8 @@ def summary_lines(document: Document) -> Iterator[str]:
         yield f"geomean of {count} ratios, {provider}, {cache}: {mean:.2f}x"
     for name, reason in document.left_out.items():
         yield f"left out: {name}: {reason}"
+    for name, reason in document.failed.items():
+        yield f"FAILED: {name}: {reason}"
     if busy(document.environment):
         yield busy(document.environment)
     wrong = [row for row in document.rows if not row.match]

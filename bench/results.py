@@ -1,7 +1,7 @@
 """Result rows and the files they go to.
 
-One document: ``{"schema", "environment", "roofline", "rows"}``; one row: a provider on a case in
-one cache state. The CSV has the same columns: files of many devices and commits concatenate.
+One document: ``{"schema", "environment", "roofline", "rows", ...}``; one row: a provider on a case
+in one cache state. The CSV has the same columns: files of many devices and commits concatenate.
 """
 
 from __future__ import annotations
@@ -70,10 +70,12 @@ class Document:
     rows: list[Row] = field(default_factory=list)
     #: Cases that would have taken this machine too long, packages it has not, and why.
     left_out: dict[str, str] = field(default_factory=dict)
+    #: Cases that did not come to their end, and how far they were.
+    failed: dict[str, str] = field(default_factory=dict)
 
     @property
     def all_match(self) -> bool:
-        return bool(self.rows) and all(row.match for row in self.rows)
+        return bool(self.rows) and not self.failed and all(row.match for row in self.rows)
 
     def geomeans(self) -> dict[tuple[str, str], tuple[float, int]]:
         """Geometric mean of the ratios and their number, by provider and cache state."""
@@ -90,6 +92,7 @@ class Document:
             "roofline": self.roofline,
             "rows": [_without_nan(asdict(row)) for row in self.rows],
             "left_out": self.left_out,
+            "failed": self.failed,
         }
 
 
@@ -125,7 +128,8 @@ def read_json(path: Path) -> Document:
     for row in data["rows"]:
         row["error"] = float("nan") if row["error"] is None else row["error"]
         rows.append(Row(**row))
-    return Document(data["environment"], data["roofline"], rows, data.get("left_out", {}))
+    more = {name: data.get(name, {}) for name in ("left_out", "failed")}
+    return Document(data["environment"], data["roofline"], rows, **more)
 
 
 def append_csv(document: Document, path: Path) -> None:

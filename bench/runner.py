@@ -12,6 +12,7 @@ import torch
 from vicostream_kernels.backends import BACKENDS
 from vicostream_kernels.bench import environment
 from vicostream_kernels.bench.check import Verdict, check
+from vicostream_kernels.bench.lost_device import why_lost
 from vicostream_kernels.bench.registry import Case, Inputs, Provider, package_of
 from vicostream_kernels.bench.results import Document, Row
 from vicostream_kernels.bench.roofline import Roofline
@@ -35,7 +36,7 @@ class Options:
         graphs: on CUDA, replay graphs (kernel time) instead of timing eager calls.
         quick: shorter measurements with wider intervals.
         seed: of the random inputs; the checked and the timed inputs differ.
-        leave_out: packages whose providers run only when asked for by name.
+        leave_out: providers, or packages of such, that run only when asked for by name.
     """
 
     device: torch.device
@@ -92,7 +93,9 @@ def choose_providers(case: Case, options: Options) -> tuple[list[Provider], str]
                 f"{f' ({reason})' if reason else ''}; there are: {', '.join(available)}"
             )
     wanted = options.providers or [
-        p.name for p in available.values() if not p.optional and p.package not in options.leave_out
+        p.name
+        for p in available.values()
+        if not p.optional and not {p.name, p.package} & set(options.leave_out)
     ]
     names = dict.fromkeys((baseline, *wanted))
     return [available[name] for name in names], baseline
@@ -162,8 +165,9 @@ def run_case(case: Case, options: Options, roofline: Roofline) -> list[Row]:
     with torch.no_grad():
         verdicts = check(case, options.device, checked, options.seed)
         runs = {p.name: p.run for p in chosen if verdicts[p.name].ok}
-        # a wrong baseline leaves nothing to compare with: no speeds at all
-        timed = runs if verdicts[baseline].ok and verdicts[case.baseline].ok else {}
+        # a wrong baseline leaves nothing to compare with, a lost device nothing to time on
+        comparable = verdicts[baseline].ok and verdicts[case.baseline].ok
+        timed = runs if comparable and not why_lost() else {}
         rows: list[Row] = []
         inputs = None
         caches = options.caches
@@ -237,7 +241,8 @@ def _row(
     )
     if samples is None or provider.name not in samples.nanoseconds:
         if verdict.ok:
-            row.reason = f"not timed: the baseline {baseline!r} failed its check"
+            why = why_lost() and "the device was lost"
+            row.reason = f"not timed: {why or f'the baseline {baseline!r} failed its check'}"
         return row
     taken = samples.nanoseconds[provider.name]
     times = timing(taken)

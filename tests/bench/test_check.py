@@ -7,6 +7,7 @@ import re
 import pytest
 import torch
 
+from vicostream_kernels.bench import check as checking
 from vicostream_kernels.bench.check import check, judge
 from vicostream_kernels.bench.registry import Tolerance
 
@@ -44,6 +45,30 @@ def test_a_failing_baseline_is_a_finding_of_its_own(toy, providers):
     case = toy(torch=providers["raises"], ours_cpu=providers["double"])
     verdicts = check(case, CPU, case.providers(CPU), seed=1)
     assert not verdicts["torch"].ok and verdicts["ours:cpu"].ok
+
+
+def test_after_a_lost_device_nobody_else_is_blamed(toy, providers, monkeypatch):
+    """Nor is what others made before lost, though the inputs can't be read any more."""
+    lost = []
+
+    def loses(inputs):
+        lost.append(True)
+        raise RuntimeError("CUDA error: an illegal memory access")
+
+    def to_truth(made, convert=checking.to_truth):
+        assert not lost
+        return convert(made)
+
+    monkeypatch.setattr(checking, "why_lost", lambda: "lost" if lost else "")
+    monkeypatch.setattr(checking, "to_truth", to_truth)
+    double = providers["double"]
+    case = toy(torch=double, ours_cuda=loses, ours_triton=double)
+    verdicts = check(case, CPU, case.providers(CPU), seed=1)
+    assert verdicts["torch"].ok
+    assert (
+        verdicts["ours:cuda"].reason == "raised RuntimeError: CUDA error: an illegal memory access"
+    )
+    assert verdicts["ours:triton"].reason == "not run: ours:cuda lost the device"
 
 
 def test_providers_do_not_see_each_others_writes(toy, providers):

@@ -14,10 +14,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from vicostream_kernels.bench import gpu_check
-from vicostream_kernels.bench.gpu_check import check_all, plan
+from vicostream_kernels.bench import gpu_check, gpu_plan, gpu_verdicts
+from vicostream_kernels.bench.gpu_check import check_all, choose
+from vicostream_kernels.bench.gpu_plan import plan
 from vicostream_kernels.bench.results import Document, Row, write_json
-from vicostream_kernels.bench.steps import Finished, Step, run_steps
+from vicostream_kernels.bench.steps import Finished, Step, reserved, run_steps
 
 ROOT = Path(__file__).parents[2]
 FACTS = {"device_name": "NVIDIA H200", "commit": "0123456789abcdef", "dirty": False}
@@ -67,10 +68,41 @@ def test_a_step_that_overruns_is_ended_with_its_children(tmp_path):
     started = time.monotonic()
     done = outcomes([says("slow", code, timeout_s=2), says("next", "print('fine')")], tmp_path)
     assert time.monotonic() - started < 30
-    assert done["slow"].status == "timeout" and done["slow"].tail == ["started"]
+    assert done["slow"].status == "timeout" and done["slow"].tail[0] == "started"
     assert done["next"].status == "passed"
     time.sleep(max(0.0, 5 - (time.monotonic() - started)))
     assert not marker.exists()
+
+
+def test_a_step_that_overruns_may_say_what_it_has(tmp_path):
+    code = "import time\ntry: time.sleep(60)\nexcept KeyboardInterrupt: print('half of it')"
+    verdict = lambda done: f"code {done.code}, {done.output.strip()}"  # noqa: E731
+    step = Step("slow", (sys.executable, "-S", "-c", code), 2, verdict)
+    done = outcomes([step], tmp_path)["slow"]
+    assert done.status == "timeout" and done.code is None
+    assert done.reason == "ended after 2 s: code None, half of it"
+
+
+def test_neighbours_of_one_word_run_at_the_same_time(tmp_path):
+    """Each waits for what the other leaves, and only one's time is reserved."""
+    code = "import os, time, sys; open('{0}', 'w'); "
+    code += "[time.sleep(0.02) for _ in range(500) if not os.path.exists('{1}')]; print('fine')"
+    steps = [
+        says("a", code.format("a", "b"), beside="x", least_s=9),
+        says("b", code.format("b", "a"), beside="x", least_s=9),
+        says("c", "print('fine')", needs=("a",), least_s=2),
+    ]
+    assert reserved(steps) == 11
+    assert [o.status for o in outcomes(steps, tmp_path, budget_s=12).values()] == ["passed"] * 3
+
+
+def test_a_step_is_left_out_after_the_exit_code_that_leaves_nothing_to_do(tmp_path):
+    def run(code):
+        after = says("after", "print('fine')", unless={"first": 3})
+        return outcomes([says("first", f"import sys; sys.exit({code})"), after], tmp_path)["after"]
+
+    assert run(1).status == "passed"
+    assert run(3).status == "skipped" and "nothing to do: exit code 3" in run(3).reason
 
 
 def test_early_steps_leave_later_ones_their_share(tmp_path):
@@ -101,28 +133,62 @@ def test_steps_get_their_environment(tmp_path):
     assert outcomes(steps, tmp_path)["a"].status == "passed"
 
 
-def run_check(steps, tmp_path, bench="{}"):
-    (tmp_path / "bench.json").write_text(bench)
+def run_check(steps, tmp_path, chosen=None):
     out = tmp_path / "results" / "h200-0.json"
     code = check_all(
-        steps, FACTS, root=tmp_path, out=out, logs=tmp_path / "logs", bench=tmp_path / "bench.json",
-        budget_s=30,
+        steps, FACTS, root=tmp_path, out=out, logs=tmp_path / "logs", work=tmp_path, budget_s=30,
+        chosen=chosen,
     )  # fmt: skip
     return code, json.loads(out.read_text())
 
 
-def test_the_file_holds_every_step_and_the_benchmark(tmp_path):
-    steps = [says("a", "print('fine')"), says("b", "print('fine')")]
-    (tmp_path / "tiers.json").write_text('{"fetch": 1}')
-    code, document = run_check(steps, tmp_path, '{"rows": [1]}')
+def writes(name: str, path: Path, text: str) -> Step:
+    return says(name, f"open({str(path)!r}, 'w').write({text!r}); print('fine')")
+
+
+TEST = '{"test": "t", "outcome": "passed", "seconds": 1, "text": ""}\n'
+
+
+def test_the_file_holds_every_step_and_what_it_found(tmp_path):
+    steps = [
+        writes("pytest", tmp_path / "logs" / "pytest.jsonl", TEST),
+        writes("benchmark", tmp_path / "benchmark.json", '{"rows": [1]}'),
+    ]
+    code, document = run_check(steps, tmp_path)
     assert code == 0 and document["passed"] and document["benchmark"] == {"rows": [1]}
-    assert document["tiers"] == {"fetch": 1} and document["overlap"] is None
+    assert document["tests"]["pytest"]["counts"] == {"passed": 1} and document["tiers"] is None
     assert document["schema"] == gpu_check.SCHEMA and document["environment"] == FACTS
     assert [step["status"] for step in document["steps"]] == ["passed", "passed"]
 
 
+def test_two_calls_share_the_steps(tmp_path):
+    steps = [
+        writes("pytest", tmp_path / "logs" / "pytest.jsonl", TEST),
+        writes("tiers", tmp_path / "tiers.json", '{"fetch": 1}'),
+    ]
+    code, document = run_check(steps, tmp_path, choose(steps, "", "tiers"))
+    assert code == 1 and [s["reason"] for s in document["steps"]] == ["", "not asked for"]
+    (tmp_path / "logs" / "pytest.jsonl").unlink()
+    code, document = run_check(steps, tmp_path, choose(steps, "tier*", ""))
+    assert code == 0 and document["tiers"] == {"fetch": 1}
+    assert document["tests"]["pytest"]["counts"] == {"passed": 1}
+    code, document = run_check(steps, tmp_path, choose(steps, "pytest", ""))
+    assert code == 0 and document["tiers"] == {"fetch": 1}
+
+
+def test_steps_are_chosen_by_name_or_glob():
+    steps = [says(name, "") for name in ("pytest", "plants", "plants-memcheck", "tiers")]
+    names = lambda *given: [step.name for step in choose(steps, *given)]  # noqa: E731
+    assert names("", "") == ["pytest", "plants", "plants-memcheck", "tiers"]
+    assert names("plants*,tiers", "plants-*") == ["plants", "tiers"]
+    with pytest.raises(ValueError, match="'pytst'; there are: pytest, plants"):
+        names("pytst", "")
+
+
 def test_one_failure_fails_the_whole(tmp_path):
-    code, document = run_check([says("a", "print('fine')"), says("b", "pass")], tmp_path, "no json")
+    (tmp_path / "benchmark.json").write_text("no json")
+    steps = [says("benchmark", "print('fine')"), says("b", "pass")]
+    code, document = run_check(steps, tmp_path)
     assert code == 1 and not document["passed"] and document["benchmark"] is None
     assert document["steps"][1]["reason"] == "exit code 0"
 
@@ -166,19 +232,36 @@ def test_the_file_is_named_after_gpu_and_commit(facts, name):
 
 
 def test_the_plan_covers_tests_tools_plants_and_benchmark_in_ten_minutes(tmp_path):
-    steps = {step.name: step for step in plan(ROOT, tmp_path)}
+    steps = {step.name: step for step in plan(ROOT, tmp_path, tmp_path)}
     tools = ["memcheck", "racecheck", "initcheck", "synccheck"]
     plants = [f"plants-{tool}" for tool in tools]
     measured = ["benchmark", "tiers", "overlap"]
-    assert list(steps) == ["pytest", "driver", *tools, "plants", *plants, *measured]
-    assert sum(step.least_s for step in steps.values()) < 540
+    assert list(steps) == ["pytest", "timer", "driver", *tools, "plants", *plants, *measured]
+    # The build takes a minute of the ten, and the caller keeps some seconds.
+    assert reserved(list(steps.values())) < 580 - 60
     for tool in tools:
-        assert steps[tool].command[1:3] == ("--tool", tool) and steps[tool].needs == ("driver",)
+        assert steps[tool].command[1:3] == ("--tool", tool) and steps[tool].needs == ()
         assert steps[tool].environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] == "1"
-    assert (ROOT / gpu_check._PLANTS).is_file()
+    assert (ROOT / gpu_plan.PLANTS).is_file()
 
 
-def test_the_planned_pytest_command_runs_marked_tests_and_is_judged_by_what_ran(tmp_path):
+def test_the_plan_also_fits_in_two_calls_of_a_quarter_of_an_hour(tmp_path):
+    steps = plan(ROOT, tmp_path, tmp_path)
+    first = choose(steps, "", "benchmark,tiers,overlap")
+    second = choose(steps, "benchmark,tiers,overlap", "")
+    assert 60 + reserved(first) < 450 and reserved(second) < 300
+
+
+def test_what_times_the_device_runs_alone(tmp_path):
+    steps = {step.name: step for step in plan(ROOT, tmp_path, tmp_path)}
+    (file,) = gpu_plan.gpu_tests.ALONE
+    assert file in steps["timer"].command and "-n" not in steps["timer"].command
+    assert file not in steps["pytest"].command
+
+
+def test_the_planned_pytest_command_runs_marked_tests_and_is_judged_by_what_ran(
+    tmp_path, monkeypatch
+):
     (tmp_path / "tests").mkdir()
     (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers =\n  gpu: x\n")
     (tmp_path / "tests" / "test_a.py").write_text(
@@ -186,42 +269,43 @@ def test_the_planned_pytest_command_runs_marked_tests_and_is_judged_by_what_ran(
         "@pytest.mark.gpu\ndef test_a(): assert '' not in sys.path\n"
         "def test_b(): assert False\n"
     )
-    step = plan(tmp_path, tmp_path)[0]
+    (tmp_path / "tests" / "test_b.py").write_text("raise ImportError('not to be imported')")
+    monkeypatch.setattr(gpu_plan, "workers", lambda: ())
+    step = plan(tmp_path, tmp_path, tmp_path / "logs")[0]
     assert outcomes([step], tmp_path, budget_s=120)["pytest"].reason == ""
 
 
 def test_the_tests_run_in_several_processes_where_they_can(tmp_path, monkeypatch):
-    monkeypatch.setattr(gpu_check, "find_spec", lambda name: None)
-    assert "-n" not in plan(ROOT, tmp_path)[0].command
-    monkeypatch.setattr(gpu_check, "find_spec", lambda name: name == "xdist" or None)
-    command = plan(ROOT, tmp_path)[0].command
+    monkeypatch.setattr(gpu_plan, "find_spec", lambda name: None)
+    assert "-n" not in plan(ROOT, tmp_path, tmp_path)[0].command
+    monkeypatch.setattr(gpu_plan, "find_spec", lambda name: name == "xdist" or None)
+    command = plan(ROOT, tmp_path, tmp_path)[0].command
     assert int(command[command.index("-n") + 1]) == min(16, os.cpu_count())
 
 
-def junit(tmp_path, **counts) -> Path:
-    path = tmp_path / "j.xml"
-    text = " ".join(f'{key}="{value}"' for key, value in counts.items())
-    path.write_text(f"<testsuites><testsuite {text}/></testsuites>")
+def reported(tmp_path, *outcomes: str) -> Path:
+    path = tmp_path / "r.jsonl"
+    lines = [
+        {"test": f"t{at}", "outcome": outcome, "seconds": 1, "text": ""}
+        for at, outcome in enumerate(outcomes)
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return path
 
 
 @pytest.mark.parametrize(
-    ("code", "counts", "reason"),
+    ("code", "outcomes", "reason"),
     [
-        (0, dict(tests=3, failures=0, errors=0, skipped=1), ""),
-        (0, dict(tests=3, failures=0, errors=0, skipped=3), "no GPU test ran: 0 passed"),
-        (5, dict(tests=0, failures=0, errors=0, skipped=0), "pytest ended with 5"),
-        (1, dict(tests=3, failures=1, errors=0, skipped=0), "2 passed, 1 failed"),
+        (0, ("passed", "skipped"), ""),
+        (0, ("skipped", "skipped"), "no GPU test ran: 2 skipped"),
+        (1, ("passed", "failed"), "ended with 1: 1 failed, 1 passed; the first of them t1"),
+        (None, ("passed", "started"), "ended with None: 1 passed; it was in t1"),
+        (0, (), "pytest ended with 0 and reported on no test"),
     ],
 )
-def test_pytest_verdict(tmp_path, code, counts, reason):
-    verdict = gpu_check.pytest_verdict(Finished(code, "", 1), junit(tmp_path, **counts))
+def test_pytest_verdict(tmp_path, code, outcomes, reason):
+    verdict = gpu_verdicts.pytest_verdict(Finished(code, "", 1), reported(tmp_path, *outcomes))
     assert verdict == reason if not reason else reason in verdict
-
-
-def test_pytest_without_a_report_failed(tmp_path):
-    verdict = gpu_check.pytest_verdict(Finished(0, "", 1), tmp_path / "none.xml")
-    assert "wrote no report" in verdict
 
 
 @pytest.mark.parametrize(
@@ -237,7 +321,7 @@ def test_pytest_without_a_report_failed(tmp_path):
     ],
 )
 def test_sanitizer_verdict(code, output, reason):
-    verdict = gpu_check.sanitizer_verdict(Finished(code, output, 1))
+    verdict = gpu_verdicts.sanitizer_verdict(Finished(code, output, 1))
     assert verdict == reason if not reason else reason in verdict
 
 
@@ -252,7 +336,7 @@ def test_sanitizer_verdict(code, output, reason):
     ],
 )
 def test_plant_verdict(code, output, found):
-    assert (gpu_check.plant_verdict(Finished(code, output, 1)) == "") is found
+    assert (gpu_verdicts.plant_verdict(Finished(code, output, 1)) == "") is found
 
 
 @pytest.mark.parametrize(
@@ -261,9 +345,9 @@ def test_plant_verdict(code, output, found):
 def test_benchmark_verdict(tmp_path, match, code, reason):
     row = Row("append/a", "append", "op", "ours:cuda", {}, "float32", "cuda", 1, "cold", match, 0.1)
     write_json(Document({}, {}, [row]), tmp_path / "b.json")
-    verdict = gpu_check.benchmark_verdict(Finished(code, "", 1), tmp_path / "b.json")
+    verdict = gpu_verdicts.benchmark_verdict(Finished(code, "", 1), tmp_path / "b.json")
     assert verdict == reason if not reason else reason in verdict
-    missing = gpu_check.benchmark_verdict(Finished(code, "", 1), tmp_path / "none.json")
+    missing = gpu_verdicts.benchmark_verdict(Finished(code, "", 1), tmp_path / "none.json")
     assert "left no results" in missing
 
 
@@ -274,8 +358,8 @@ _OVERLAP = '{"fps": %s, "stages_ms": {"encode": 2, "prefill": 3}}'
 @pytest.mark.parametrize(
     ("of", "right", "wrong"),
     [
-        (gpu_check.tiers_verdict, _TIERS % "host", _TIERS % "disk"),
-        (gpu_check.overlap_verdict, _OVERLAP % 1, _OVERLAP % 0),
+        (gpu_verdicts.tiers_verdict, _TIERS % "host", _TIERS % "disk"),
+        (gpu_verdicts.overlap_verdict, _OVERLAP % 1, _OVERLAP % 0),
     ],
 )
 @pytest.mark.parametrize("code", [0, 1])
@@ -285,7 +369,7 @@ def test_figures_verdict(tmp_path, code, of, right, wrong):
         if text is not None:
             path.write_text(text)
         done = Finished(code, "one\nWrongResult: two\n", 1)
-        said = gpu_check.figures_verdict(done, path, of)
+        said = gpu_verdicts.figures_verdict(done, path, of)
         assert (said == "") == (code == 0 and text == right)
         assert not said or "two" in said or "no figures" in said
 
@@ -305,21 +389,22 @@ def test_outside_a_checkout_exit_code_2(tmp_path, capsys, monkeypatch):
 
 
 @pytest.fixture
-def keeps_sigterm():
-    before = signal.getsignal(signal.SIGTERM)
+def keeps_signals():
+    before = {kind: signal.getsignal(kind) for kind in (signal.SIGTERM, signal.SIGINT)}
     yield
-    signal.signal(signal.SIGTERM, before)
+    for kind, handler in before.items():
+        signal.signal(kind, handler)
 
 
-def test_main_runs_the_plan_and_writes_under_the_root(tmp_path, monkeypatch, keeps_sigterm):
-    plants = tmp_path / gpu_check._PLANTS
+def test_main_runs_the_plan_and_writes_under_the_root(tmp_path, monkeypatch, keeps_signals):
+    plants = tmp_path / gpu_plan.PLANTS
     plants.parent.mkdir(parents=True)
     plants.touch()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
     monkeypatch.setenv("VICO_COMMIT", "feedbeef")
     code = "import os; print(os.environ['VICO_COMMIT'] == 'feedbeef' and 'fine')"
-    monkeypatch.setattr(gpu_check, "plan", lambda root, work: [says("a", code, folder=work)])
+    monkeypatch.setattr(gpu_check, "plan", lambda root, work, logs: [says("a", code, folder=work)])
     assert gpu_check.main(["--root", str(tmp_path)]) == 0
     document = json.loads((tmp_path / "bench/results/h200-feedbeef.json").read_text())
     assert document["passed"] and document["environment"]["commit"] == "feedbeef"
@@ -328,8 +413,8 @@ def test_main_runs_the_plan_and_writes_under_the_root(tmp_path, monkeypatch, kee
 
 def test_only_pytest_runs_in_the_checkout(tmp_path):
     """Elsewhere the checkout on sys.path would hide the installed package."""
-    inside = [step.name for step in plan(ROOT, tmp_path) if step.folder is None]
-    assert [name for name in inside if not name.startswith("plants")] == ["pytest"]
+    inside = [step.name for step in plan(ROOT, tmp_path, tmp_path) if step.folder is None]
+    assert [name for name in inside if not name.startswith("plants")] == ["pytest", "timer"]
 
 
 def test_it_needs_neither_typer_nor_rich():

@@ -138,6 +138,18 @@ def test_a_device_that_is_not_there_is_refused(text):
         runner.parse_device(text)
 
 
+@pytest.mark.parametrize("left_out", ["flex", "flex:in-order"])
+def test_providers_are_left_out_by_package_or_name_unless_asked_for(toy, providers, left_out):
+    case = toy(**{"torch": providers["double"], "flex:in-order": providers["double"]})
+
+    def chosen(**options):
+        made = Options(CPU, leave_out=(left_out,), **options)
+        return [p.name for p in runner.choose_providers(case, made)[0]]
+
+    assert chosen() == ["torch"]
+    assert chosen(providers=("flex:in-order",)) == ["torch", "flex:in-order"]
+
+
 def test_a_backend_name_means_our_provider():
     names = runner.provider_names("cpu, torch,ours:triton,")
     assert names == ("ours:cpu", "torch", "ours:triton")

@@ -16,8 +16,11 @@ from kit.compare import assert_same_bits
 from vicostream_kernels import backends
 
 each_backend = pytest.mark.parametrize("backend", backends_of("sink_window_attention"))
+# The interpreter is slow, and for a GPU Triton compiles a kernel for almost every example: few, and
+# on a GPU the same ones each time, which its cache has then.
 quick = settings(
-    max_examples=8 if backends.INTERPRET else 60,
+    max_examples=8 if backends.INTERPRET or torch.cuda.is_available() else 60,
+    derandomize=torch.cuda.is_available(),
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
