@@ -49,7 +49,10 @@ def _options(
 @app.command()
 def run(
     video: Annotated[
-        str, typer.Argument(metavar="VIDEO", help="A file, a URL, or the word sample.")
+        str,
+        typer.Argument(
+            metavar="VIDEO", help="A file, a URL, - for standard input, or the word sample."
+        ),
     ],
     model: Annotated[
         str,
@@ -61,8 +64,10 @@ def run(
     preset: Annotated[
         str,
         typer.Option(
-            help="A method: live (bounded, the default), or as published: vicostream, "
-            "full-history, streaming-llm, timechat-online, stc-pruner, evs, ... (docs/methods.md)."
+            help="A method: live (the default: what a chunk or a question costs does not grow, its "
+            "history does, in memory or, with --set engine.history_bytes=2GB, in files), or as "
+            "published: vicostream, full-history, streaming-llm, timechat-online, stc-pruner, "
+            "evs, ... (docs/methods.md)."
         ),
     ] = "live",
     ask: Annotated[
@@ -99,7 +104,10 @@ def run(
     ] = None,
     save: Annotated[
         str | None,
-        typer.Option(metavar="FILE", help="Save the session at the end of VIDEO, for --restore."),
+        typer.Option(
+            metavar="FILE",
+            help="Save the session where VIDEO ends or is interrupted, for --restore.",
+        ),
     ] = None,
     explain: Annotated[
         str | None,
@@ -121,8 +129,8 @@ def run(
 ) -> None:
     """Stream VIDEO through a model and answer questions about it on the way.
 
-    Exit code 0: all went well; 1: something failed; 2: something given cannot be used. The report
-    is written in every case, with what was done until then.
+    Exit code 0: all went well; 1: something failed; 2: something given cannot be used; 130:
+    interrupted. The report is written in every case, with what was done until then.
     """
     from vicostream_kernels.pipeline.run import RunOptions
     from vicostream_kernels.pipeline.run import run as run_pipeline

@@ -48,6 +48,17 @@ def filled_recorder(chunks=5):
     return recorder
 
 
+def test_peaks_of_memory_are_those_of_the_stream(monkeypatch):
+    """Drawing pictures takes memory as well, after the stream has ended."""
+    peaks = iter([100, 200, 300])
+    monkeypatch.setattr(report_module, "peak_rss_bytes", lambda: next(peaks))
+    recorder = Recorder(model="m", preset="p")
+    assert recorder.report()["memory"]["peak_rss_bytes"] == 100
+    recorder.end()
+    recorder.end()
+    assert [recorder.report()["memory"]["peak_rss_bytes"] for _ in range(2)] == [200, 200]
+
+
 def test_time_that_several_take_at_once_counts_once():
     recorder = Recorder(model="m", preset="p")
     began = time.perf_counter()

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import signal
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from vicostream_kernels.pipeline.errors import PipelineError
 from vicostream_kernels.pipeline.report import SCHEMA_FILE, QuestionFigures
 from vicostream_kernels.pipeline.run import RunOptions, run
 from vicostream_kernels.pipeline.screen import Screen, clock, mib
-from vicostream_kernels.pipeline.session import Stream
+from vicostream_kernels.pipeline.session import Encode, Stream
 
 jsonschema = pytest.importorskip("jsonschema")
 
@@ -76,8 +77,8 @@ def test_a_run_answers_and_reports(tmp_path, video):
     report = outcome.report
     assert report["frames"] == {"read": 40, "processed": 40, "dropped": 0}
     assert [q["time_s"] for q in report["questions"]] == [1.5, 2.0, 3.9]
-    # Chunks end at 0.7, 1.5, 2.3, ...: a question sees those that ended at or before its time.
-    assert [len(q["blocks"]) for q in report["questions"]] == [2, 2, 5]
+    # Chunks end at 0.7, 1.5 and, as a question is asked there, at 2.0; then at 2.8, 3.6, 3.9.
+    assert [len(q["blocks"]) for q in report["questions"]] == [2, 3, 6]
     assert report["source"]["codec"] == "h264" and report["errors"] == []
     assert set(report["stages_ms"]) == {"decode", "preprocess", "encode", "prune", "prefill"}
     assert report["config"]["engine"]["pixels"] == SMALL["engine.pixels"]
@@ -126,8 +127,8 @@ def test_few_and_odd_frames(tmp_path, count):
     outcome = Outcome(tmp_path, path, "0 First?", "end Last?")
     assert outcome.code == 0 and outcome.report["frames"]["processed"] == count
     first, last = outcome.report["questions"]
-    assert len(last["blocks"]) == -(-count // 8)
-    assert len(first["blocks"]) == (1 if count == 1 else 0)
+    # The first frame is a chunk: the first question sees it.
+    assert first["blocks"] == [[0.0, 0.0]] and len(last["blocks"]) == 1 + -(-(count - 1) // 8)
 
 
 def test_variable_rate_and_fps(tmp_path):
@@ -159,8 +160,8 @@ def test_questions_outside_the_video(tmp_path, video):
     outcome = Outcome(tmp_path, video, "-3 Before?", "0 At the start?", "99 After?")
     assert outcome.code == 0
     before, start, after = outcome.report["questions"]
-    assert before["blocks"] == start["blocks"] == [] and before["answer"]
-    assert len(after["blocks"]) == 5 and after["time_s"] == 99.0
+    assert before["blocks"] == [] and before["answer"] and start["blocks"] == [[0.0, 0.0]]
+    assert len(after["blocks"]) == 6 and after["time_s"] == 99.0
     assert "99 s is after the last frame (3.900 s)" in outcome.err
 
 
@@ -223,8 +224,86 @@ def test_a_report_folder_that_cannot_be_made_is_found_before_the_work(tmp_path, 
     err = io.StringIO()
     options = RunOptions(video=str(video), model="tiny-random", report=str(tmp_path / "file"))
     assert run(options, Screen(io.StringIO(), err)) == 2
-    first = err.getvalue().splitlines()[0]
-    assert first.startswith("vicostream: error: --report") and "loading" not in err.getvalue()
+    (line,) = err.getvalue().splitlines()
+    assert line.startswith("vicostream: error: --report")
+
+
+@pytest.mark.parametrize("option", ["report", "explain", "show_pruning", "save"])
+def test_an_empty_name_is_not_the_current_folder(tmp_path, video, option, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    before, err = list(tmp_path.iterdir()), io.StringIO()
+    options = RunOptions(video=str(video), model="tiny-random", **{option: ""})
+    assert run(options, Screen(io.StringIO(), err)) == 2
+    (line,) = err.getvalue().splitlines()
+    assert f"--{option.replace('_', '-')} '': give a f" in line
+    assert list(tmp_path.iterdir()) == before
+
+
+def test_a_folder_that_takes_no_file_is_found_before_the_work(tmp_path, video, monkeypatch):
+    """Root may do everything, also on a read-only disk."""
+
+    def read_only(**_):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr("tempfile.TemporaryFile", read_only)
+    outcome = Outcome(tmp_path, video)
+    assert outcome.code == 2 and len(outcome.lines) == 1 and "cannot be written" in outcome.lines[0]
+    assert not list(outcome.folder.iterdir())
+
+
+def test_no_password_is_shown_or_written(tmp_path, capsys):
+    outcome = Outcome(tmp_path, "http://me:s3cret@127.0.0.1:9/a.ts", debug=True)
+    assert outcome.code == 1 and "http://***@127.0.0.1:9/a.ts" in outcome.lines[0]
+    written = (outcome.folder / "report.json").read_text()
+    shown = outcome.err + outcome.out + "".join(capsys.readouterr())
+    assert "Traceback" in shown and "s3cret" not in shown + written
+
+
+def test_a_question_sees_every_frame_up_to_its_time(tmp_path, video):
+    """At one frame a second a chunk takes eight to fill."""
+    outcome = Outcome(tmp_path, video, "1.5 What?", "2 And now?", fps=1)
+    assert [q["blocks"] for q in outcome.report["questions"]] == [
+        [[0.0, 1.0]], [[0.0, 1.0], [2.0, 2.0]]
+    ]  # fmt: skip
+    assert [c["frames"] for c in outcome.report["chunks"]] == [2, 1, 1]
+
+
+def test_a_video_without_a_stated_end_is_told_of_memory(tmp_path, video):
+    endless = write_video(tmp_path / "a.h264", pictures(9))
+    said = "memory grows with it"
+    assert said in Outcome(tmp_path, endless).err
+    for quiet in (
+        Outcome(tmp_path, video),
+        Outcome(tmp_path, endless, settings=["engine.max_pages=400"]),
+        Outcome(tmp_path, endless, settings=["engine.history_bytes=256MiB"]),
+        Outcome(tmp_path, endless, preset="streaming-llm"),
+    ):
+        assert quiet.code == 0 and said not in quiet.err, quiet.err
+
+
+def test_where_nobody_watches_a_line_tells_now_and_then(tmp_path, video, monkeypatch):
+    assert " frames/s  " not in Outcome(tmp_path, video).err
+    monkeypatch.setattr("vicostream_kernels.pipeline.screen.EVERY_S", 0.0)
+    lines = [line for line in Outcome(tmp_path, video).err.splitlines() if " frames/s  " in line]
+    assert len(lines) == 6 and lines[0].startswith("vicostream: at 00:00.7  ")  # 5 and the flush
+
+
+def test_damage_is_told_when_it_is_found(tmp_path, video, monkeypatch):
+    frames = run_module.VideoSource.__iter__
+
+    def damaged(self):
+        for frame in frames(self):
+            yield frame
+            self._note("decode", "damaged data skipped")
+
+    monkeypatch.setattr(run_module.VideoSource, "__iter__", damaged)
+    both = io.StringIO()
+    options = RunOptions(str(video), model="tiny-random", questions=["1 What?"], settings=SMALL_SET)
+    assert run(options, Screen(both, both)) == 1
+    shown = both.getvalue()
+    assert shown.index("skipped (at 0.000 s)") < shown.index("What?")
+    assert shown.count("damaged data skipped") == 20
+    assert shown.index("What?") < shown.index("20 more damaged places")
 
 
 def test_a_file_name_that_is_no_text_has_a_report(tmp_path, video):
@@ -302,13 +381,94 @@ def test_an_interrupt_writes_the_report(tmp_path, video, monkeypatch):
     frames = run_module.VideoSource.__iter__
 
     def damaged(self):
-        self._note(0.0, "decode", "damaged data skipped")
+        self._note("decode", "damaged data skipped")
         yield from frames(self)
 
     monkeypatch.setattr(run_module.VideoSource, "__iter__", damaged)
     outcome = Outcome(tmp_path, video)
-    assert outcome.code == 130 and "damaged data skipped (at 0.000 s)" in outcome.lines[1]
-    assert [error["where"] for error in outcome.report["errors"]] == ["ingest", "decode"]
+    assert outcome.code == 130 and "damaged data skipped (at 0.000 s)" in outcome.lines[0]
+    assert [error["where"] for error in outcome.report["errors"]] == ["decode", "ingest"]
+
+
+@pytest.fixture
+def signalled(monkeypatch):
+    """Ctrl-C, so many times, while the chunk that begins at 0.8 s is in work."""
+    count, encode = [1], Encode.run
+
+    def interrupted(self, chunk):
+        if chunk.source.start_s == 0.8:
+            for _ in range(count[0]):
+                signal.raise_signal(signal.SIGINT)
+        return encode(self, chunk)
+
+    monkeypatch.setattr(Encode, "run", interrupted)
+    return count
+
+
+def test_an_interrupt_lets_the_chunk_be_done_and_saves(tmp_path, video, signalled):
+    path, before = tmp_path / "session", signal.getsignal(signal.SIGINT)
+    outcome = Outcome(tmp_path, video, "end What?", save=str(path))
+    assert outcome.code == 130 and outcome.lines == ["vicostream: error: interrupted"]
+    assert "the chunk in work is done first" in outcome.err and "saved the session" in outcome.err
+    assert outcome.report["frames"]["processed"] == 16
+    assert "frames    16 read, 16 processed" in outcome.out  # the figures are shown all the same
+    assert signal.getsignal(signal.SIGINT) is before
+    signalled[0] = 0
+    again = Outcome(tmp_path, video, "end What?", restore=str(path))
+    assert again.code == 0 and again.report["frames"]["processed"] == 16 + 40
+
+
+def test_a_second_interrupt_leaves_at_once(tmp_path, video, signalled):
+    signalled[0] = 2
+    path = tmp_path / "session"
+    outcome = Outcome(
+        tmp_path, video, "end What?", save=str(path), show_pruning=str(tmp_path / "shown")
+    )
+    assert outcome.code == 130 and outcome.lines == ["vicostream: error: interrupted"]
+    assert not path.exists() and not list((tmp_path / "shown").iterdir())
+    assert outcome.report["frames"]["processed"] == 8
+    assert sorted(p.name for p in outcome.folder.iterdir()) == ["report.json", "trace.json"]
+
+
+def test_without_a_session_to_save_an_interrupt_waits_for_nothing(tmp_path, video, signalled):
+    outcome = Outcome(tmp_path, video)
+    assert outcome.code == 130 and outcome.report["frames"]["processed"] == 8
+
+
+def test_an_interrupt_in_the_midst_of_an_answer_saves(tmp_path, video, monkeypatch):
+    piece = Screen.piece
+
+    def interrupted(self, text):
+        signal.raise_signal(signal.SIGINT)
+        piece(self, text)
+
+    monkeypatch.setattr(Screen, "piece", interrupted)
+    path = tmp_path / "session"
+    outcome = Outcome(tmp_path, video, "1 What?", save=str(path))
+    assert outcome.code == 130 and path.exists() and len(outcome.lines) == 1
+
+
+def test_a_source_that_fails_leaves_a_session(tmp_path, video, monkeypatch):
+    frames = run_module.VideoSource.__iter__
+
+    def ending(self):
+        for _, frame in zip(range(20), frames(self)):
+            yield frame
+        raise PipelineError("the network is gone")
+
+    monkeypatch.setattr(run_module.VideoSource, "__iter__", ending)
+    path = tmp_path / "session"
+    outcome = Outcome(tmp_path, video, save=str(path))
+    assert outcome.code == 1 and outcome.lines == ["vicostream: error: the network is gone"]
+    assert path.exists() and outcome.report["errors"][0]["where"] == "video"
+
+    def full(*_):
+        raise PipelineError("the session cannot be saved: No space left on device")
+
+    monkeypatch.setattr(Stream, "save", full)
+    outcome = Outcome(tmp_path, video, save=str(tmp_path / "other"))
+    assert outcome.code == 1
+    assert [error["where"] for error in outcome.report["errors"]] == ["save", "video"]
 
 
 def test_a_bug_is_a_failure_and_not_the_users_fault(tmp_path, video, monkeypatch):
@@ -359,6 +519,24 @@ def test_live_progress_on_a_terminal(tmp_path, video):
     assert run(options, Screen(out, err)) == 0
     assert "frames/s" in err.getvalue() and "KV" in err.getvalue()
     assert "[00:01.0] What?" in out.getvalue()
+
+
+def test_what_fails_does_not_take_the_progress_away():
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    err = Terminal()
+    screen = Screen(io.StringIO(), err)
+    screen.start(10.0, "a.mp4")
+    try:
+        screen.question(1.0, "What?")
+        screen.unanswered()
+        screen.error("[bold]no luck[/bold]")
+        assert screen._progress.live.is_started
+        assert "vicostream: error: [bold]no luck[/bold]" in err.getvalue()
+    finally:
+        screen.stop()
 
 
 def test_numbers_as_people_read_them():
@@ -441,18 +619,19 @@ def test_in_turn_an_error_has_the_time_of_its_chunk_too(broken_encoder, tmp_path
     """A question cuts the batch: the chunk began before it."""
     broken_encoder.at = 0.8
     outcome = Outcome(tmp_path, video, "1.2 What?")
-    assert outcome.code == 1 and said(outcome) == [(*BROKEN, 0.8)]
+    assert outcome.code == 1
+    assert said(outcome) == [(*BROKEN, 0.8), ("answer", "not asked: What?", 1.2)]
 
 
 def test_a_question_that_hears_of_it_was_not_asked(broken_encoder, tmp_path, video, monkeypatch):
     broken_encoder.may.clear()
-    ask = Stream.ask
+    flush = Stream.flush
 
-    def hearing(self, *arguments):
+    def hearing(self):
         broken_encoder.may.set()
-        return ask(self, *arguments)
+        return flush(self)
 
-    monkeypatch.setattr(Stream, "ask", hearing)
+    monkeypatch.setattr(Stream, "flush", hearing)
     outcome = Outcome(tmp_path, video, "1.5 Early?", "end Late?", settings=OVERLAP)
     assert outcome.code == 1 and said(outcome) == [
         (*BROKEN, 0.0),

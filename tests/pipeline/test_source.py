@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 from pipeline_kit import pictures, write_video
 
 from vicostream_kernels.pipeline.errors import InputError, PipelineError
+from vicostream_kernels.pipeline.names import shown_name
 from vicostream_kernels.pipeline.source import VideoSource, upright
 
 av = pytest.importorskip("av")
@@ -204,6 +207,21 @@ def test_a_whole_file_has_no_trouble_with_longer_sound(tmp_path):
     assert len(frames) == 5 and source.info.duration_s > 3 and not source.troubles
 
 
+def test_sound_before_the_video_costs_no_frame(tmp_path):
+    """The packet that has a decoder give up its last frames must be the video's own."""
+    path = tmp_path / "a.mkv"
+    with av.open(str(path), "w") as container:
+        sound = container.add_stream("aac", rate=8000)
+        video = container.add_stream("libx264", rate=10)
+        video.width, video.height, video.pix_fmt = 80, 48, "yuv420p"
+        for image in pictures(20):
+            container.mux(video.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        container.mux(video.encode(None))
+        write_silence(container, sound, 10)
+    frames, source = read(path, threads=4)
+    assert len(frames) == 20 and not source.troubles
+
+
 def test_what_is_no_video_says_so_in_one_line(tmp_path):
     text = tmp_path / "text.mp4"
     text.write_text("this is not a video\n" * 50)
@@ -258,11 +276,113 @@ def test_unreadable(tmp_path, monkeypatch):
         read(path)
 
 
+class Container:
+    """A container whose reading stops after some packets."""
+
+    def __init__(self, container, count, error):
+        self._container, self._count, self._error = container, count, error
+
+    def __getattr__(self, name):
+        return getattr(self._container, name)
+
+    def demux(self):
+        for _, packet in zip(range(self._count), self._container.demux()):
+            yield packet
+        raise self._error
+
+
+def cut_off(path, count, error, **options):
+    with VideoSource(str(path), **options) as source:
+        source._container = Container(source._container, count, error)
+        return list(source), source
+
+
+@pytest.mark.parametrize("threads", [1, 4])
+def test_where_the_network_ends_the_decoder_gives_what_it_holds(tmp_path, threads):
+    path = write_video(tmp_path / "a.ts", pictures(30))
+    gone = av.error.ConnectionResetError(104, "Connection reset by peer")
+    frames, source = cut_off(path, 20, gone, threads=threads)
+    assert len(frames) == 20
+    np.testing.assert_allclose([f.time_s for f in frames], np.arange(20) / 10, atol=2e-3)
+    assert [t.what.split(" (")[0] for t in source.troubles] == [
+        "reading stopped: Connection reset by peer"
+    ]
+    whole, _ = read(path)
+    assert all(np.array_equal(a.image, b.image) for a, b in zip(frames, whole))
+
+
+def test_a_stalled_stream_says_for_how_long(tmp_path):
+    path = write_video(tmp_path / "a.ts", pictures(10))
+    _, source = cut_off(path, 5, av.error.ExitError(1414092869, "Immediate exit requested"))
+    assert source.troubles[0].what.startswith("reading stopped: no data for 20 s (at ")
+
+
+def test_many_damaged_places_are_counted_wherever_reading_ends(tmp_path):
+    path = write_video(tmp_path / "a.ts", pictures(3))
+    with VideoSource(str(path)) as source:
+        next(iter(source))
+        for _ in range(25):
+            source._note("decode", "damaged")
+        assert len(source.troubles) == 20
+    assert [t.what for t in source.troubles[20:]] == ["5 more damaged places"]
+
+
+SECRET = "rtsp://me:s3cret@camera:554/live"
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        (SECRET, "rtsp://***@camera:554/live"),
+        ("rtsp://me:s3@cret@camera/live", "rtsp://***@camera/live"),
+        ("rtsp://me:s3/cret@camera/live", "rtsp://***@camera/live"),
+        ("http://camera:8080/@me", "http://camera:8080/@me"),
+        ("http://[::1]:8080/@me", "http://[::1]:8080/@me"),
+        ("me@home.mp4", "me@home.mp4"),
+        ("-", "standard input"),
+    ],
+)
+def test_names_for_people_have_no_passwords(url, shown):
+    assert shown_name(url) == shown
+
+
+def test_no_error_tells_the_password(monkeypatch):
+    for error, kind in (
+        (av.error.HTTPUnauthorizedError(1, "Server returned 401", SECRET), InputError),
+        (av.error.ConnectionRefusedError(111, "Connection refused", SECRET), PipelineError),
+        (OSError(f"cannot open {SECRET}"), PipelineError),
+    ):
+        monkeypatch.setattr(av, "open", lambda *_, error=error, **__: (_ for _ in ()).throw(error))
+        with pytest.raises(kind) as caught:
+            VideoSource(SECRET)
+        assert "s3cret" not in str(caught.value) and "***@camera" in str(caught.value)
+
+
+def test_standard_input_is_a_video_too(tmp_path):
+    path = write_video(tmp_path / "a.ts", pictures(12))
+    code = (
+        "from vicostream_kernels.pipeline.source import VideoSource\n"
+        "source = VideoSource('-')\n"
+        "print(source.info.name, len(list(source)), source.troubles)"
+    )
+    with open(path, "rb") as file:
+        done = subprocess.run(
+            [sys.executable, "-c", code], stdin=file, capture_output=True, text=True, timeout=120
+        )
+    assert done.stdout == "standard input 12 []\n", done.stderr
+
+
+def test_a_terminal_is_no_video(monkeypatch):
+    monkeypatch.setattr(os, "isatty", lambda _: True)
+    with pytest.raises(InputError, match="a terminal"):
+        VideoSource("-")
+
+
 def test_a_url_that_cannot_be_reached_is_a_failure_not_a_wrong_option():
     with pytest.raises(PipelineError, match="cannot be reached") as caught:
         VideoSource("http://127.0.0.1:9/a.mp4")
     assert caught.value.exit_code == 1
-    with pytest.raises(InputError):
+    with pytest.raises(InputError, match="knows no protocol 'nosuchscheme'"):
         VideoSource("nosuchscheme://a")
 
 

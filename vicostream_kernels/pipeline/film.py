@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from vicostream_kernels.pipeline.errors import InputError, PipelineError, one_line
+from vicostream_kernels.pipeline.errors import PipelineError, one_line
+from vicostream_kernels.pipeline.folders import writable_folder
 from vicostream_kernels.pipeline.plots import save_picture
 from vicostream_kernels.pipeline.stages import ChunkMask
 
@@ -45,8 +46,7 @@ class PruningFilm:
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
-        self.folder = Path(folder)
-        _check_folder(self.folder)
+        self.folder = writable_folder(folder, "--show-pruning")
         self._encoder = _encoder()
         self._waiting: deque[ChunkMask] = deque()
         self._video: _Video | None = None
@@ -270,15 +270,6 @@ def _spread(count: int, most: int) -> Sequence[int]:
     """At most ``most`` of ``range(count)``, evenly spread, the first among them."""
     taken = min(count, most)
     return [i * count // taken for i in range(taken)]
-
-
-def _check_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--show-pruning {folder}: {error.strerror or error}") from error
-    if not os.access(folder, os.W_OK):
-        raise InputError(f"--show-pruning {folder}: the folder cannot be written")
 
 
 def _encoder() -> str:

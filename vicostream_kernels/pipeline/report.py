@@ -158,6 +158,7 @@ class Recorder:
         self._at_work, self._since = 0, -math.inf
         self._began = time.perf_counter()
         self._ended: float | None = None
+        self._peaks: dict[str, int] | None = None
         self._decoded: list[Span] = []
 
     def use_device(self, device: torch.device | str) -> None:
@@ -220,9 +221,10 @@ class Recorder:
         return self.frames_left_out + self.frames_ingested
 
     def end(self) -> None:
-        """Stops the clock of ``wall_s``; the first call counts."""
+        """Stops the clock of ``wall_s`` and keeps the peaks of memory, so that pictures drawn later
+        are not among them; the first call counts."""
         if self._ended is None:
-            self._ended = time.perf_counter()
+            self._ended, self._peaks = time.perf_counter(), self._peaks_now()
 
     @property
     def wall_s(self) -> float:
@@ -262,14 +264,17 @@ class Recorder:
                 "tokens": self.forgotten.tokens,
                 "spans": [[round(a, 6), round(b, 6)] for a, b in self.forgotten.spans],
             },
-            "memory": {
-                "peak_rss_bytes": peak_rss_bytes(),
-                "peak_device_bytes": peak_device_bytes(self.device),
-            },
+            "memory": self._peaks or self._peaks_now(),
             "chunks": chunks,
             "questions": [_question(q) for q in self.questions],
             "pictures": self.pictures,
             "errors": [asdict(error) for error in errors],
+        }
+
+    def _peaks_now(self) -> dict[str, int]:
+        return {
+            "peak_rss_bytes": peak_rss_bytes(),
+            "peak_device_bytes": peak_device_bytes(self.device),
         }
 
     def _fps(self, chunks: list[dict[str, Any]]) -> dict[str, float | None]:

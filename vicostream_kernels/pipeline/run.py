@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
@@ -16,9 +15,19 @@ import torch
 
 from vicostream_kernels import methods
 from vicostream_kernels.pipeline.errors import InputError, PipelineError, chunk_time, one_line
+from vicostream_kernels.pipeline.folders import writable_folder
+from vicostream_kernels.pipeline.names import shown_name, without_secrets
+from vicostream_kernels.pipeline.options import (
+    busy_hint,
+    memory_hint,
+    parse_device,
+    parse_settings,
+    quiet_transformers,
+)
 from vicostream_kernels.pipeline.report import QuestionFigures, Recorder
 from vicostream_kernels.pipeline.screen import Screen
 from vicostream_kernels.pipeline.source import FrameGroups, VideoSource, stack
+from vicostream_kernels.pipeline.stopping import Stop
 from vicostream_kernels.pipeline.text import Question, parse_question
 
 #: Options may be wrong in these parts of a run; anywhere else a ValueError is our failure.
@@ -49,7 +58,8 @@ def run(options: RunOptions, screen: Screen | None = None) -> int:
     """Streams a video and answers its questions; returns the exit code.
 
     0: all went well; 1: something failed; 2: something the user gave cannot be used; 130:
-    interrupted. In every case the report is written, with what was done until then and ``errors``.
+    interrupted. In every case the report is written, with what was done until then and ``errors``,
+    if its folder can be.
     """
     return _Run(options, screen or Screen()).go()
 
@@ -57,13 +67,19 @@ def run(options: RunOptions, screen: Screen | None = None) -> int:
 class _Run:
     def __init__(self, options: RunOptions, screen: Screen) -> None:
         self._options, self._screen = options, screen
+        self._name = shown_name(options.video)
         self._code = 0
+        self._interrupts = 0
+        self._unheard = False  # nobody reads the answers any more
+        self._folder: Path | None = None  # of the report, once it is known to take one
         self._part = "options"
         self._time_s: float | None = None
         self._waiting: list[Question] = []
         self._shift = 0.0  # time of the stream at which this video begins
         self._frames_before = 0  # in earlier runs of the session
         self._source: VideoSource | None = None
+        self._told = 0  # of its troubles
+        self._stop = Stop(options.save is not None, self._tell_stop)
         self._film: Any = None
         self._explained = 0
         self._recorder = Recorder(
@@ -73,18 +89,25 @@ class _Run:
     def go(self) -> int:
         with self._caught():
             self._stream()
+        self._recorder.end()
         with self._caught():
             self._tell_damage()
         with self._caught():
             self._finish_film()
         for question in self._waiting:
             self._recorder.error("answer", f"not asked: {question.text}", question.time_s)
-        self._recorder.end()
-        if self._options.report is not None:
+        with self._caught():
+            self._summarise()
+        if self._folder is not None:
             with self._caught():
                 self._part = "report"
-                self._write(Path(self._options.report))
+                self._write(self._folder)
         return self._code
+
+    @property
+    def _hurried(self) -> bool:
+        """Whether the user has interrupted twice: no more than the report's figures is written."""
+        return self._interrupts > 1 or self._stop.insisted
 
     @contextmanager
     def _caught(self) -> Iterator[None]:
@@ -92,12 +115,14 @@ class _Run:
         try:
             yield
         except KeyboardInterrupt:
+            self._interrupts += 1
             self._failed("interrupted", INTERRUPTED)
         except Exception as error:
             self._raised(error)
 
     def _raised(self, error: Exception) -> None:
         part, time_s = self._part, chunk_time(error)
+        self._unheard = self._unheard or isinstance(error, BrokenPipeError)
         if time_s is not None:
             part = "ingest"  # a stage's, whichever call it came from
         code = getattr(error, "exit_code", 1)
@@ -108,12 +133,12 @@ class _Run:
     def _failed(
         self, what: str, code: int, part: str | None = None, time_s: float | None = None
     ) -> None:
-        self._screen.stop()
+        what = without_secrets(what)  # FFmpeg's own words may have the URL in them
         time_s = self._time_s if time_s is None else time_s
         self._recorder.error(part or self._part, what, time_s)
         self._screen.error(what)
         if self._options.debug and sys.exc_info()[0] is not None:
-            traceback.print_exc(file=sys.stderr)
+            sys.stderr.write(without_secrets(traceback.format_exc()))
         self._code = max(self._code, code)
 
     # -- parts -----------------------------------------------------------------------------------
@@ -121,14 +146,16 @@ class _Run:
     def _stream(self) -> None:
         options, recorder = self._options, self._recorder
         if options.report is not None:
-            _check_folder(options.report)
+            self._folder = writable_folder(options.report, "--report")
         if options.explain is not None:
-            _check_folder(options.explain, "--explain")
+            writable_folder(options.explain, "--explain")
         if options.save is not None:
+            if not options.save:
+                raise InputError("--save '': give a file")
             if Path(options.save).is_dir():
                 raise InputError(f"--save {options.save}: it is a folder, give a file")
-            _check_folder(str(Path(options.save).parent), "--save")
-        if options.restore is not None and not Path(options.restore).exists():
+            writable_folder(Path(options.save).parent, "--save")
+        if options.restore is not None and not Path(options.restore).is_file():
             raise InputError(f"--restore {options.restore}: no such file")
         if options.show_pruning is not None:
             from vicostream_kernels.pipeline.film import PruningFilm
@@ -167,6 +194,8 @@ class _Run:
                         "tiny-random has random weights: it shows the machinery, its answers are "
                         "nonsense"
                     )
+                if hint := memory_hint(method, source.info):
+                    self._screen.say(hint)
                 self._part = "ingest"
                 recorder.restart()
                 watch = None if self._film is None else self._film.watch
@@ -175,13 +204,17 @@ class _Run:
                     self._consume(source, stream, questions)
 
     def _tell_damage(self) -> None:
-        """What the video lacks, however the run ended; without a frame the error has said it."""
+        """What the video lacks, as soon as it is known; without a frame the error will say it."""
         source = self._source
         if source is None or not source.frames_read:
             return
-        for trouble in source.troubles:
+        before = self._part, self._time_s
+        while self._told < len(source.troubles):
+            trouble = source.troubles[self._told]
+            self._told += 1
             self._part, self._time_s = trouble.where, trouble.time_s
-            self._failed(f"{self._options.video}: {trouble.what}", 1)
+            self._failed(f"{self._name}: {trouble.what}", 1)
+        self._part, self._time_s = before
 
     def _open(self, engine: Any, source: VideoSource, watch: Any) -> Any:
         options, recorder = self._options, self._recorder
@@ -217,45 +250,91 @@ class _Run:
 
     def _consume(self, source: VideoSource, stream: Any, questions: list[Question]) -> None:
         recorder, screen = self._recorder, self._screen
-        waiting = self._waiting = sorted(questions, key=_when)
-        size = stream.frames_per_chunk
-        frames = FrameGroups(iter(source))
+        self._waiting = sorted(questions, key=_when)
         shift, length = self._shift, source.info.duration_s
-        screen.start(None if length is None else length + shift, str(self._options.video))
+        screen.start(None if length is None else length + shift, self._name)
         try:
-            while True:
-                limit = _when(waiting[0]) if waiting else math.inf
-                with recorder.trace.span("decode", host=True) as span:
-                    self._part = "video"
-                    batch = frames.take(size, limit - shift)
-                recorder.decoded(span)
-                recorder.frames_read = self._frames_before + source.frames_read
-                if batch:
-                    times = [frame.time_s + shift for frame in batch]
-                    self._part, self._time_s = "ingest", times[0]
-                    stream.ingest(stack(batch), times)
-                    self._time_s = times[-1]
-                    self._draw()
-                    screen.update(recorder, stream.time_s)
-                elif frames.ended:
-                    break
-                else:
-                    self._ask(stream, waiting.pop(0))
-            self._save(stream)
-            self._part = "ingest"
-            stream.flush()
-            self._draw()
-            screen.update(recorder, stream.time_s)
-            while waiting:
-                question = waiting.pop(0)
-                late, last = question.time_s, stream.time_s
-                if late is not None and late > last and recorder.frames_processed:
-                    screen.say(f"{late:g} s is after the last frame ({last:.3f} s): asked there")
-                self._ask(stream, question)
+            with self._stop:
+                try:
+                    self._take_in(source, stream)
+                except BaseException as error:
+                    if self._can_save(error):
+                        part = self._part
+                        with self._caught():
+                            self._save(stream)
+                        self._part = part
+                    raise
+                self._save(stream)
+            self._stop.check()
+            self._take_rest(stream)
         finally:
             recorder.frames_read = self._frames_before + source.frames_read
             screen.stop()
-        screen.summary(recorder.report(), source.info.name)
+
+    def _take_in(self, source: VideoSource, stream: Any) -> None:
+        """The video up to its end, and the questions on the way."""
+        recorder, waiting, shift = self._recorder, self._waiting, self._shift
+        frames = FrameGroups(iter(source))
+        while True:
+            self._stop.check()
+            limit = _when(waiting[0]) if waiting else math.inf
+            with recorder.trace.span("decode", host=True) as span:
+                self._part = "video"
+                batch = frames.take(
+                    stream.frames_per_chunk, limit - shift, lambda: self._stop.wanted
+                )
+            recorder.decoded(span)
+            recorder.frames_read = self._frames_before + source.frames_read
+            self._tell_damage()
+            if batch:
+                times = [frame.time_s + shift for frame in batch]
+                self._part, self._time_s = "ingest", times[0]
+                stream.ingest(stack(batch), times)
+                self._time_s = times[-1]
+                self._taken(stream)
+            elif frames.ended:
+                return
+            else:
+                self._stop.check()
+                if stream.time_s <= limit:  # after a restore what waits may be later, unseen anyway
+                    self._end_chunk(stream)
+                self._ask(stream, waiting.pop(0))
+
+    def _take_rest(self, stream: Any) -> None:
+        """The last chunk, short as it is, and what is asked at the end."""
+        waiting = self._waiting
+        self._end_chunk(stream)
+        while waiting:
+            question = waiting.pop(0)
+            late, last = question.time_s, stream.time_s
+            if late is not None and late > last and self._recorder.frames_processed:
+                self._screen.say(f"{late:g} s is after the last frame ({last:.3f} s): asked there")
+            self._ask(stream, question)
+
+    def _end_chunk(self, stream: Any) -> None:
+        """Has a question see every frame up to its time: with few frames a second a chunk would
+        not be full for long."""
+        self._part = "ingest"
+        stream.flush()
+        self._taken(stream)
+
+    def _taken(self, stream: Any) -> None:
+        self._draw()
+        self._screen.update(self._recorder, stream.time_s)
+
+    def _tell_stop(self) -> None:
+        self._screen.at_once(
+            "interrupted: the chunk in work is done first, then the session is saved; once more "
+            "leaves at once"
+        )
+
+    def _can_save(self, error: BaseException) -> bool:
+        """Whether what ended the run came from outside the stream, which is usable then."""
+        if self._stop.insisted or not self._recorder.frames_ingested:
+            return False
+        if chunk_time(error) is not None:
+            return False
+        return self._part == "video" or isinstance(error, (KeyboardInterrupt, BrokenPipeError))
 
     def _save(self, stream: Any) -> None:
         """Before the last chunk is cut short: the video may go on in another run."""
@@ -265,6 +344,9 @@ class _Run:
         try:
             stream.save(self._options.save)
             self._screen.say(f"saved the session to {self._options.save}")
+        except KeyboardInterrupt:
+            self._screen.say(f"--save {self._options.save}: not saved")
+            raise
         except Exception as error:
             if chunk_time(error) is not None:
                 raise
@@ -281,6 +363,7 @@ class _Run:
             except Exception as error:
                 if chunk_time(error) is not None:
                     raise  # the stream has failed, and says so here
+                self._screen.unanswered()
                 self._raised(error)
         self._part = part
 
@@ -303,6 +386,7 @@ class _Run:
         with stream.ask(question.text, time_s) as answer:
             for piece in answer:
                 self._screen.piece(piece)
+                self._stop.check()
         if question.expected is not None:
             answer.figures.judge(question.expected)
         self._screen.answered(answer.figures)
@@ -339,17 +423,25 @@ class _Run:
     def _finish_film(self) -> None:
         if self._film is None:
             return
+        if self._hurried:
+            self._film.discard()
+            return
         self._part = "pictures"
-        paths = self._film.close(f"{self._options.video}, {self._options.preset}")
+        paths = self._film.close(f"{self._name}, {self._options.preset}")
         if paths is not None:
             self._recorder.pictures = dict(zip(("video", "contact_sheet"), paths))
             self._screen.say(", ".join(paths))
+
+    def _summarise(self) -> None:
+        if self._source is None or not self._recorder.frames_ingested or self._unheard:
+            return
+        self._screen.summary(self._recorder.report())
 
     def _write(self, folder: Path) -> None:
         report = self._recorder.write(folder)
         written = ["report.json", "trace.json"]
         picture = folder / "stream.png"
-        if report["chunks"]:
+        if report["chunks"] and not self._hurried:
             from vicostream_kernels.pipeline.plots import plot_report
 
             plot_report(report, picture)
@@ -367,59 +459,6 @@ def _rate(source: VideoSource) -> float:
     return source.info.rate or 25.0
 
 
-def parse_settings(settings: Sequence[str]) -> dict[str, str]:
-    """``["key=value", ...]`` as a mapping; raises :class:`InputError` for anything else."""
-    parsed = {}
-    for setting in settings:
-        key, equals, value = setting.partition("=")
-        if not equals or not key.strip():
-            raise InputError(f"--set {setting!r}: give key=value, as in prune.threshold=0.15")
-        parsed[key.strip()] = value.strip()
-    return parsed
-
-
-def parse_device(name: str) -> torch.device:
-    """``cpu``, ``cuda`` or ``cuda:N``; raises :class:`InputError` where it is not there."""
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise InputError(f"--device {name!r}: give cpu, cuda or cuda:N") from error
-    if device.type not in ("cpu", "cuda"):
-        raise InputError(f"--device {name!r}: give cpu, cuda or cuda:N")
-    if device.type == "cuda":
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if (device.index or 0) >= count:
-            raise InputError(
-                f"--device {name}: this machine has {count} usable CUDA devices "
-                "(`vicostream info` says why); use --device cpu"
-            )
-    return device
-
-
-def busy_hint() -> str | None:
-    """What helps where other work keeps the cores busy: threads that spin while they wait for each
-    other then cost most of the speed."""
-    if not hasattr(os, "getloadavg") or os.environ.get("OMP_WAIT_POLICY"):
-        return None
-    load, cores, threads = os.getloadavg()[0], os.cpu_count() or 1, torch.get_num_threads()
-    if threads == 1 or load < cores:
-        return None
-    return (
-        f"this machine is busy (load {load:.1f} on {cores} cores): OMP_WAIT_POLICY=passive makes "
-        "threads wait without spinning"
-    )
-
-
-def _check_folder(folder: str, option: str = "--report") -> None:
-    """A run of hours must not end in a report that cannot be written."""
-    try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{option} {folder}: {error.strerror or error}") from error
-    if not os.access(folder, os.W_OK):
-        raise InputError(f"{option} {folder}: the folder cannot be written")
-
-
 def _said(error: Exception) -> str:
     if isinstance(error, (PipelineError, ValueError)):
         return one_line(error)
@@ -428,20 +467,3 @@ def _said(error: Exception) -> str:
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return f"out of memory: {one_line(error)}"
     return f"{type(error).__name__}: {one_line(error)}"
-
-
-@contextmanager
-def quiet_transformers(quiet: bool = True) -> Iterator[None]:
-    """Keeps transformers' progress bars and hints off a screen that shows its own."""
-    from transformers.utils import logging
-
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    if quiet:
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()

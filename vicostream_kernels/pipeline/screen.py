@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import time
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any, TextIO
 
 from vicostream_kernels.pipeline.report import CHUNK_STAGES, QuestionFigures, Recorder
@@ -13,6 +16,9 @@ _VISIBLE = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"
 _VISIBLE |= {code: 0xFFFD for code in range(0x80, 0xA0)}
 #: So many chunks of an answer are listed.
 _STARTS = 8
+#: Where nobody watches, a line about the progress every so many seconds: a service's log says that
+#: it lives.
+EVERY_S = 30.0
 
 
 class Screen:
@@ -22,22 +28,42 @@ class Screen:
         self._out, self._err = out or sys.stdout, err or sys.stderr
         self._progress: Any = None
         self._task: Any = None
+        self._due = float("inf")  # the next line about the progress
 
     def say(self, text: str) -> None:
         """A remark."""
-        self._err.write(f"vicostream: {text}\n")
-        self._err.flush()
+        self._line(f"vicostream: {text}")
 
     def error(self, text: str) -> None:
         """What went wrong, on one line."""
-        self._err.write(f"vicostream: error: {text}\n")
-        self._err.flush()
+        self._line(f"vicostream: error: {text}")
+
+    def at_once(self, text: str) -> None:
+        """A remark from a signal handler, which must not enter a file that is being written."""
+        line = f"vicostream: {text}\n"
+        try:
+            descriptor = self._err.fileno()
+        except (OSError, ValueError):  # no true file: io.StringIO and the like
+            self._err.write(line)
+            return
+        with suppress(OSError):
+            os.write(descriptor, line.encode(errors="replace"))
+
+    def _line(self, text: str) -> None:
+        if self._progress is None:
+            self._err.write(f"{text}\n")
+            self._err.flush()
+        else:  # above the progress
+            self._progress.console.print(
+                text, markup=False, emoji=False, highlight=False, soft_wrap=True
+            )
 
     # -- progress --------------------------------------------------------------------------------
 
     def start(self, duration_s: float | None, name: str) -> None:
-        """Shows live progress until :meth:`stop`."""
+        """Shows live progress until :meth:`stop`; where nobody watches, a line now and then."""
         if not self._err.isatty():
+            self._due = time.monotonic() + EVERY_S
             return
         from rich.console import Console
         from rich.progress import BarColumn, Progress, TextColumn
@@ -55,19 +81,23 @@ class Screen:
 
     def update(self, recorder: Recorder, time_s: float) -> None:
         """The state after a chunk."""
-        if self._progress is None:
+        if self._progress is None and time.monotonic() < self._due:
             return
         speed = recorder.frames_processed / recorder.ingest_s if recorder.ingest_s else 0.0
         kept = recorder.tokens_kept / recorder.tokens_seen if recorder.tokens_seen else 1.0
-        self._progress.update(
-            self._task,
-            completed=time_s,
-            figures=f"{clock(time_s)}  {speed:.0f} frames/s  {kept:.0%} of tokens kept  "
-            f"KV {mib(recorder.kv['bytes'])} in {recorder.chunk_count} chunks",
+        figures = (
+            f"{clock(time_s)}  {speed:.0f} frames/s  {kept:.0%} of tokens kept  "
+            f"KV {mib(recorder.kv['bytes'])} in {recorder.chunk_count} chunks"
         )
+        if self._progress is not None:
+            self._progress.update(self._task, completed=time_s, figures=figures)
+        else:
+            self._due = time.monotonic() + EVERY_S
+            self.say(f"at {figures}")
 
     def stop(self) -> None:
         """Takes the progress away; a second call does nothing."""
+        self._due = float("inf")
         if self._progress is not None:
             self._progress.stop()
             self._progress = None
@@ -98,10 +128,19 @@ class Screen:
             f"read {_chunks(figures.blocks)})\n"
         )
         self._out.flush()
+        self._go_on()
+
+    def unanswered(self) -> None:
+        """The question has failed."""
+        self._out.write("\n")
+        self._out.flush()
+        self._go_on()
+
+    def _go_on(self) -> None:
         if self._progress is not None:
             self._progress.start()
 
-    def summary(self, report: dict[str, Any], name: str) -> None:
+    def summary(self, report: dict[str, Any]) -> None:
         """The figures of the whole run."""
         self._out.write("\n")
         for title, text in summary_lines(report):

@@ -11,17 +11,17 @@ and joined, or has no timestamps at all, still has an order.
 from __future__ import annotations
 
 import os
-import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from vicostream_kernels.pipeline.errors import InputError, PipelineError, Trouble, one_line
+from vicostream_kernels.pipeline.errors import InputError, Trouble
+from vicostream_kernels.pipeline.names import shown_name
+from vicostream_kernels.pipeline.opening import open_video, reason
 
 if TYPE_CHECKING:
     import numpy as np
 
-_URL = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]+://")
 #: Containers whose header states a duration that a whole file really has.
 _INDEXED = {"mov", "mp4", "matroska", "webm", "avi", "flv"}
 #: A file that ends this much before its stated end has lost something.
@@ -29,12 +29,9 @@ _MISSING_S = 0.5
 #: Timestamps are rounded by containers (Matroska to 1 ms): a tick may come this much early.
 _TICK_SLACK_S = 5e-4
 _MAX_TROUBLES = 20
-_NETWORK_TIMEOUT_S = 20.0
 #: swscale: bilinear with full chroma interpolation. Without it white in 10 bits becomes 253.
 _SWS_FLAGS = 2 | 0x2000 | 0x4000
 _FULL_RANGE = 2
-#: FFmpeg opens text as ANSI art; nobody who passes such a file means that.
-_NOT_VIDEO = {"tty", "ansi", "bin", "idf", "xbin", "adf"}
 
 
 @dataclass(frozen=True)
@@ -61,14 +58,16 @@ class VideoInfo:
 
 
 class VideoSource:
-    """A video file or URL, opened for one pass.
+    """A video file, a URL, or standard input (``-``), opened for one pass.
 
     ``fps`` bounds the frames taken per second of video time; None takes every frame. Frames are
     taken by their timestamps and never doubled, so a slower or variable source keeps its own times.
     ``threads`` decode (default: the cores this process may use, at most 8).
 
-    Iterating yields :class:`Frame`. What is damaged is skipped and noted in ``troubles``; frames
-    before and after are kept. ``frames_read`` counts decoded frames, ``frames_taken`` the yielded.
+    Iterating yields :class:`Frame`. What is damaged is skipped and noted in ``troubles`` at once;
+    frames before and after are kept. Of many places the first are noted, and when the source ends
+    or is closed how many more there were. ``frames_read`` counts decoded frames, ``frames_taken``
+    the yielded.
     Raises :class:`InputError` where there is nothing to read, :class:`PipelineError` where the
     network or the decoder library fails.
     """
@@ -80,16 +79,17 @@ class VideoSource:
         self.troubles: list[Trouble] = []
         self.frames_read = 0
         self.frames_taken = 0
-        self._damaged = 0
-        self._container = _open(video)
+        self._damaged = 0  # places that are not noted yet
+        self._last_s = self._end_s = 0.0  # of the newest frame; of all packets
+        self._container = open_video(video)
         try:
-            self._stream = _video_stream(self._container, video)
+            self._stream = _video_stream(self._container, shown_name(video))
             self._stream.thread_type = "AUTO"
             self._stream.codec_context.thread_count = threads or min(8, _cores())
         except BaseException:
             self._container.close()
             raise
-        self.info = _describe(video, self._container, self._stream)
+        self.info = _describe(shown_name(video), self._container, self._stream)
 
     def __enter__(self) -> VideoSource:
         return self
@@ -99,53 +99,69 @@ class VideoSource:
 
     def close(self) -> None:
         """Closes the file; reading on raises."""
+        self._note_the_rest()
         self._container.close()
 
     def __iter__(self) -> Iterator[Frame]:
-        import av
         from av.video.reformatter import VideoReformatter
 
         reformatter = VideoReformatter()
         clock = _Clock(self.info.rate)
         sampler = _Sampler(self.fps)
-        end_s = 0.0
-        packets = self._container.demux()
-        while True:
-            try:
-                packet = next(packets, None)
-            except av.error.FFmpegError as error:
-                self._note(clock.now, "demux", f"reading stopped: {_reason(error)}")
-                break
-            if packet is None:
-                break
-            end_s = max(end_s, _packet_end(packet))
-            if packet.stream_index != self._stream.index:
-                continue
-            try:
-                decoded = packet.decode()
-            except av.error.FFmpegError as error:
-                self._note(clock.now, "decode", f"damaged data skipped: {_reason(error)}")
-                continue
-            for frame in decoded:
-                time_s = clock.time(frame)
-                if getattr(frame, "is_corrupt", False):
-                    self._note(time_s, "decode", "a damaged frame was kept as decoded")
-                index = self.frames_read
-                self.frames_read += 1
-                if sampler.takes(time_s):
-                    self.frames_taken += 1
-                    yield Frame(_rgb(frame, reformatter), time_s, index)
-        self._check_end(clock.now, end_s)
+        for frame in self._decoded():
+            time_s = self._last_s = clock.time(frame)
+            if getattr(frame, "is_corrupt", False):
+                self._note("decode", "a damaged frame was kept as decoded")
+            index = self.frames_read
+            self.frames_read += 1
+            if sampler.takes(time_s):
+                self.frames_taken += 1
+                yield Frame(_rgb(frame, reformatter), time_s, index)
+        self._note_the_rest()
+        self._check_end()
 
-    def _note(self, time_s: float, where: str, what: str) -> None:
-        self._damaged += 1
+    def _decoded(self) -> Iterator[Any]:
+        """Frames as FFmpeg decodes them, up to the end or to where reading stops."""
+        import av
+
+        for packet in self._packets():
+            try:
+                frames = self._stream.codec_context.decode(packet)
+            except av.error.FFmpegError as error:
+                self._note("decode", f"damaged data skipped: {reason(error)}")
+            else:
+                yield from frames
+
+    def _packets(self) -> Iterator[Any]:
+        """Packets of the video. The last one is empty: the decoder gives up the frames that its
+        threads hold."""
+        import av
+
+        try:
+            for packet in self._container.demux():
+                self._end_s = max(self._end_s, _packet_end(packet))
+                if packet.stream.index == self._stream.index:  # an empty one is numbered 0
+                    yield packet
+        except av.error.FFmpegError as error:
+            self._note("demux", f"reading stopped: {reason(error)}")
+            last = av.Packet()
+            last.time_base = self._stream.time_base
+            yield last
+
+    def _note(self, where: str, what: str) -> None:
         if len(self.troubles) < _MAX_TROUBLES:
-            self.troubles.append(Trouble(round(time_s, 3), where, f"{what} (at {time_s:.3f} s)"))
+            what = f"{what} (at {self._last_s:.3f} s)"
+            self.troubles.append(Trouble(round(self._last_s, 3), where, what))
+        else:
+            self._damaged += 1
 
-    def _check_end(self, last_s: float, end_s: float) -> None:
-        if self._damaged > _MAX_TROUBLES:
-            more = self._damaged - _MAX_TROUBLES
-            self.troubles.append(Trouble(last_s, "decode", f"{more} more damaged places"))
+    def _note_the_rest(self) -> None:
+        if self._damaged:
+            what = f"{self._damaged} more damaged places"
+            self.troubles.append(Trouble(round(self._last_s, 3), "decode", what))
+            self._damaged = 0
+
+    def _check_end(self) -> None:
         if not self.frames_read:
             why = f" ({self.troubles[0].what})" if self.troubles else ""
             raise InputError(f"{self.info.name}: the video stream has no frame to decode{why}")
@@ -153,10 +169,10 @@ class VideoSource:
         if stated is None or not formats & _INDEXED:
             return
         start = (self._container.start_time or 0) / 1e6
-        missing = stated - (end_s - start)
+        missing = stated - (self._end_s - start)
         if missing > _MISSING_S:
             what = f"the file ends {missing:.2f} s before the {stated:.2f} s that its header states"
-            self.troubles.append(Trouble(round(last_s, 3), "demux", f"truncated: {what}"))
+            self.troubles.append(Trouble(round(self._last_s, 3), "demux", f"truncated: {what}"))
 
 
 class FrameGroups:
@@ -167,11 +183,13 @@ class FrameGroups:
         self._next: Frame | None = None
         self.ended = False
 
-    def take(self, size: int, limit_s: float) -> list[Frame]:
+    def take(
+        self, size: int, limit_s: float, enough: Callable[[], bool] = lambda: False
+    ) -> list[Frame]:
         """Up to ``size`` frames at or before ``limit_s``. None means that the next frame is later,
-        or that the video has ended (``ended``)."""
+        that the video has ended (``ended``), or that it was ``enough``."""
         group: list[Frame] = []
-        while len(group) < size:
+        while len(group) < size and not enough():
             if self._next is None:
                 self._next = next(self._frames, None)
             frame = self._next
@@ -229,53 +247,6 @@ class _Sampler:
             return False
         self._tick = tick
         return True
-
-
-def _open(video: str) -> Any:
-    try:
-        import av
-    except ImportError as error:
-        raise PipelineError(
-            f"reading a video needs PyAV ({error}): pip install 'vicostream-kernels[pipeline]'"
-        ) from error
-    remote = _URL.match(video) is not None
-    place = video
-    if not remote:
-        _check_file(video)
-        # FFmpeg takes what stands before a colon for a protocol: "12:30.mp4" would have 12.
-        place = os.path.abspath(video.removeprefix("file:"))
-    try:
-        container = av.open(place, timeout=(_NETWORK_TIMEOUT_S,) * 2 if remote else None)
-    except (av.error.FileNotFoundError, av.error.HTTPClientError) as error:
-        raise InputError(f"{video}: cannot be opened: {_reason(error)}") from error
-    except (av.error.InvalidDataError, av.error.ProtocolNotFoundError) as error:
-        raise InputError(
-            f"{video}: not a video that FFmpeg can read ({_reason(error)}); "
-            "is it complete, and of the type that its name says?"
-        ) from error
-    except av.error.PermissionError as error:
-        raise InputError(f"{video}: no permission to read it") from error
-    except (av.error.FFmpegError, OSError) as error:
-        if not remote:
-            raise InputError(f"{video}: damaged, or not a video ({_reason(error)})") from error
-        raise PipelineError(f"{video}: cannot be reached: {_reason(error)}") from error
-    if container.format.name in _NOT_VIDEO:
-        container.close()
-        raise InputError(f"{video}: a text file, not a video")
-    return container
-
-
-def _check_file(video: str) -> None:
-    """The cases in which FFmpeg's own message would not say what is wrong."""
-    path = video.removeprefix("file:")
-    if not os.path.exists(path):
-        raise InputError(f"{video}: no such file")
-    if os.path.isdir(path):
-        raise InputError(f"{video}: a folder, not a video file")
-    if not os.access(path, os.R_OK):
-        raise InputError(f"{video}: no permission to read it")
-    if os.path.isfile(path) and os.path.getsize(path) == 0:
-        raise InputError(f"{video}: the file is empty")
 
 
 def _video_stream(container: Any, video: str) -> Any:
@@ -339,8 +310,3 @@ def _cores() -> int:
         return len(os.sched_getaffinity(0))
     except AttributeError:
         return os.cpu_count() or 1
-
-
-def _reason(error: BaseException) -> str:
-    """FFmpeg's message without the numbers and the path that PyAV puts around it."""
-    return getattr(error, "strerror", None) or one_line(error)

@@ -1,0 +1,87 @@
+"""Opening a video with FFmpeg: what cannot be read says why, in one line."""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import Any
+
+from vicostream_kernels.pipeline.errors import InputError, PipelineError, one_line
+from vicostream_kernels.pipeline.names import STDIN, shown_name, without_secrets
+
+_URL = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]+)://")
+_NETWORK_TIMEOUT_S = 20.0
+#: FFmpeg opens text as ANSI art; nobody who passes such a file means that.
+_NOT_VIDEO = {"tty", "ansi", "bin", "idf", "xbin", "adf"}
+
+
+def open_video(video: str) -> Any:
+    """A PyAV container of a file, a URL, or standard input (``-``).
+
+    Raises :class:`InputError` where there is no video to read, :class:`PipelineError` where the
+    network fails or PyAV is not there.
+    """
+    try:
+        import av
+    except ImportError as error:
+        raise PipelineError(
+            f"reading a video needs PyAV ({error}): pip install 'vicostream-kernels[pipeline]'"
+        ) from error
+    name, url = shown_name(video), _URL.match(video)
+    try:
+        container = av.open(_place(video), timeout=(_NETWORK_TIMEOUT_S,) * 2 if url else None)
+    except (av.error.FileNotFoundError, av.error.HTTPClientError) as error:
+        raise InputError(f"{name}: cannot be opened: {reason(error)}") from error
+    except av.error.ProtocolNotFoundError as error:
+        protocol = url[1] if url else video
+        raise InputError(f"{name}: this FFmpeg build knows no protocol {protocol!r}") from error
+    except av.error.InvalidDataError as error:
+        raise InputError(
+            f"{name}: not a video that FFmpeg can read ({reason(error)}); "
+            "is it complete, and of the type that its name says?"
+        ) from error
+    except av.error.PermissionError as error:
+        raise InputError(f"{name}: no permission to read it") from error
+    except (av.error.FFmpegError, OSError) as error:
+        if not url:
+            raise InputError(f"{name}: damaged, or not a video ({reason(error)})") from error
+        raise PipelineError(f"{name}: cannot be reached: {reason(error)}") from error
+    if container.format.name in _NOT_VIDEO:
+        container.close()
+        raise InputError(f"{name}: a text file, not a video")
+    return container
+
+
+def reason(error: BaseException) -> str:
+    """FFmpeg's message without the numbers and the path that PyAV puts around it."""
+    import av
+
+    if isinstance(error, av.error.ExitError):  # what PyAV makes of its own timeout
+        return f"no data for {_NETWORK_TIMEOUT_S:g} s"
+    return getattr(error, "strerror", None) or without_secrets(one_line(error))
+
+
+def _place(video: str) -> str:
+    """What FFmpeg is told to open."""
+    if _URL.match(video):
+        return video
+    if video == STDIN:
+        if os.isatty(0):
+            raise InputError("standard input is a terminal: pipe a video into it")
+        return "pipe:0"
+    _check_file(video)
+    # FFmpeg takes what stands before a colon for a protocol: "12:30.mp4" would have 12.
+    return os.path.abspath(video.removeprefix("file:"))
+
+
+def _check_file(video: str) -> None:
+    """The cases in which FFmpeg's own message would not say what is wrong."""
+    path = video.removeprefix("file:")
+    if not os.path.exists(path):
+        raise InputError(f"{video}: no such file")
+    if os.path.isdir(path):
+        raise InputError(f"{video}: a folder, not a video file")
+    if not os.access(path, os.R_OK):
+        raise InputError(f"{video}: no permission to read it")
+    if os.path.isfile(path) and os.path.getsize(path) == 0:
+        raise InputError(f"{video}: the file is empty")

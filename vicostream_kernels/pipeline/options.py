@@ -1,0 +1,85 @@
+"""What a run is told in words, and what it says of the machine and the video before it begins."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+
+from vicostream_kernels.methods import Method
+from vicostream_kernels.pipeline.errors import InputError
+from vicostream_kernels.pipeline.source import VideoInfo
+
+
+def parse_settings(settings: Sequence[str]) -> dict[str, str]:
+    """``["key=value", ...]`` as a mapping; raises :class:`InputError` for anything else."""
+    parsed = {}
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        if not equals or not key.strip():
+            raise InputError(f"--set {setting!r}: give key=value, as in prune.threshold=0.15")
+        parsed[key.strip()] = value.strip()
+    return parsed
+
+
+def parse_device(name: str) -> torch.device:
+    """``cpu``, ``cuda`` or ``cuda:N``; raises :class:`InputError` where it is not there."""
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise InputError(f"--device {name!r}: give cpu, cuda or cuda:N") from error
+    if device.type not in ("cpu", "cuda"):
+        raise InputError(f"--device {name!r}: give cpu, cuda or cuda:N")
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (device.index or 0) >= count:
+            raise InputError(
+                f"--device {name}: this machine has {count} usable CUDA devices "
+                "(`vicostream info` says why); use --device cpu"
+            )
+    return device
+
+
+def busy_hint() -> str | None:
+    """What helps where other work keeps the cores busy: threads that spin while they wait for each
+    other then cost most of the speed."""
+    if not hasattr(os, "getloadavg") or os.environ.get("OMP_WAIT_POLICY"):
+        return None
+    load, cores, threads = os.getloadavg()[0], os.cpu_count() or 1, torch.get_num_threads()
+    if threads == 1 or load < cores:
+        return None
+    return (
+        f"this machine is busy (load {load:.1f} on {cores} cores): OMP_WAIT_POLICY=passive makes "
+        "threads wait without spinning"
+    )
+
+
+def memory_hint(method: Method, info: VideoInfo) -> str | None:
+    """What nobody should learn from a machine that is out of memory after days."""
+    rule = method.engine
+    bounded = rule.max_pages is not None or rule.history_bytes is not None
+    if info.duration_s is not None or rule.history != "all" or bounded:
+        return None
+    return (
+        "this video states no end and all of its history is kept: memory grows with it, unless "
+        "--set engine.history_bytes=2GB (the rest goes to files) or engine.max_pages=N bounds it"
+    )
+
+
+@contextmanager
+def quiet_transformers(quiet: bool = True) -> Iterator[None]:
+    """Keeps transformers' progress bars and hints off a screen that shows its own."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    if quiet:
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()

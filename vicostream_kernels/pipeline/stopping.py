@@ -1,0 +1,45 @@
+"""Ctrl-C and SIGTERM while there is a session to save: the first waits, the second does not."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable
+from typing import Any
+
+
+class Stop:
+    """A context in which the first signal only sets ``wanted``, so that a chunk in work is done
+    and the stream stays usable; a second one is a ``KeyboardInterrupt`` wherever it comes.
+
+    Signals that do not raise ``KeyboardInterrupt`` outside are left alone, and so are all where
+    ``holds`` is false or the thread gets none.
+    """
+
+    def __init__(self, holds: bool, tell: Callable[[], None]) -> None:
+        self._holds, self._tell = holds, tell
+        self._before: dict[int, Any] = {}
+        self.wanted = self.insisted = False
+
+    def __enter__(self) -> Stop:
+        if self._holds and threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                if signal.getsignal(number) is signal.default_int_handler:
+                    self._before[number] = signal.signal(number, self._came)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        while self._before:
+            signal.signal(*self._before.popitem())
+
+    def _came(self, *_: object) -> None:
+        if self.wanted:
+            self.insisted = True
+            raise KeyboardInterrupt
+        self.wanted = True
+        self._tell()
+
+    def check(self) -> None:
+        """A place at which the stream may be left."""
+        if self.wanted:
+            raise KeyboardInterrupt
