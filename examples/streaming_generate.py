@@ -10,6 +10,7 @@ the first tokens and the last ``--window``; the pages are the same ones from the
 from __future__ import annotations
 
 import argparse
+import inspect
 import time
 
 import torch
@@ -55,12 +56,14 @@ def stream(
     model: torch.nn.Module, cache: SinkWindowCache, ids: torch.Tensor, new: int
 ) -> list[int]:
     """Feeds a turn and decodes greedily. No mask and no history: what is fed is all there is."""
+    known = inspect.signature(model.forward).parameters
+    at = {"cache" if "cache" in known else "past_key_values": cache}  # cache= since 5.24
     made: list[int] = []
     for _ in range(new):
-        logits = model(ids, past_key_values=cache, logits_to_keep=1).logits
+        logits = model(ids, **at, logits_to_keep=1).logits
         ids = logits[:, -1].argmax(-1, keepdim=True)
         made.append(int(ids))
-    model(ids, past_key_values=cache, logits_to_keep=1)  # the last token belongs to the past too
+    model(ids, **at, logits_to_keep=1)  # the last token belongs to the past too
     return made
 
 

@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
+
 import torch
 import transformers
 from torch import nn
+
+#: What models call their cache here: cache= since transformers 5.24, past_key_values= before.
+_KNOWN = inspect.signature(transformers.LlamaForCausalLM.forward).parameters
+CACHE = "cache" if "cache" in _KNOWN else "past_key_values"
+#: All names that work; the older one warns next to the newer, until 5.40.
+_RELEASE = tuple(int(part) for part in transformers.__version__.split(".")[:2])
+CACHE_NAMES = (CACHE, "past_key_values") if (5, 24) <= _RELEASE < (5, 40) else (CACHE,)
 
 VOCAB = 101
 
@@ -76,6 +85,15 @@ def tiny_vl(impl: str = "vicostream") -> nn.Module:
     return settle(model)
 
 
+def models() -> list[str]:
+    return [*FAMILIES, "qwen2_5_vl"]
+
+
+def make(family: str, impl: str = "vicostream") -> nn.Module:
+    """A model of any name in `models`."""
+    return tiny_vl(impl) if family == "qwen2_5_vl" else tiny(family, impl)
+
+
 def prompt(rows: int, length: int, *, padding: tuple[int, ...] = (), seed: int = 0):
     """ids and attention mask [rows, length]; row i starts with ``padding[i]`` padded places."""
     generator = torch.Generator().manual_seed(seed)
@@ -86,14 +104,19 @@ def prompt(rows: int, length: int, *, padding: tuple[int, ...] = (), seed: int =
     return ids, mask
 
 
+def at(cache) -> dict:
+    """The argument by which a model gets its cache."""
+    return {CACHE: cache}
+
+
 def generate(model: nn.Module, ids, mask, *, cache=None, new: int = 12, **kwargs) -> torch.Tensor:
     """The new tokens of greedy decoding, [rows, new]."""
     out = model.generate(
         ids,
         attention_mask=mask,
-        past_key_values=cache,
         max_new_tokens=new,
         do_sample=False,
+        **at(cache),
         **kwargs,
     )
     return out[:, ids.shape[1] :]

@@ -7,11 +7,13 @@ import torch
 from streaming_llm_oracle import DenseStreamingLLM
 from transformers import DynamicCache
 from transformers_kit import (
-    FAMILIES,
     IMAGE,
     VISION_END,
     VISION_START,
+    at,
     generate,
+    make,
+    models,
     prompt,
     tiny,
     tiny_vl,
@@ -20,14 +22,6 @@ from transformers_kit import (
 from vicostream_kernels.integrations.transformers import SinkWindowCache, register
 
 register()
-
-
-def models() -> list[str]:
-    return [*FAMILIES, "qwen2_5_vl"]
-
-
-def make(family: str, impl: str = "vicostream") -> torch.nn.Module:
-    return tiny_vl(impl) if family == "qwen2_5_vl" else tiny(family, impl)
 
 
 @pytest.mark.parametrize("family", models())
@@ -72,7 +66,7 @@ def test_logits_of_forward_calls_in_chunks(
     cache = SinkWindowCache(sink, window, page, chunk_tokens=window)
     ids, _ = prompt(1, sum(chunks))
     for part in ids[0].split(chunks):
-        got = model(part[None], past_key_values=cache).logits[0]
+        got = model(part[None], **at(cache)).logits[0]
         torch.testing.assert_close(got.double(), oracle.feed(part), rtol=2e-4, atol=2e-4)
 
 
@@ -80,9 +74,9 @@ def test_a_long_call_equals_calls_of_chunk_tokens() -> None:
     model = tiny("qwen2")
     ids, _ = prompt(2, 40)
     whole = SinkWindowCache(2, 10, 4, chunk_tokens=7)
-    got = model(ids, past_key_values=whole).logits
+    got = model(ids, **at(whole)).logits
     pieces = SinkWindowCache(2, 10, 4, chunk_tokens=7)
-    expected = [model(part, past_key_values=pieces).logits for part in ids.split(7, dim=1)]
+    expected = [model(part, **at(pieces)).logits for part in ids.split(7, dim=1)]
     torch.testing.assert_close(got, torch.cat(expected, dim=1), rtol=1e-4, atol=1e-4)
 
 
@@ -94,16 +88,16 @@ def test_padding_leaves_no_trace_wherever_it_stands() -> None:
         mask[:, hole] = 0
     position_ids = (mask.cumsum(1) - 1).clamp(min=0)
     cache = SinkWindowCache(2, 8, 4, chunk_tokens=3)
-    holes = model(ids, attention_mask=mask, position_ids=position_ids, past_key_values=cache)
+    holes = model(ids, attention_mask=mask, position_ids=position_ids, **at(cache))
     dense = SinkWindowCache(2, 8, 4, chunk_tokens=3)
     real = mask[0].bool()
-    expected = model(ids[:, real], past_key_values=dense).logits
+    expected = model(ids[:, real], **at(dense)).logits
     torch.testing.assert_close(holes.logits[:, real], expected, rtol=1e-4, atol=1e-4)
     assert cache.get_seq_length() == 26
     # Both hold the same now: the next tokens agree too.
     step = torch.tensor([[5]])
-    got = model(step, past_key_values=cache, position_ids=real.sum().view(1, 1)).logits
-    torch.testing.assert_close(got, model(step, past_key_values=dense).logits, rtol=1e-4, atol=1e-4)
+    got = model(step, **at(cache), position_ids=real.sum().view(1, 1)).logits
+    torch.testing.assert_close(got, model(step, **at(dense)).logits, rtol=1e-4, atol=1e-4)
 
 
 def test_rows_do_not_depend_on_their_batch() -> None:
@@ -173,7 +167,7 @@ def test_images_count_by_their_positions() -> None:
     for start, end in ((0, 9), (9, 20), (20, 31), (31, 32), (32, 44)):
         part = slice(start, end)
         got = model.model.language_model(
-            inputs_embeds=embeds[None, part], position_ids=ids[:, None, part], past_key_values=cache
+            inputs_embeds=embeds[None, part], position_ids=ids[:, None, part], **at(cache)
         ).last_hidden_state
         expected = oracle.feed(embeds=embeds[part], ids=ids[:, part])
         logits = model.lm_head(got[0]).double()
@@ -228,7 +222,7 @@ def test_half_precision(dtype: torch.dtype) -> None:
     oracle = DenseStreamingLLM(model, 4, 16)
     cache = SinkWindowCache(4, 16, chunk_tokens=16, model=model)
     for part in ids.split(10, dim=1):
-        got = model(part, past_key_values=cache).logits
+        got = model(part, **at(cache)).logits
         expected = oracle.feed(part[0])
     cosine = torch.cosine_similarity(got[0].double(), expected, dim=-1)
     assert cosine.min() > 0.99

@@ -14,41 +14,69 @@ from vicostream_kernels.checks import check_head_dim
 from vicostream_kernels.integrations._plan import ForwardPlan
 
 
-class OwnKeys(int):
-    """A kv length by which the mask function knows that a SinkWindowCache asks."""
+def below_zero(seen: int) -> int:
+    """How a SinkWindowCache tells the mask function of its own: by an offset no other cache has.
+
+    Counts back too. An int of another class would say it plainer, but torch.compile makes none.
+    """
+    return -1 - seen
 
 
-class CarriedKeys(torch.Tensor):
+def working_dtype(x: torch.Tensor) -> torch.dtype:
+    """What `torch.nn.functional.scaled_dot_product_attention` would turn ``x`` into and return.
+
+    Under autocast a rotation leaves keys in float32 and values in the lower dtype.
+    """
+    kind = x.device.type
+    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(kind):
+        return x.dtype
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+class CarriedKeys:
     """The new keys of one call, on their way from ``update`` to the attention function.
 
     They stand for all keys in the cache, so any other attention that would take them for keys is
-    stopped at its first operation.
+    stopped at its first operation. No tensor subclass: torch.compile asks a tensor for more than
+    such a refusal can tell from use.
     """
 
-    layer: SinkWindowLayer
+    def __init__(self, keys: torch.Tensor, cache: SinkWindowCache, index: int) -> None:
+        self.keys, self.cache, self.index = keys, cache, index
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.keys.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.keys.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.keys.device
 
     @classmethod
     def __torch_function__(
         cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if getattr(func, "__name__", "") == "__get__":  # shape, dtype, device and the like
-            with torch._C.DisableTorchFunctionSubclass():
-                return func(*args, **(kwargs or {}))
-        raise TypeError(
-            "SinkWindowCache works with attn_implementation='vicostream' only, after "
-            "vicostream_kernels.integrations.transformers.register(): its keys were handed to "
-            f"{getattr(func, '__name__', func)} instead"
-        )
+        raise _handed_to(getattr(func, "__name__", func))
 
-    @staticmethod
-    def wrap(keys: torch.Tensor, layer: SinkWindowLayer) -> CarriedKeys:
-        carried = keys.as_subclass(CarriedKeys)
-        carried.layer = layer
-        return carried
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # what Python and its tools ask of any object
+            raise AttributeError(name)
+        raise _handed_to(name)
 
-    def unwrap(self) -> torch.Tensor:
-        with torch._C.DisableTorchFunctionSubclass():
-            return self.as_subclass(torch.Tensor)
+    def __getitem__(self, index: Any) -> Any:
+        raise _handed_to("__getitem__")
+
+
+def _handed_to(name: Any) -> TypeError:
+    return TypeError(
+        "SinkWindowCache works with attn_implementation='vicostream' only, after "
+        "vicostream_kernels.integrations.transformers.register(): its keys were handed to "
+        f"{name} instead"
+    )
 
 
 class SinkWindowLayer(CacheLayerMixin):
@@ -80,7 +108,7 @@ class SinkWindowLayer(CacheLayerMixin):
         ring = self.plan.ring_for(batch, key_states.device)
         shape = (ring.pages, ring.page_size, heads, dim)
         with torch.inference_mode(False):  # both kinds of forward may write them
-            kind = {"dtype": key_states.dtype, "device": key_states.device}
+            kind = {"dtype": working_dtype(key_states), "device": key_states.device}
             self.k_pages, self.v_pages = empty_pool(shape, **kind), empty_pool(shape, **kind)
             self.no_turn = torch.zeros(dim // 2, device=key_states.device)
         self.batch_size = batch
@@ -89,18 +117,24 @@ class SinkWindowLayer(CacheLayerMixin):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Hands the new keys and values on to the registered attention, which appends them."""
-        if not self.is_initialized or (self.seen == 0 and self.batch_size != key_states.shape[0]):
+        """Raises: the cache's own ``update`` hands keys on, and the attention appends them."""
+        raise NotImplementedError("SinkWindowLayer: call the cache's update")
+
+    def prepare(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Makes pages for this batch, if they are not there; as long as they are empty, others."""
+        streams, dtype = key_states.shape[0], working_dtype(key_states)
+        if not self.is_initialized or (
+            self.seen == 0 and (self.batch_size, self.k_pages.dtype) != (streams, dtype)
+        ):
             self.lazy_initialization(key_states, value_states)
-        if key_states.shape[0] != self.batch_size:
+        if self.batch_size != streams:
             raise ValueError(
-                f"SinkWindowCache: holds {self.batch_size} streams, got a batch of "
-                f"{key_states.shape[0]}; reset() it or make another"
+                f"SinkWindowCache: holds {self.batch_size} streams, got a batch of {streams}; "
+                "reset() it or make another"
             )
-        return CarriedKeys.wrap(key_states, self), value_states
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return OwnKeys(query_length), self.seen
+        return query_length, below_zero(self.seen)
 
     def get_seq_length(self) -> int:
         return self.seen
@@ -126,9 +160,10 @@ class SinkWindowLayer(CacheLayerMixin):
 class SinkWindowCache(Cache):
     """Keeps the first tokens and a window of the last ones of each sequence; memory never grows.
 
-    For ``model.generate(..., past_key_values=SinkWindowCache(...))`` and for forward calls of
-    models loaded with ``attn_implementation="vicostream"`` (see `register`). While a sequence has
-    at most ``sink_tokens + window`` tokens, results are those of a full cache. Beyond, they are
+    For ``model.generate(..., cache=SinkWindowCache(...))`` (before transformers 5.24:
+    ``past_key_values=``) and for forward calls of models loaded with
+    ``attn_implementation="vicostream"`` (see `register`). While a sequence has at most
+    ``sink_tokens + window`` tokens, results are those of a full cache. Beyond, they are
     StreamingLLM's: a chunk of new tokens sees the sinks and the last ``window`` tokens up to its
     own end, causally, at the positions that tokens have in the cache. Padding (zeros of a 2D
     attention mask, wherever they stand) takes no place.
@@ -189,12 +224,20 @@ class SinkWindowCache(Cache):
         *args: Any,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        while len(self.layers) <= layer_idx:
+        """Hands the new keys and values on to the registered attention, which appends them.
+
+        Touches no layer: torch.compile would then compile for each number of layers there are.
+        """
+        return CarriedKeys(key_states, self, layer_idx), value_states
+
+    def layer(self, index: int) -> SinkWindowLayer:
+        """The layer of this index, made where it is new."""
+        while len(self.layers) <= index:
             self.layers.append(SinkWindowLayer(self._plan))
-        return self.layers[layer_idx].update(key_states, value_states)
+        return self.layers[index]
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        return OwnKeys(query_length), self.get_seq_length(layer_idx)
+        return query_length, below_zero(self.get_seq_length(layer_idx))
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
         return -1

@@ -5,7 +5,7 @@
     register()
     model = AutoModelForCausalLM.from_pretrained(name, attn_implementation="vicostream")
     cache = SinkWindowCache(sink_tokens=4, window=1024)
-    model.generate(**inputs, past_key_values=cache)
+    model.generate(**inputs, cache=cache)  # before transformers 5.24: past_key_values=cache
 
 A cache's ``update`` gets keys, values and a layer index, and attention functions get no cache: so
 ``update`` hands on keys that carry their layer, the mask function hands on which new tokens are
@@ -20,6 +20,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -29,9 +30,10 @@ from vicostream_kernels.integrations._ring import Piece
 from vicostream_kernels.integrations._rotary import Rotation
 from vicostream_kernels.integrations._sink_window_cache import (
     CarriedKeys,
-    OwnKeys,
     SinkWindowCache,
     SinkWindowLayer,
+    below_zero,
+    working_dtype,
 )
 from vicostream_kernels.ops.append import rope_append
 from vicostream_kernels.ops.attention import sink_window_attention
@@ -41,9 +43,21 @@ __all__ = ["NAME", "SinkWindowCache", "register"]
 #: What ``attn_implementation`` is called.
 NAME = "vicostream"
 
+#: The oldest transformers that was tested; 5.0 to 5.8 call masks and caches in other ways.
+OLDEST = (5, 17)
+
 
 def register() -> None:
-    """Adds ``attn_implementation="vicostream"`` to transformers; doing it again changes nothing."""
+    """Adds ``attn_implementation="vicostream"`` to transformers; doing it again changes nothing.
+
+    Raises:
+        ImportError: transformers is older than 5.17.
+    """
+    if tuple(int(part) for part in transformers.__version__.split(".")[:2]) < OLDEST:
+        raise ImportError(
+            f"attn_implementation={NAME!r} needs transformers {OLDEST[0]}.{OLDEST[1]} or newer, "
+            f"found {transformers.__version__}"
+        )
     AttentionInterface.register(NAME, _attention)
     AttentionMaskInterface.register(NAME, _mask)
 
@@ -59,7 +73,7 @@ def _mask(
     **kwargs: Any,
 ) -> torch.Tensor | None:
     """With our cache: which of the new tokens are not padding, [S, n] bool, or None for all."""
-    if not isinstance(kv_length, OwnKeys):
+    if isinstance(kv_offset, torch.Tensor) or kv_offset >= 0:
         return sdpa_mask(
             batch_size=batch_size,
             q_length=q_length,
@@ -77,13 +91,15 @@ def _mask(
         )
     if attention_mask is None:
         return None
-    expected = (batch_size, kv_offset + q_length)
+    seen = below_zero(kv_offset)
+    expected = (batch_size, seen + q_length)
     if tuple(attention_mask.shape) != expected:
         raise ValueError(
             f"SinkWindowCache: attention_mask has shape {list(attention_mask.shape)}, allowed: "
             f"{list(expected)}, all tokens so far and the new ones (or None: nothing is padding)"
+            + ("; or reset() the cache to begin other sequences" if seen else "")
         )
-    return attention_mask[:, kv_offset:]
+    return attention_mask[:, seen:]
 
 
 def _attention(
@@ -107,6 +123,7 @@ def _attention(
             "attn_implementation='eager'"
         )
     if not isinstance(key, CarriedKeys):
+        _refuse_unused(kwargs)
         return sdpa_attention_forward(
             module,
             query,
@@ -118,16 +135,48 @@ def _attention(
             is_causal=is_causal,
             **kwargs,
         )
-    layer = key.layer
+    return _streamed(
+        module, query, key, value, attention_mask, dropout, scaling, is_causal, kwargs
+    ), None
+
+
+@torch.compiler.disable
+def _streamed(
+    module: nn.Module,
+    query: torch.Tensor,
+    carried: CarriedKeys,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float,
+    scaling: float | None,
+    is_causal: bool | None,
+    kwargs: dict[str, Any],
+) -> torch.Tensor:
+    """Out of torch.compile's sight: plan and counts change with each call, and it would recompile.
+
+    Returns what the attention function does, [S, n, H, d].
+    """
+    layer = carried.cache.layer(carried.index)
     _refuse(module, query, attention_mask, dropout, is_causal, kwargs)
+    layer.prepare(carried.keys, value)
     rotation = layer.plan.rotation(module.config, query.shape[-1], query.device)
     n = query.shape[2]
     pieces = layer.plan.pieces(
         layer.seen, n, attention_mask, kwargs.get("position_ids"), query.device
     )
-    out = _append_and_attend(layer, pieces, rotation, query, key.unwrap(), value, scaling)
+    out = _append_and_attend(layer, pieces, rotation, query, carried.keys, value, scaling)
     layer.seen += n
-    return out, None
+    return out
+
+
+def _refuse_unused(kwargs: dict[str, Any]) -> None:
+    """Raises TypeError for a cache under a name that nobody took: it would only do nothing."""
+    for name, given in kwargs.items():
+        if isinstance(given, SinkWindowCache):
+            raise TypeError(
+                f"SinkWindowCache: this model does not know {name}=; transformers takes cache= "
+                "since 5.24, past_key_values= before"
+            )
 
 
 def _refuse(
@@ -168,6 +217,9 @@ def _append_and_attend(
     scaling: float | None,
 ) -> torch.Tensor:
     streams, heads, n, d = query.shape
+    result = working_dtype(query)
+    # One dtype, that of the pages: parts of a stream may come with autocast and without.
+    query, key, value = (x.to(layer.k_pages.dtype) for x in (query, key, value))
     whole = len(pieces) == 1 and pieces[0].home is None
     # One row more than there are: where results of rows that belong to nobody go.
     out = query.new_zeros(0 if whole else streams * n + 1, heads, d)
@@ -194,13 +246,13 @@ def _append_and_attend(
             max_seqlen_q=piece.max_seqlen_q,
         )
         if whole:
-            return got.view(streams, n, heads, d)
+            return got.view(streams, n, heads, d).to(result)
         if piece.home is not None:
             out.index_copy_(0, piece.home, got)
         else:
             columns = out[:-1].view(streams, n, heads, d)[:, piece.columns]
             columns.copy_(got.view(columns.shape))
-    return out[:-1].view(streams, n, heads, d)
+    return out[:-1].view(streams, n, heads, d).to(result)
 
 
 def _rows(x: torch.Tensor, piece: Piece) -> torch.Tensor:
