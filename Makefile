@@ -89,13 +89,14 @@ packaging: $(STAMP)
 	$(BIN)/pytest tests/packaging -m packaging
 
 # No network and no virtual environment: the machine's own python has torch, Triton and pytest.
-# CUDA is compiled for the GPU that is there alone, if that is a Hopper: in a third of the time.
+# Where all GPUs are Hoppers CUDA is compiled for them alone: in a third of the time.
 # GPU_OPTIONS="--skip=benchmark" and the like go to the check, GPU_BUILT=1 takes what the last call
 # has built, GPU_BUDGET is seconds for everything, the build included.
 GPU_OPTIONS ?=
 GPU_BUILT ?=
 GPU_BUDGET ?= 580
-GPU_TARGET = $(if $(filter 9.0,$(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null)),90a-real)
+GPU_KINDS = $(sort $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null))
+GPU_TARGET = $(if $(filter-out 9.0,$(GPU_KINDS)),,$(if $(GPU_KINDS),90a-real))
 GPU_INSTALL = "$(GPU_PYTHON)" -m pip install -q --no-index --no-build-isolation --no-deps --target $(GPU_SITE) .
 GPU_PYTHON ?= $(shell python3 -c "import torch" 2>/dev/null && echo python3 || echo "$(BIN_PATH)/python")
 GPU_SITE := out/gpu-check/site

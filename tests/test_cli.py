@@ -51,13 +51,16 @@ def test_a_wrong_path_from_the_shell():
     assert done.stderr == "vicostream: error: missing.mp4: no such file\n"
 
 
-def test_a_stopped_service_writes_its_report(tmp_path):
-    # A pipe that stays open: a video that has not ended.
+@pytest.mark.parametrize("saved", [True, False], ids=["saved", "plain"])
+def test_a_stopped_service_writes_its_report(tmp_path, saved):
+    """While the pipe is open and silent: a video that has not ended."""
+    session = tmp_path / "session"
     video = write_video(tmp_path / "a.ts", pictures(60))
     pipe = tmp_path / "live.ts"
     os.mkfifo(pipe)
     process = subprocess.Popen(
-        [*COMMAND, "run", str(pipe), "--report", str(tmp_path / "report"), *SMALL],
+        [*COMMAND, "run", str(pipe), "--report", str(tmp_path / "report"), *SMALL,
+         *(["--save", str(session)] if saved else [])],
         stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
@@ -70,13 +73,11 @@ def test_a_stopped_service_writes_its_report(tmp_path):
                     break
             time.sleep(1)
             process.send_signal(signal.SIGTERM)
-            # The signal is acted upon between two frames: let the reader have one more.
-            time.sleep(0.5)
-        process.wait(timeout=60)
+            process.wait(timeout=60)
     finally:
         process.kill()
         process.communicate()
-    assert process.returncode == 130
+    assert process.returncode == 130 and session.exists() == saved
     report = json.loads((tmp_path / "report" / "report.json").read_text())
     assert [error["what"] for error in report["errors"]] == ["interrupted"]
 

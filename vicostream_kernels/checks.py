@@ -187,7 +187,7 @@ def check_range(
             or (low is not None and value < low)
             or (high is not None and value > high)
         )
-    except TypeError:
+    except (TypeError, ValueError, RuntimeError):  # the last two of arrays
         raise TypeError(f"{op}: {name}={value!r:.60} must be a number") from None
     if outside:
         bounds = f"[{'-inf' if low is None else low}, {'inf' if high is None else high}]"
@@ -208,6 +208,9 @@ def check_last_dim_dense(op: str, **tensors: torch.Tensor | None) -> None:
                 f"{op}: {name} is written in place and needs a dense last dimension, "
                 f"got strides {tuple(tensor.stride())}"
             )
+        sizes = (*tensor.shape, *tensor.stride())
+        if any(isinstance(n, torch.SymInt) for n in sizes) or not tensor.numel():
+            continue  # symbolic: the true sizes come here too
         reach = 0  # of the dimensions so far, from the smallest stride on
         for stride, size in sorted(zip(tensor.stride(), tensor.shape)):
             if size > 1 and stride <= reach:
@@ -243,6 +246,8 @@ def check_tensor(op: str, name: str, value: object) -> None:
 
 def check_int(op: str, name: str, value: object) -> None:
     """Raises TypeError unless ``value`` is an integer, numpy's and symbolic ones included."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return  # asked first: dynamo's symbolic integers can be asked for nothing else
     if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise TypeError(f"{op}: {name}={value!r} must be an int")
 

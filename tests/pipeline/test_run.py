@@ -360,6 +360,30 @@ def test_a_closed_pipe_ends_the_run_with_one_line(tmp_path, video, monkeypatch):
     ]  # fmt: skip
 
 
+def test_where_nobody_reads_errors_there_still_is_a_report(tmp_path):
+    class Closed(io.StringIO):
+        def write(self, text):
+            raise BrokenPipeError
+
+    options = RunOptions("missing.mp4", report=str(tmp_path), debug=True)
+    assert run(options, Screen(io.StringIO(), Closed())) == 2
+    errors = json.loads((tmp_path / "report.json").read_text())["errors"]
+    assert [error["what"] for error in errors] == ["missing.mp4: no such file"]
+
+
+def test_an_interrupt_waits_for_the_report_to_be_whole(tmp_path, video, monkeypatch):
+    write = run_module.Recorder.write
+
+    def interrupted(self, folder):
+        signal.raise_signal(signal.SIGINT)
+        return write(self, folder)
+
+    monkeypatch.setattr(run_module.Recorder, "write", interrupted)
+    options = RunOptions("missing.mp4", report=str(tmp_path))
+    assert run(options, Screen(io.StringIO(), io.StringIO())) == run_module.INTERRUPTED
+    assert json.loads((tmp_path / "report.json").read_text())["errors"]
+
+
 def test_debug_shows_the_traceback(tmp_path, capsys):
     Outcome(tmp_path, tmp_path / "missing.mp4", debug=True)
     assert "Traceback" in capsys.readouterr().err

@@ -336,6 +336,9 @@ SECRET = "rtsp://me:s3cret@camera:554/live"
         (SECRET, "rtsp://***@camera:554/live"),
         ("rtsp://me:s3@cret@camera/live", "rtsp://***@camera/live"),
         ("rtsp://me:s3/cret@camera/live", "rtsp://***@camera/live"),
+        ("rtsp://me:s3@cr/et@camera/live", "rtsp://***@camera/live"),
+        ("rtsp://m[e:s3/cret@camera/live", "rtsp://***@camera/live"),
+        ("rtsp://me@camera/live", "rtsp://***@camera/live"),
         ("http://camera:8080/@me", "http://camera:8080/@me"),
         ("http://[::1]:8080/@me", "http://[::1]:8080/@me"),
         ("me@home.mp4", "me@home.mp4"),
@@ -370,6 +373,15 @@ def test_standard_input_is_a_video_too(tmp_path):
             [sys.executable, "-c", code], stdin=file, capture_output=True, text=True, timeout=120
         )
     assert done.stdout == "standard input 12 []\n", done.stderr
+
+
+def test_a_path_means_what_the_system_means(tmp_path):
+    """ ".." behind a link goes up from where the link leads."""
+    (tmp_path / "there" / "below").mkdir(parents=True)
+    write_video(tmp_path / "there" / "a.mp4", pictures(3))
+    (tmp_path / "link").symlink_to(tmp_path / "there" / "below")
+    with VideoSource(f"{tmp_path}/link/../a.mp4") as source:
+        assert len(list(source)) == 3
 
 
 def test_a_terminal_is_no_video(monkeypatch):

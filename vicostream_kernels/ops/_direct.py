@@ -138,6 +138,8 @@ def _refuse_types(overload: Any, args: Sequence[Any]) -> None:
         wanted, takes = _KINDS.get(kind, ("", None))
         if takes is None or takes(value) or (optional and value is None):
             continue
+        if hasattr(type(value), "__torch_function__"):  # torch.fx's proxies, for whatever
+            continue
         name = overload._schema.name.rpartition("::")[2]
         got = type(value).__name__ if kind == "Tensor" else f"{value!r:.60}"
         raise TypeError(

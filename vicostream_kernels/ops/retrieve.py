@@ -75,6 +75,8 @@ def summarize_blocks(
 
 def _whole_or_sizes(block_tokens: int | torch.Tensor | None) -> tuple[Any, Any]:
     """``block_tokens`` as one number for all blocks, or as what must be a tensor of them."""
+    if isinstance(block_tokens, int):
+        return block_tokens, None
     if isinstance(block_tokens, torch.Tensor) or not hasattr(block_tokens, "__index__"):
         return None, block_tokens
     return block_tokens, None

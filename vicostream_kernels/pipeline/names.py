@@ -6,9 +6,9 @@ import re
 
 #: The word for standard input in place of a video.
 STDIN = "-"
-# What FFmpeg takes for user and password; and, where somebody forgot to escape a slash in the
-# password, what FFmpeg would take for a host with a port that is no number.
-_SECRETS = re.compile(r"(?<=://)(?:[^/?#]*@|[^/?#\s:@\[]+:(?!\d*(?:[/?#\s]|$))\S*@)")
+# A user with a password, up to the last @: somebody may have forgotten to escape one, or a slash,
+# which FFmpeg takes for a host with a port that is no number. Then a user alone.
+_SECRETS = re.compile(r"(?<=://)(?:(?!\[)[^/?#\s:@]*:(?!\d*(?:[/?#\s]|$))[^?\s]*@|[^/?#\s]*@)")
 
 
 def shown_name(video: str) -> str:

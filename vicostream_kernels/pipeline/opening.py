@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable
 from typing import Any
 
 from vicostream_kernels.pipeline.errors import InputError, PipelineError, one_line
 from vicostream_kernels.pipeline.names import STDIN, shown_name, without_secrets
+from vicostream_kernels.pipeline.piped import Piped, is_pipe
 
 _URL = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]+)://")
 _NETWORK_TIMEOUT_S = 20.0
@@ -15,8 +17,10 @@ _NETWORK_TIMEOUT_S = 20.0
 _NOT_VIDEO = {"tty", "ansi", "bin", "idf", "xbin", "adf"}
 
 
-def open_video(video: str) -> Any:
-    """A PyAV container of a file, a URL, or standard input (``-``).
+def open_video(video: str, enough: Callable[[], bool]) -> tuple[Any, Callable[[], None]]:
+    """A PyAV container of a file, a URL, a pipe, or standard input (``-``), and what is to be
+    called where reading ends: it raises what interrupted it. A pipe ends early once it is
+    ``enough``.
 
     Raises :class:`InputError` where there is no video to read, :class:`PipelineError` where the
     network fails or PyAV is not there.
@@ -28,14 +32,17 @@ def open_video(video: str) -> Any:
             f"reading a video needs PyAV ({error}): pip install 'vicostream-kernels[pipeline]'"
         ) from error
     name, url = shown_name(video), _URL.match(video)
+    place = _place(video, enough)
+    check = place.check if isinstance(place, Piped) else _nothing
     try:
-        container = av.open(_place(video), timeout=(_NETWORK_TIMEOUT_S,) * 2 if url else None)
+        container = av.open(place, timeout=(_NETWORK_TIMEOUT_S,) * 2 if url else None)
     except (av.error.FileNotFoundError, av.error.HTTPClientError) as error:
         raise InputError(f"{name}: cannot be opened: {reason(error)}") from error
     except av.error.ProtocolNotFoundError as error:
         protocol = url[1] if url else video
         raise InputError(f"{name}: this FFmpeg build knows no protocol {protocol!r}") from error
     except av.error.InvalidDataError as error:
+        check()
         raise InputError(
             f"{name}: not a video that FFmpeg can read ({reason(error)}); "
             "is it complete, and of the type that its name says?"
@@ -49,7 +56,11 @@ def open_video(video: str) -> Any:
     if container.format.name in _NOT_VIDEO:
         container.close()
         raise InputError(f"{name}: a text file, not a video")
-    return container
+    return container, check
+
+
+def _nothing() -> None:
+    pass
 
 
 def reason(error: BaseException) -> str:
@@ -61,17 +72,20 @@ def reason(error: BaseException) -> str:
     return getattr(error, "strerror", None) or without_secrets(one_line(error))
 
 
-def _place(video: str) -> str:
-    """What FFmpeg is told to open."""
+def _place(video: str, enough: Callable[[], bool]) -> str | Piped:
+    """What PyAV is told to open."""
     if _URL.match(video):
         return video
     if video == STDIN:
         if os.isatty(0):
             raise InputError("standard input is a terminal: pipe a video into it")
-        return "pipe:0"
+        return Piped(0, enough)
     _check_file(video)
+    path = video.removeprefix("file:")
+    if is_pipe(path):
+        return Piped(path, enough)
     # FFmpeg takes what stands before a colon for a protocol: "12:30.mp4" would have 12.
-    return os.path.abspath(video.removeprefix("file:"))
+    return os.path.join(os.getcwd(), path)
 
 
 def _check_file(video: str) -> None:

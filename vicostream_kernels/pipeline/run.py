@@ -6,7 +6,7 @@ import math
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from vicostream_kernels.pipeline.options import (
 from vicostream_kernels.pipeline.report import QuestionFigures, Recorder
 from vicostream_kernels.pipeline.screen import Screen
 from vicostream_kernels.pipeline.source import FrameGroups, VideoSource, stack
-from vicostream_kernels.pipeline.stopping import Stop
+from vicostream_kernels.pipeline.stopping import Stop, held_back
 from vicostream_kernels.pipeline.text import Question, parse_question
 
 #: Options may be wrong in these parts of a run; anywhere else a ValueError is our failure.
@@ -136,9 +136,10 @@ class _Run:
         what = without_secrets(what)  # FFmpeg's own words may have the URL in them
         time_s = self._time_s if time_s is None else time_s
         self._recorder.error(part or self._part, what, time_s)
-        self._screen.error(what)
-        if self._options.debug and sys.exc_info()[0] is not None:
-            sys.stderr.write(without_secrets(traceback.format_exc()))
+        with suppress(OSError):  # where nobody reads stderr any more there still is a report
+            self._screen.error(what)
+            if self._options.debug and sys.exc_info()[0] is not None:
+                sys.stderr.write(without_secrets(traceback.format_exc()))
         self._code = max(self._code, code)
 
     # -- parts -----------------------------------------------------------------------------------
@@ -177,7 +178,7 @@ class _Run:
         video = options.video
         if video == "sample":
             video, questions = self._sample(questions)
-        with VideoSource(video, fps=options.fps) as source:
+        with VideoSource(video, fps=options.fps, enough=lambda: self._stop.wanted) as source:
             self._source = source
             recorder.source = {**asdict(source.info), "fps": options.fps}
             self._part = "model"
@@ -438,7 +439,8 @@ class _Run:
         self._screen.summary(self._recorder.report())
 
     def _write(self, folder: Path) -> None:
-        report = self._recorder.write(folder)
+        with held_back():
+            report = self._recorder.write(folder)
         written = ["report.json", "trace.json"]
         picture = folder / "stream.png"
         if report["chunks"] and not self._hurried:

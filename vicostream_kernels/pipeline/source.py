@@ -62,7 +62,8 @@ class VideoSource:
 
     ``fps`` bounds the frames taken per second of video time; None takes every frame. Frames are
     taken by their timestamps and never doubled, so a slower or variable source keeps its own times.
-    ``threads`` decode (default: the cores this process may use, at most 8).
+    ``threads`` decode (default: the cores this process may use, at most 8). A pipe is read until it
+    ends or it is ``enough``.
 
     Iterating yields :class:`Frame`. What is damaged is skipped and noted in ``troubles`` at once;
     frames before and after are kept. Of many places the first are noted, and when the source ends
@@ -72,7 +73,14 @@ class VideoSource:
     network or the decoder library fails.
     """
 
-    def __init__(self, video: str, *, fps: float | None = None, threads: int | None = None) -> None:
+    def __init__(
+        self,
+        video: str,
+        *,
+        fps: float | None = None,
+        threads: int | None = None,
+        enough: Callable[[], bool] = lambda: False,
+    ) -> None:
         if fps is not None and not 0 < fps < float("inf"):
             raise InputError(f"--fps {fps}: must be a positive number of frames per second")
         self.fps = fps
@@ -81,7 +89,7 @@ class VideoSource:
         self.frames_taken = 0
         self._damaged = 0  # places that are not noted yet
         self._last_s = self._end_s = 0.0  # of the newest frame; of all packets
-        self._container = open_video(video)
+        self._container, self._check_pipe = open_video(video, enough)
         try:
             self._stream = _video_stream(self._container, shown_name(video))
             self._stream.thread_type = "AUTO"
@@ -147,6 +155,7 @@ class VideoSource:
             last = av.Packet()
             last.time_base = self._stream.time_base
             yield last
+        self._check_pipe()
 
     def _note(self, where: str, what: str) -> None:
         if len(self.troubles) < _MAX_TROUBLES:
