@@ -150,6 +150,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--skip", default="", help="steps to leave out, likewise")
     add("--figures", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        # As a shell's background has it; steps would inherit it, and overrun.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if not torch.cuda.is_available():
         print(f"gpu-check: torch {torch.__version__} finds no CUDA device here", file=sys.stderr)
         return 2

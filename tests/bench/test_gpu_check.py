@@ -201,15 +201,6 @@ def test_the_file_is_there_before_the_run_is_over(tmp_path):
     assert document["steps"][1]["tail"] == ["['passed', 'skipped'] fine"]
 
 
-@pytest.fixture
-def interruptible():
-    """Also where pytest runs in the background of a shell, which has SIGINT ignored then."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
-@pytest.mark.usefixtures("interruptible")
 def test_an_interrupted_run_leaves_what_it_had(tmp_path):
     code = f"import os, signal, time; os.kill({os.getpid()}, signal.SIGINT); time.sleep(60)"
     started = time.monotonic()

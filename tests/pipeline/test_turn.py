@@ -111,7 +111,9 @@ def test_a_token_waits_for_one_chunk_at_most(streams, monkeypatch):
             stream.ingest(frames)
         order.clear()
         list(answer)
-        # The last token is said without another being looked for.
+        # The last token is said without another being looked for; then chunks are free.
+        while order[-1] == "chunk":
+            order.pop()
         assert "".join(order).count("chunk" * 2) == 0 and order.count("token") == 6
         waits.set()
         for stream in opened:
