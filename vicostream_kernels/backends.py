@@ -246,6 +246,22 @@ def info() -> dict[str, Any]:
     }
 
 
+def usable_device(device: torch.device | str) -> torch.device:
+    """``device``; raises ValueError where it is none, or a GPU that is not here."""
+    try:
+        found = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"device={device!r}: give cpu, cuda or cuda:N") from error
+    if found.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (found.index or 0) >= count:
+            raise ValueError(
+                f"device={str(device)!r}: this machine has {count} usable CUDA devices "
+                "(`vicostream info` says why)"
+            )
+    return found
+
+
 def _cuda_missing() -> str:
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is a build without CUDA"

@@ -197,7 +197,7 @@ def wrong(tmp_path, video):
         ({"questions": ["3 " + "why " * 2000]}, "tokens, allowed: 1024"),
         ({"questions": [os.fsdecode(b"3 caf\xe9?")]}, "not UTF-8"),
         ({"model": "nosuchmodel"}, "nosuchmodel"),
-        ({"device": "cuda:99"}, "--device cuda:99: this machine has"),
+        ({"device": "cuda:99"}, "--device='cuda:99': this machine has"),
         ({"device": "mps"}, "give cpu, cuda"),
         ({"device": "gpu!"}, "give cpu, cuda"),
         ({"fps": -1.0}, "--fps -1.0"),

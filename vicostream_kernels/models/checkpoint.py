@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from vicostream_kernels.backends import usable_device
 from vicostream_kernels.models import named
 from vicostream_kernels.models.errors import (
     DamagedCheckpoint,
@@ -52,22 +53,6 @@ class Checkpoint:
     images: ImageSettings
 
 
-def _usable(device: torch.device | str) -> torch.device:
-    """Known before gigabytes are read: torch's own errors come with the first tensor that moves."""
-    try:
-        found = torch.device(device)
-    except (RuntimeError, TypeError) as error:
-        raise ValueError(f"device={device!r}: give cpu, cuda or cuda:N") from error
-    if found.type == "cuda":
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if (found.index or 0) >= count:
-            raise ValueError(
-                f"device={str(device)!r}: this machine has {count} usable CUDA devices "
-                "(`vicostream info` says why)"
-            )
-    return found
-
-
 def load_checkpoint(
     name_or_path: str | Path,
     *,
@@ -83,7 +68,7 @@ def load_checkpoint(
     Raises a ``CheckpointError`` of some kind, whose message is one line, or ``ValueError`` for a
     device that is not here.
     """
-    device = _usable(device)
+    device = usable_device(device)  # before gigabytes are read
     name = str(name_or_path)
     embedded = named.FOLDERS.get(name)
     if embedded is None and name in named.NAMES:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 import torch
 
+from vicostream_kernels.backends import usable_device
 from vicostream_kernels.methods import Method
 from vicostream_kernels.pipeline.errors import InputError
 from vicostream_kernels.pipeline.source import VideoInfo
@@ -27,18 +28,11 @@ def parse_settings(settings: Sequence[str]) -> dict[str, str]:
 def parse_device(name: str) -> torch.device:
     """``cpu``, ``cuda`` or ``cuda:N``; raises :class:`InputError` where it is not there."""
     try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise InputError(f"--device {name!r}: give cpu, cuda or cuda:N") from error
+        device = usable_device(name)
+    except ValueError as error:
+        raise InputError(f"--{error}") from error
     if device.type not in ("cpu", "cuda"):
-        raise InputError(f"--device {name!r}: give cpu, cuda or cuda:N")
-    if device.type == "cuda":
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if (device.index or 0) >= count:
-            raise InputError(
-                f"--device {name}: this machine has {count} usable CUDA devices "
-                "(`vicostream info` says why); use --device cpu"
-            )
+        raise InputError(f"--device={name!r}: give cpu, cuda or cuda:N")
     return device
 
 
