@@ -117,6 +117,28 @@ def run(
             "relevance of every chunk over time, and which ones it read.",
         ),
     ] = None,
+    interactive: Annotated[
+        bool,
+        typer.Option(
+            "--interactive",
+            help="Take questions from standard input too, one a line: each is asked at once. After "
+            "the end of VIDEO as well, up to Ctrl-D.",
+        ),
+    ] = False,
+    realtime: Annotated[
+        bool,
+        typer.Option(
+            "--realtime", help="Take no frame before its time: a file becomes a live video."
+        ),
+    ] = False,
+    max_lag: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SECONDS",
+            help="Leave out frames that come later than that, to keep up with a live video "
+            "(default: none).",
+        ),
+    ] = None,
     settings: Annotated[
         list[str] | None,
         typer.Option(
@@ -151,6 +173,9 @@ def run(
                 explain=explain,
                 restore=restore,
                 save=save,
+                interactive=interactive,
+                realtime=realtime,
+                max_lag=max_lag,
                 settings=settings or (),
                 debug=debug,
             )

@@ -6,7 +6,9 @@ import threading
 
 import pytest
 import torch
+from pipeline_kit import pictures, tiny_runner, write_video
 
+from vicostream_kernels.models import errors as model_errors
 from vicostream_kernels.pipeline import session
 
 
@@ -49,3 +51,20 @@ def broken_encoder(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(session.Encode, "run", broken)
     yield encoder
     encoder.may.set()
+
+
+@pytest.fixture
+def video(tmp_path):
+    return write_video(tmp_path / "video.mp4", pictures(40))
+
+
+@pytest.fixture
+def loads_at_once(monkeypatch):
+    """The one tiny-random of the tests in place of a new one for each run."""
+
+    def load(name, **_):
+        if name != "tiny-random":
+            raise model_errors.ModelNotFound(f"{name}: no such model")
+        return tiny_runner()
+
+    monkeypatch.setattr("vicostream_kernels.models.load_model", load)

@@ -219,3 +219,11 @@ def test_the_plot_draws_any_run(tmp_path, chunks):
     plot_report(filled_recorder(chunks).report(), tmp_path / "a.png")
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
     assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
+
+
+def test_an_answer_is_judged_by_its_word():
+    figures = QuestionFigures(1.0, "What?", answer=" Red. ")
+    figures.judge("red")
+    assert figures.right is True
+    figures.judge("blue")
+    assert (figures.right, figures.expected) == (False, "blue")

@@ -92,7 +92,8 @@ class BlockRead:
 class QuestionFigures:
     """One question as reported. ``blocks`` are the times of the chunks that it read; ``reads`` the
     chunks that retrieval chose, ``relevance`` all that it could have (where that is wanted);
-    ``right`` says whether the answer is the ``expected`` one, where that is known."""
+    ``right`` says whether the answer is the ``expected`` one, where that is known; ``waited_ms`` is
+    how long a typed question waited to be asked."""
 
     time_s: float
     text: str
@@ -106,6 +107,7 @@ class QuestionFigures:
     relevance: list[BlockRead] = field(default_factory=list)
     expected: str | None = None
     right: bool | None = None
+    waited_ms: float | None = None
 
     def judge(self, expected: str) -> None:
         """Compares the answer with the right one; case, blanks and a full stop do not matter."""
@@ -129,6 +131,8 @@ class Recorder:
         self.config = config or {}
         self.source: dict[str, Any] | None = None
         self.pictures: dict[str, str] | None = None
+        #: How a run kept up with the time that passes, where it did.
+        self.live: dict[str, Any] | None = None
         self.use_device(device)
         self.chunks: deque[ChunkFigures] = deque(maxlen=KEPT_ENTRIES)
         self.questions: deque[QuestionFigures] = deque(maxlen=KEPT_ENTRIES)
@@ -178,6 +182,11 @@ class Recorder:
             # Beside stages at work it took no time of its own.
             alone = 0.0 if self._at_work else time.perf_counter() - self._since
             self.ingest_s += min(span.seconds or 0.0, alone)
+
+    def decoded_beside(self, began_s: float, seconds: float) -> None:
+        """The same for decoding in a thread of its own, which takes no time of anybody; it began at
+        that ``time.perf_counter``."""
+        self._decoded.append(self.trace.past("decode", began_s, seconds))
 
     @contextmanager
     def taking_in(self) -> Iterator[None]:
@@ -250,6 +259,7 @@ class Recorder:
                 "dropped": read - self.frames_processed,
             },
             "wall_s": round(self.wall_s, 6),
+            "live": self.live,
             "fps": self._fps(chunks),
             "stages_ms": {
                 stage: percentiles(c["stages_ms"][stage] for c in chunks if stage in c["stages_ms"])

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import sys
+import time
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -15,8 +15,9 @@ import torch
 
 from vicostream_kernels import methods
 from vicostream_kernels.pipeline.errors import InputError, PipelineError, chunk_time, one_line
+from vicostream_kernels.pipeline.feed import Feed, Live, when
 from vicostream_kernels.pipeline.folders import writable_folder
-from vicostream_kernels.pipeline.names import shown_name, without_secrets
+from vicostream_kernels.pipeline.names import STDIN, shown_name, without_secrets
 from vicostream_kernels.pipeline.options import (
     busy_hint,
     memory_hint,
@@ -26,7 +27,7 @@ from vicostream_kernels.pipeline.options import (
 )
 from vicostream_kernels.pipeline.report import QuestionFigures, Recorder
 from vicostream_kernels.pipeline.screen import Screen
-from vicostream_kernels.pipeline.source import FrameGroups, VideoSource, stack
+from vicostream_kernels.pipeline.source import Frame, VideoSource, stack
 from vicostream_kernels.pipeline.stopping import Stop, held_back
 from vicostream_kernels.pipeline.text import Question, parse_question
 
@@ -50,6 +51,9 @@ class RunOptions:
     explain: str | None = None
     restore: str | None = None
     save: str | None = None
+    interactive: bool = False
+    realtime: bool = False
+    max_lag: float | None = None
     settings: Sequence[str] = ()
     debug: bool = False
 
@@ -74,7 +78,8 @@ class _Run:
         self._folder: Path | None = None  # of the report, once it is known to take one
         self._part = "options"
         self._time_s: float | None = None
-        self._waiting: list[Question] = []
+        self._waiting: list[Question] = []  # when the feed is closed
+        self._feed: Feed | None = None
         self._shift = 0.0  # time of the stream at which this video begins
         self._frames_before = 0  # in earlier runs of the session
         self._source: VideoSource | None = None
@@ -172,13 +177,14 @@ class _Run:
                     "keeps"
                 )
             recorder.explain = True
+        live = self._live()
         questions = [parse_question(words) for words in options.questions]
 
         self._part = "video"
         video = options.video
         if video == "sample":
             video, questions = self._sample(questions)
-        with VideoSource(video, fps=options.fps, enough=lambda: self._stop.wanted) as source:
+        with VideoSource(video, fps=options.fps, enough=self._enough) as source:
             self._source = source
             recorder.source = {**asdict(source.info), "fps": options.fps}
             self._part = "model"
@@ -202,7 +208,21 @@ class _Run:
                 watch = None if self._film is None else self._film.watch
                 with self._open(engine, source, watch) as stream, self._caught():
                     # What the stream says at its end comes beside it.
-                    self._consume(source, stream, questions)
+                    self._consume(source, stream, questions, live)
+
+    def _live(self) -> Live:
+        options = self._options
+        if options.max_lag is not None and not options.max_lag > 0:
+            raise InputError(f"--max-lag {options.max_lag}: must be a positive number of seconds")
+        if options.interactive and options.video == STDIN:
+            raise InputError(
+                "--interactive: standard input is the video, questions cannot come too"
+            )
+        return Live(options.interactive, options.realtime, options.max_lag)
+
+    def _enough(self) -> bool:
+        """Whether a pipe is to be read no further."""
+        return self._stop.wanted or (self._feed is not None and self._feed.over)
 
     def _tell_damage(self) -> None:
         """What the video lacks, as soon as it is known; without a frame the error will say it."""
@@ -249,61 +269,66 @@ class _Run:
         asked = [Question(q.time_s - early, q.text, q.answer) for q in known()]
         return str(path), questions or asked
 
-    def _consume(self, source: VideoSource, stream: Any, questions: list[Question]) -> None:
+    def _consume(
+        self, source: VideoSource, stream: Any, questions: list[Question], live: Live
+    ) -> None:
         recorder, screen = self._recorder, self._screen
-        self._waiting = sorted(questions, key=_when)
         shift, length = self._shift, source.info.duration_s
-        screen.start(None if length is None else length + shift, self._name)
+        self._feed = feed = Feed(
+            source,
+            questions,
+            recorder,
+            lambda: self._stop.wanted,
+            chunk=stream.frames_per_chunk,
+            shift=shift,
+            live=live,
+        )
+        self._waiting = feed.waiting
+        length = None if length is None else length + shift
+        screen.start(length, self._name, typing=live.interactive)
+        if live.interactive:
+            screen.say("type questions, one a line, at any time; Ctrl-D when there are no more")
         try:
-            with self._stop:
-                try:
-                    self._take_in(source, stream)
-                except BaseException as error:
-                    if self._can_save(error):
-                        part = self._part
-                        with self._caught():
-                            self._save(stream)
-                        self._part = part
-                    raise
-                self._save(stream)
-            self._stop.check()
-            self._take_rest(stream)
+            with feed:
+                with self._stop:
+                    try:
+                        self._take_in(source, stream, feed)
+                    except BaseException as error:
+                        if self._can_save(error):
+                            part = self._part
+                            with self._caught():
+                                self._save(stream)
+                            self._part = part
+                        raise
+                    self._save(stream)
+                self._stop.check()
+                self._take_rest(stream, feed)
         finally:
-            recorder.frames_read = self._frames_before + source.frames_read
+            self._count_read(source)
             screen.stop()
 
-    def _take_in(self, source: VideoSource, stream: Any) -> None:
+    def _take_in(self, source: VideoSource, stream: Any, feed: Feed) -> None:
         """The video up to its end, and the questions on the way."""
-        recorder, waiting, shift = self._recorder, self._waiting, self._shift
-        frames = FrameGroups(iter(source))
         while True:
             self._stop.check()
-            limit = _when(waiting[0]) if waiting else math.inf
-            with recorder.trace.span("decode", host=True) as span:
-                self._part = "video"
-                batch = frames.take(
-                    stream.frames_per_chunk, limit - shift, lambda: self._stop.wanted
-                )
-            recorder.decoded(span)
-            recorder.frames_read = self._frames_before + source.frames_read
+            self._part = "video"
+            batch = feed.take()
+            self._count_read(source)
             self._tell_damage()
             if batch:
-                times = [frame.time_s + shift for frame in batch]
-                self._part, self._time_s = "ingest", times[0]
-                stream.ingest(stack(batch), times)
-                self._time_s = times[-1]
-                self._taken(stream)
-            elif frames.ended:
+                self._ingest(stream, batch)
+            elif feed.ended:
                 return
             else:
                 self._stop.check()
-                if stream.time_s <= limit:  # after a restore what waits may be later, unseen anyway
-                    self._end_chunk(stream)
-                self._ask(stream, waiting.pop(0))
+                question = feed.due(stream.time_s)
+                if question is None:
+                    continue
+                self._ask(stream, question, midway=True)
 
-    def _take_rest(self, stream: Any) -> None:
+    def _take_rest(self, stream: Any, feed: Feed) -> None:
         """The last chunk, short as it is, and what is asked at the end."""
-        waiting = self._waiting
+        waiting = feed.waiting
         self._end_chunk(stream)
         while waiting:
             question = waiting.pop(0)
@@ -311,6 +336,20 @@ class _Run:
             if late is not None and late > last and self._recorder.frames_processed:
                 self._screen.say(f"{late:g} s is after the last frame ({last:.3f} s): asked there")
             self._ask(stream, question)
+        if feed.listens:
+            self._screen.say("the video has ended: ask on, or Ctrl-D")
+        while (typed := feed.typed(stream.time_s)) is not None:
+            self._ask(stream, typed)
+
+    def _ingest(self, stream: Any, batch: list[Frame]) -> None:
+        times = [frame.time_s + self._shift for frame in batch]
+        self._part, self._time_s = "ingest", times[0]
+        stream.ingest(stack(batch), times)
+        self._time_s = times[-1]
+        self._taken(stream)
+
+    def _count_read(self, source: VideoSource) -> None:
+        self._recorder.frames_read = self._frames_before + source.frames_read
 
     def _end_chunk(self, stream: Any) -> None:
         """Has a question see every frame up to its time: with few frames a second a chunk would
@@ -353,16 +392,19 @@ class _Run:
                 raise
             self._raised(error)
 
-    def _ask(self, stream: Any, question: Question) -> None:
+    def _ask(self, stream: Any, question: Question, *, midway: bool = False) -> None:
         """A question that fails does not end the stream: the video does not depend on it."""
-        part, self._part = self._part, "answer"
         with self._waits_unless_asked(question):
+            # After a restore what waits may be earlier; then it sees no more of it anyway.
+            if midway and stream.time_s <= when(question):
+                self._end_chunk(stream)
+            part, self._part = self._part, "answer"
             try:
                 self._answer(stream, question)
             except BrokenPipeError:
                 raise  # nobody would read the answers that follow
             except Exception as error:
-                if chunk_time(error) is not None:
+                if chunk_time(error) is not None or self._part != "answer":
                     raise  # the stream has failed, and says so here
                 self._screen.unanswered()
                 self._raised(error)
@@ -384,15 +426,26 @@ class _Run:
     def _answer(self, stream: Any, question: Question) -> None:
         time_s = stream.time_s if question.time_s is None else question.time_s
         self._screen.question(time_s, question.text)
+        asked_s = time.perf_counter()
         with stream.ask(question.text, time_s) as answer:
+            if question.came_s is not None:
+                answer.figures.waited_ms = round(1e3 * (asked_s - question.came_s), 3)
             for piece in answer:
                 self._screen.piece(piece)
                 self._stop.check()
+                self._go_on(stream)
         if question.expected is not None:
             answer.figures.judge(question.expected)
         self._screen.answered(answer.figures)
         if answer.figures.relevance:
             self._explain(answer.figures)
+
+    def _go_on(self, stream: Any) -> None:
+        """The video does not wait for an answer: a chunk that is there already is taken in."""
+        part, self._part = self._part, "video"
+        if self._feed is not None and (batch := self._feed.take_ready()):
+            self._ingest(stream, batch)
+        self._part = part
 
     def _explain(self, figures: QuestionFigures) -> None:
         """Draws a question's relevance at once: what it takes is not kept for the whole run."""
@@ -451,10 +504,6 @@ class _Run:
         else:
             picture.unlink(missing_ok=True)  # of an earlier run
         self._screen.say(f"{folder}: {', '.join(written)}")
-
-
-def _when(question: Question) -> float:
-    return math.inf if question.time_s is None else question.time_s
 
 
 def _rate(source: VideoSource) -> float:

@@ -60,10 +60,13 @@ class Screen:
 
     # -- progress --------------------------------------------------------------------------------
 
-    def start(self, duration_s: float | None, name: str) -> None:
-        """Shows live progress until :meth:`stop`; where nobody watches, a line now and then."""
+    def start(self, duration_s: float | None, name: str, *, typing: bool = False) -> None:
+        """Shows live progress until :meth:`stop`; where nobody watches, a line now and then.
+        Where somebody types, nothing: it would stand in the midst of that."""
         if not self._err.isatty():
             self._due = time.monotonic() + EVERY_S
+            return
+        if typing:
             return
         from rich.console import Console
         from rich.progress import BarColumn, Progress, TextColumn
@@ -123,9 +126,10 @@ class Screen:
         if figures.right is not None:
             verdict = "right" if figures.right else "WRONG"
             self._out.write(f"\n    expected {figures.expected}: {verdict}")
+        waited = "" if figures.waited_ms is None else f"waited {figures.waited_ms:.0f} ms, "
         self._out.write(
-            f"\n    (first token after {figures.ttft_ms:.0f} ms, {figures.tokens} tokens{speed}, "
-            f"read {_chunks(figures.blocks)})\n"
+            f"\n    ({waited}first token after {figures.ttft_ms:.0f} ms, "
+            f"{figures.tokens} tokens{speed}, read {_chunks(figures.blocks)})\n"
         )
         self._out.flush()
         self._go_on()
@@ -151,7 +155,7 @@ class Screen:
 def summary_lines(report: dict[str, Any]) -> list[tuple[str, str]]:
     """(title, text) for each line of the summary."""
     frames, fps, tokens, kv = report["frames"], report["fps"], report["tokens"], report["kv"]
-    chunks, stages = report["chunks"], report["stages_ms"]
+    chunks, stages, live = report["chunks"], report["stages_ms"], report["live"]
     video_s = chunks[-1]["end_s"] - chunks[0]["start_s"] if chunks else 0.0
     lines = [
         (
@@ -162,7 +166,8 @@ def summary_lines(report: dict[str, Any]) -> list[tuple[str, str]]:
     ]
     if fps["ingest"]:
         each = ", ".join(f"{stage} {fps[stage]:.0f}" for stage in CHUNK_STAGES if fps.get(stage))
-        lines.append(("speed", f"{fps['ingest']:.1f} frames/s, decode included ({each})"))
+        decoding = "decode included" if live is None else "decode beside it"
+        lines.append(("speed", f"{fps['ingest']:.1f} frames/s, {decoding} ({each})"))
         each = ", ".join(f"{s} {v['p50']:.1f}/{v['p99']:.1f}" for s, v in stages.items())
         lines.append(("latency", f"ms per chunk, p50/p99: {each}"))
         share = tokens["kept"] / max(tokens["seen"], 1)
@@ -174,6 +179,16 @@ def summary_lines(report: dict[str, Any]) -> list[tuple[str, str]]:
             f"peak {mib(kv['peak_bytes'])}",
         )
     )
+    if live is not None and live["lag_s"] is not None:
+        lag = live["lag_s"]
+        lines.insert(
+            1,
+            (
+                "lag",
+                f"frames taken {lag['p50']:.2f} s after they were due (p50), {lag['max']:.2f} s at "
+                f"most; {live['late']} left out as too late",
+            ),
+        )
     judged = [q["right"] for q in report["questions"] if q["right"] is not None]
     if judged:
         lines.insert(1, ("answers", f"{sum(judged)} of {len(judged)} right"))

@@ -87,6 +87,7 @@ class VideoSource:
         self.troubles: list[Trouble] = []
         self.frames_read = 0
         self.frames_taken = 0
+        self._left_open = False
         self._damaged = 0  # places that are not noted yet
         self._last_s = self._end_s = 0.0  # of the newest frame; of all packets
         self._container, self._check_pipe = open_video(video, enough)
@@ -108,7 +109,12 @@ class VideoSource:
     def close(self) -> None:
         """Closes the file; reading on raises."""
         self._note_the_rest()
-        self._container.close()
+        if not self._left_open:
+            self._container.close()
+
+    def leave_open(self) -> None:
+        """Has :meth:`close` leave the file to the end of the process: a thread is reading it."""
+        self._left_open = True
 
     def __iter__(self) -> Iterator[Frame]:
         from av.video.reformatter import VideoReformatter
@@ -185,9 +191,10 @@ class VideoSource:
 
 
 class FrameGroups:
-    """Reads frames in groups that a chunk can take: one size, none after a given time."""
+    """Reads frames in groups that a chunk can take: one size, none after a given time. None among
+    ``frames`` means that there is none yet."""
 
-    def __init__(self, frames: Iterator[Frame]) -> None:
+    def __init__(self, frames: Iterator[Frame | None]) -> None:
         self._frames = frames
         self._next: Frame | None = None
         self.ended = False
@@ -200,11 +207,14 @@ class FrameGroups:
         group: list[Frame] = []
         while len(group) < size and not enough():
             if self._next is None:
-                self._next = next(self._frames, None)
+                try:
+                    self._next = next(self._frames)
+                except StopIteration:
+                    self.ended = True
+                    break
             frame = self._next
             if frame is None:
-                self.ended = True
-                break
+                continue
             if frame.time_s > limit_s or (group and frame.image.shape != group[0].image.shape):
                 break
             group.append(frame)

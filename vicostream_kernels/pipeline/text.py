@@ -50,11 +50,12 @@ class TextStream:
 @dataclass(frozen=True)
 class Question:
     """``text`` asked at ``time_s`` seconds of the stream; None is the end. ``expected`` is the
-    right answer, where it is known."""
+    right answer, where it is known; ``came_s`` when it was typed, by ``time.perf_counter``."""
 
     time_s: float | None
     text: str
     expected: str | None = None
+    came_s: float | None = None
 
 
 def parse_question(words: str) -> Question:

@@ -75,6 +75,12 @@ class Trace:
                 span.seconds = self.now - span.start_s
             self.spans.append(span)
 
+    def past(self, stage: str, began_s: float, seconds: float) -> Span:
+        """Adds what was measured elsewhere; ``began_s`` is by ``time.perf_counter``."""
+        span = Span(stage, began_s - self._origin, seconds)
+        self.spans.append(span)
+        return span
+
     def settle(self, *, wait: bool = False) -> None:
         """Reads the events that have passed; with ``wait``, all of them."""
         with self._settling:
