@@ -81,6 +81,13 @@ def run(
         float | None, typer.Option(help="At most this many frames a second (default: every frame).")
     ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="float32, bfloat16 or float16 (default: float32 for a checkpoint on the CPU, "
+            "else its own)."
+        ),
+    ] = None,
     report: Annotated[
         str | None,
         typer.Option(
@@ -168,6 +175,7 @@ def run(
                 questions=ask or (),
                 fps=fps,
                 device=device,
+                dtype=dtype,
                 report=report,
                 show_pruning=show_pruning,
                 explain=explain,

@@ -9,9 +9,11 @@ import re
 
 import numpy as np
 import pytest
+import torch
 from pipeline_kit import SMALL, pictures, write_video
 from run_kit import SMALL_SET, Outcome
 
+from vicostream_kernels.models import load_model
 from vicostream_kernels.pipeline import run as run_module
 from vicostream_kernels.pipeline.run import RunOptions, run
 from vicostream_kernels.pipeline.screen import Screen
@@ -40,6 +42,20 @@ def test_a_run_answers_and_reports(tmp_path, video):
     shown = re.sub(r"\s+", " ", outcome.out)
     assert "[00:01.5] What is this? >" in shown and "frames/s, decode included" in shown
     assert "nonsense" in outcome.err
+
+
+def test_a_run_in_bfloat16(tmp_path, video, monkeypatch):
+    monkeypatch.setattr("vicostream_kernels.models.load_model", load_model)
+    outcome = Outcome(tmp_path, video, "end What?", dtype="bfloat16")
+    assert outcome.code == 0 and outcome.report["model"]["dtype"] == "bfloat16"
+    assert outcome.report["questions"][0]["answer"]
+
+
+def test_a_gpu_that_nobody_uses_is_told_of(tmp_path, video, monkeypatch):
+    assert "has a GPU" not in Outcome(tmp_path, video).err or torch.cuda.is_available()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "NVIDIA Abacus")
+    assert "has a GPU (NVIDIA Abacus): --device cuda" in Outcome(tmp_path, video).err
 
 
 @pytest.mark.parametrize("preset", ["full-history", "streaming-llm"])
@@ -149,6 +165,7 @@ def wrong(tmp_path, video):
         ({"device": "cuda:99"}, "--device='cuda:99': this machine has"),
         ({"device": "mps"}, "give cpu, cuda"),
         ({"device": "gpu!"}, "give cpu, cuda"),
+        ({"dtype": "fp8"}, "--dtype 'fp8': give float32, bfloat16, float16"),
         ({"fps": -1.0}, "--fps -1.0"),
         ({"max_lag": 0.0}, "--max-lag 0.0: must be"),
         ({"max_lag": float("nan")}, "--max-lag nan: must be"),

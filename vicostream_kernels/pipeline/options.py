@@ -36,6 +36,25 @@ def parse_device(name: str) -> torch.device:
     return device
 
 
+_DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
+
+
+def parse_dtype(name: str | None) -> torch.dtype | None:
+    """Of weights and activations; None leaves it to the checkpoint and the device."""
+    if name is None:
+        return None
+    if name not in _DTYPES:
+        raise InputError(f"--dtype {name!r}: give {', '.join(_DTYPES)}")
+    return _DTYPES[name]
+
+
+def gpu_hint(device: torch.device) -> str | None:
+    """Where a GPU is there and nobody uses it."""
+    if device.type != "cpu" or not torch.cuda.is_available():
+        return None
+    return f"this machine has a GPU ({torch.cuda.get_device_name()}): --device cuda uses it"
+
+
 def busy_hint() -> str | None:
     """What helps where other work keeps the cores busy: threads that spin while they wait for each
     other then cost most of the speed."""

@@ -20,8 +20,10 @@ from vicostream_kernels.pipeline.folders import writable_folder
 from vicostream_kernels.pipeline.names import STDIN, shown_name, without_secrets
 from vicostream_kernels.pipeline.options import (
     busy_hint,
+    gpu_hint,
     memory_hint,
     parse_device,
+    parse_dtype,
     parse_settings,
     quiet_transformers,
 )
@@ -46,6 +48,7 @@ class RunOptions:
     questions: Sequence[str] = ()
     fps: float | None = None
     device: str = "cpu"
+    dtype: str | None = None
     report: str | None = None
     show_pruning: str | None = None
     explain: str | None = None
@@ -168,7 +171,7 @@ class _Run:
 
             self._film = PruningFilm(options.show_pruning)
         method = methods.get(options.preset, parse_settings(options.settings))
-        device = parse_device(options.device)
+        device, dtype = parse_device(options.device), parse_dtype(options.dtype)
         recorder.use_device(device)
         if options.explain is not None:
             if method.retrieve is None:
@@ -189,9 +192,9 @@ class _Run:
             recorder.source = {**asdict(source.info), "fps": options.fps}
             self._part = "model"
             self._screen.say(f"loading {options.model} on {device} ...")
-            if device.type == "cpu" and (hint := busy_hint()):
+            if hint := gpu_hint(device) or (busy_hint() if device.type == "cpu" else None):
                 self._screen.say(hint)
-            engine = self._load(method, device)
+            engine = self._load(method, device, dtype)
             with engine:
                 self._part = "options"
                 for question in questions:
@@ -249,14 +252,15 @@ class _Run:
             self._shift = stream.time_s + 1.0 / (options.fps or _rate(source))
         return stream
 
-    def _load(self, method: methods.Method, device: torch.device) -> Any:
+    def _load(self, method: methods.Method, device: torch.device, dtype: torch.dtype | None) -> Any:
         # Imported late: transformers takes seconds, and options should fail before that.
         from vicostream_kernels.models import load_model
         from vicostream_kernels.pipeline.engine import StreamEngine, check_supported
 
         check_supported(method)
         with quiet_transformers(not self._options.debug):
-            return StreamEngine(load_model(self._options.model, device=device), method)
+            model = load_model(self._options.model, device=device, dtype=dtype)
+            return StreamEngine(model, method)
 
     def _sample(self, questions: list[Question]) -> tuple[str, list[Question]]:
         from vicostream_kernels.evaluation.streamqa import FPS
