@@ -9,7 +9,7 @@ STDIN = "-"
 # A user with a password, up to the last @: somebody may have forgotten to escape one, or a slash,
 # which FFmpeg takes for a host with a port that is no number. Then a user alone.
 _SECRETS = re.compile(r"(?<=://)(?:(?!\[)[^/?#\s:@]*:(?!\d*(?:[/?#\s]|$))[^?\s]*@|[^/?#\s]*@)")
-# A parameter whose name says that it is one, rather one too many: ?token=, &api_key=, ;X-Amz-Signature=, ...
+# Parameters whose names say so (?token=, &api_key=, ...), rather one too many.
 _PARAMETERS = re.compile(
     r"([?&;][^=&;#\s]*(?:user|login|pass|pwd|token|secret|sig|auth|key|credential|session)"
     r"[^=&;#\s]*=)[^&;#\s]+",
