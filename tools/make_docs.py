@@ -21,6 +21,10 @@ SCHEMA = ROOT / "vicostream_kernels" / "pipeline" / "report.schema.json"
 
 def _more() -> dict[str, list[type]]:
     """Classes that a user is handed or makes, whose methods are the interface."""
+    from vicostream_kernels import _pages, _tiers
+    from vicostream_kernels._blocks import Block
+    from vicostream_kernels._stream import CacheStream
+    from vicostream_kernels.cache import Tiers
     from vicostream_kernels.integrations.transformers import SinkWindowCache
     from vicostream_kernels.models.sampling import Sampler
     from vicostream_kernels.pipeline.answer import Answer
@@ -29,9 +33,19 @@ def _more() -> dict[str, list[type]]:
 
     return {
         "engine": [vk.StreamEngine, Stream, Answer, Sampler, Asked, Rows],
-        "cache": [vk.PagedKVCache],
+        "cache": [vk.PagedKVCache, CacheStream, Block, Tiers, *_errors(_pages), *_errors(_tiers)],
         "transformers": [SinkWindowCache],
     }
+
+
+def _errors(module: Any) -> list[type]:
+    return [
+        kind
+        for kind in vars(module).values()
+        if inspect.isclass(kind)
+        and issubclass(kind, Exception)
+        and kind.__module__ == module.__name__
+    ]
 
 
 def api() -> str:
@@ -51,14 +65,19 @@ def api() -> str:
         if names:
             lines += [f"## {section}", ""]
         for name in names:
-            lines += _entry("###", name, getattr(vk, name))
+            lines += _documented(name, getattr(vk, name))
     for section, classes in more.items():
         lines += [f"## {section}", ""]
         for kind in classes:
-            lines += _entry("###", kind.__name__, kind)
-            for name, method in _methods(kind):
-                lines += _entry("####", f"{kind.__name__}.{name}", method)
+            lines += _documented(kind.__name__, kind)
     return "\n".join(lines)
+
+
+def _documented(name: str, value: Any) -> list[str]:
+    lines = _entry("###", name, value)
+    for method, described in _methods(value) if inspect.isclass(value) else ():
+        lines += _entry("####", f"{name}.{method}", described)
+    return lines
 
 
 def _entry(level: str, name: str, value: Any) -> list[str]:
@@ -69,16 +88,21 @@ def _entry(level: str, name: str, value: Any) -> list[str]:
 
 
 def _methods(kind: type) -> list[tuple[str, Any]]:
-    """What the class itself defines for others, in its order; undocumented ones explain nothing."""
-    found = []
-    for name, value in vars(kind).items():
-        if name.startswith("_"):
+    """What a class and its bases here define for others, in their order; undocumented ones explain
+    nothing."""
+    found: dict[str, Any] = {}
+    for base in reversed(kind.__mro__):
+        if not base.__module__.startswith("vicostream_kernels"):
             continue
-        value = getattr(kind, name) if isinstance(value, classmethod) else value
-        described = inspect.isroutine(value) or isinstance(value, property)
-        if described and inspect.getdoc(value):
-            found.append((name, value))
-    return found
+        for name, value in vars(base).items():
+            if name.startswith("_"):
+                continue
+            unbound = isinstance(value, (classmethod, staticmethod))
+            value = getattr(kind, name) if unbound else value
+            described = inspect.isroutine(value) or isinstance(value, property)
+            if described and inspect.getdoc(value):
+                found[name] = value
+    return list(found.items())
 
 
 def _section(module: str) -> str:

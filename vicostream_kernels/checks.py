@@ -180,7 +180,9 @@ def check_range(
     op: str, name: str, value: float, low: float | None = None, high: float | None = None
 ) -> None:
     """Raises ValueError unless ``low <= value <= high`` (None does not restrict; NaN fails), and
-    TypeError for what is no number."""
+    TypeError for what is no number; a tensor is none, as reading it waits for the device."""
+    if isinstance(value, torch.Tensor):
+        raise TypeError(f"{op}: {name} must be a number, got a tensor")
     try:
         outside = (
             value != value
@@ -248,8 +250,9 @@ def check_int(op: str, name: str, value: object) -> None:
     """Raises TypeError unless ``value`` is an integer, numpy's and symbolic ones included."""
     if isinstance(value, int) and not isinstance(value, bool):
         return  # asked first: dynamo's symbolic integers can be asked for nothing else
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise TypeError(f"{op}: {name}={value!r} must be an int")
+    if isinstance(value, (bool, torch.Tensor)) or not hasattr(value, "__index__"):
+        got = type(value).__name__ if isinstance(value, torch.Tensor) else repr(value)
+        raise TypeError(f"{op}: {name}={got} must be an int")
 
 
 def int_list(op: str, name: str, value: Iterable[object] | None) -> list[int] | None:

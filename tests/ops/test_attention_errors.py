@@ -112,7 +112,7 @@ def test_sink_window_attention(change, error, message):
     ("change", "message"),
     [
         ({"page_table": torch.tensor([[4, 1, 12], [5, 0, -1]])}, "page_table holds 12, allowed"),
-        ({"page_table": torch.tensor([[4, 1, 3], [5, 0, -2]])}, "page_table holds -2, allowed"),
+        ({"page_table": torch.tensor([[4, 1, 3], [5, -2, 0]])}, "page_table holds -2, allowed"),
         ({"kv_len": torch.tensor([13, 8])}, "kv_len[0]=13, allowed: 0 to 12"),
         ({"kv_len": torch.tensor([12, 9])}, "kv_len[1]=9, allowed: 0 to 8"),
         ({"kv_len": torch.tensor([-1, 8])}, "kv_len[0]=-1, allowed: 0 to 12"),
@@ -135,6 +135,23 @@ def test_values_are_checked_on_request(monkeypatch, change, message):
     assert vk.sink_window_attention(**good()).isfinite().all()
     unlisted = torch.tensor([4, 4, 99, 4, 4, 4, -9] + [99] * 5, dtype=torch.int32)
     assert vk.sink_window_attention(**{**good(), "kv_len": None, "page_fill": unlisted}).any()
+
+
+def test_check_mode_looks_at_what_streams_with_queries_reach(monkeypatch):
+    """A captured graph is replayed with the tables of streams that have none this time."""
+    monkeypatch.setattr(checks, "CHECK_VALUES", True)
+    arguments = good()
+    # Eleven tokens in three pages and eight in two; then a stream without rows.
+    arguments["page_table"] = torch.tensor([[4, 1, 3, 99], [5, 0, -7, 99], [99, -5, 1, 2]]).int()
+    arguments["cu_seqlens_q"] = torch.cat((arguments["cu_seqlens_q"], torch.tensor([5]).int()))
+    arguments["kv_len"] = torch.tensor([11, 8, 77], dtype=torch.int32)
+    assert torch.equal(vk.sink_window_attention(**arguments), vk.sink_window_attention(**good()))
+    fills = {**arguments, "kv_len": None, "page_fill": FILL}
+    with pytest.raises(ValueError, match="page_table holds 99, allowed"):
+        vk.sink_window_attention(**fills)
+    fills["page_table"] = fills["page_table"].where(fills["page_table"].abs() < 9, -1).clamp(-1)
+    fills["page_table"][2] = 99
+    assert vk.sink_window_attention(**fills).isfinite().all()
 
 
 def varlen() -> dict:

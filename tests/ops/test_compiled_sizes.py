@@ -88,3 +88,29 @@ def test_places_of_written_tensors(size, stride, apart):
     else:
         with pytest.raises(ValueError, match="x is written in place and several elements share"):
             checks.check_last_dim_dense("op", x=x)
+
+
+def appended(pools: torch.Tensor) -> None:
+    """A token into each layer's pages."""
+    kv, ids = torch.ones(1, 1, 8), ints(3, 1)
+    for layer in range(pools.shape[1]):
+        k_pages, v_pages = pools[0, layer], pools[1, layer]
+        vico.rope_append(kv, kv, kv * 2, ids, torch.ones(4), None, k_pages, v_pages, ids[0])
+
+
+@pytest.mark.parametrize("static", [True, False])
+def test_inductor_puts_every_layer_into_its_own_pages_or_says_that_it_would_not(static):
+    """At a second size of the pool dynamo makes sizes and offsets symbols; inductor then takes the
+    offset of what is written for 0."""
+    compiled = torch.compile(appended, fullgraph=True)
+    for pages in (2, 3):
+        pools, expected = torch.zeros(2, 2, 3, pages, 4, 1, 8).unbind()
+        appended(expected)
+        if static:
+            torch._dynamo.mark_static(pools)
+        elif pages == 3:
+            with pytest.raises(RuntimeError, match=r"v_pages is written.*198068.*mark_static"):
+                compiled(pools)
+            return
+        compiled(pools)
+        assert expected.any() and torch.equal(pools, expected)

@@ -173,6 +173,11 @@ def test_bad_shapes(shapes, message):
         call(x=torch.zeros(10, 8), positions=torch.zeros(3, 10).int(), shapes=shapes)
 
 
+def test_shapes_are_pairs_on_the_host():
+    with pytest.raises(TypeError, match="shapes must be pairs of ints on the host, got a tensor"):
+        call(shapes=torch.tensor([[2, 5]]), x=torch.zeros(10, 8))
+
+
 def test_nothing_is_written_when_a_call_is_refused():
     state = PruneState.empty(RULE, 5, 8)
     with pytest.raises(ValueError, match="external_score is given"):

@@ -76,3 +76,15 @@ def test_the_argument_is_named(op, wrong):
             continue
         with pytest.raises((TypeError, ValueError), match=rf"({op.__name__}|resize): .*{name}"):
             op(**{**CALLS[op], name: wrong})
+
+
+@pytest.mark.parametrize("wrong", [torch.tensor(2), torch.tensor([2, 2]).int()], ids=["0d", "1d"])
+@pytest.mark.parametrize("op", CALLS, ids=lambda op: op.__name__)
+def test_a_tensor_is_no_number(op, wrong):
+    """To read it waits for the device, and in a capture fails."""
+    for name, parameter in inspect.signature(op).parameters.items():
+        kinds = str(parameter.annotation).replace(" | None", "")
+        if kinds in ("int", "float"):
+            message = rf"({op.__name__}|resize): {name}.*[Tt]ensor"
+            with pytest.raises(TypeError, match=message):
+                op(**{**CALLS[op], name: wrong})

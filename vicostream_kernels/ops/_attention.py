@@ -120,20 +120,27 @@ def _check_sink_window(
 
 
 def _check_sink_window_values(q, k_pages, page_table, cu_seqlens_q, kv_len, page_fill) -> None:
+    """What a stream with queries reaches: captured graphs leave the tables of others as they were,
+    and what stands in a table beyond ``kv_len``."""
     op, (pages, page_size) = _SINK_WINDOW, k_pages.shape[:2]
     _check_cu_seqlens(op, "cu_seqlens_q", cu_seqlens_q, q.shape[0])
-    _check_outside(op, "page_table", page_table, -1, pages - 1)
-    listed = page_table >= 0
+    streams = (cu_seqlens_q.diff() > 0).nonzero().flatten()
+    table = page_table[streams]
+    listed = (table >= 0) & (table < pages)
     if page_fill is not None:
-        fill = page_fill[page_table[listed].long()]
+        _check_outside(op, "page_table", table, -1, pages - 1)
+        fill = page_fill[table[listed].long()]
         _check_outside(op, "page_fill of a listed page", fill, 0, page_size)
-    else:
-        room = (listed.sum(-1) * page_size).tolist()
-        for s, (length, most) in enumerate(zip(kv_len.tolist(), room)):
-            if not 0 <= length <= most:
-                raise ValueError(
-                    f"{op}: kv_len[{s}]={length}, allowed: 0 to {most}, what the listed pages hold"
-                )
+        return
+    length = kv_len[streams]
+    before = (listed.cumsum(-1) - listed.long()) * page_size
+    _check_outside(op, "page_table", table[before < length[:, None]], -1, pages - 1)
+    room = (listed.sum(-1) * page_size).tolist()
+    for s, given, most in zip(streams.tolist(), length.tolist(), room):
+        if not 0 <= given <= most:
+            raise ValueError(
+                f"{op}: kv_len[{s}]={given}, allowed: 0 to {most}, what the listed pages hold"
+            )
 
 
 @checks.remember

@@ -22,11 +22,19 @@ if _KNOWN:
     _thread_keys, _tensor_keys, _function_modes = (getattr(_C, name) for name in _PRIVATE)
     _profiler = _C._autograd._profiler_enabled
 _TENSORS = (torch.Tensor, torch.nn.Parameter)
+
+
+def _number(x: Any, *methods: str) -> bool:
+    """Tensors are none: to read one waits for the device, and one of several streams is no number
+    for all of them."""
+    return not isinstance(x, torch.Tensor) and any(hasattr(x, method) for method in methods)
+
+
 #: Schema type -> what its arguments are called, and what torch takes for one.
 _KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "Tensor": ("a tensor", lambda x: isinstance(x, torch.Tensor)),
-    "int": ("an int", lambda x: hasattr(x, "__index__")),
-    "float": ("a float", lambda x: hasattr(x, "__float__") or hasattr(x, "__index__")),
+    "int": ("an int", lambda x: _number(x, "__index__")),
+    "float": ("a float", lambda x: _number(x, "__float__", "__index__")),
     "str": ("a string", lambda x: isinstance(x, str)),
     "ScalarType": ("a torch.dtype", lambda x: isinstance(x, torch.dtype)),
 }
@@ -138,10 +146,11 @@ def _refuse_types(overload: Any, args: Sequence[Any]) -> None:
         wanted, takes = _KINDS.get(kind, ("", None))
         if takes is None or takes(value) or (optional and value is None):
             continue
-        if hasattr(type(value), "__torch_function__"):  # torch.fx's proxies, for whatever
+        tensor = isinstance(value, torch.Tensor)
+        if hasattr(type(value), "__torch_function__") and not tensor:  # torch.fx's proxies
             continue
         name = overload._schema.name.rpartition("::")[2]
-        got = type(value).__name__ if kind == "Tensor" else f"{value!r:.60}"
+        got = type(value).__name__ if tensor or kind == "Tensor" else f"{value!r:.60}"
         raise TypeError(
             f"{name}: {argument.name} must be {wanted}{' or None' if optional else ''}, got {got}"
         )

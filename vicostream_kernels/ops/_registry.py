@@ -32,15 +32,40 @@ def register(
     overload = getattr(getattr(torch.ops, NAMESPACE), name).default
     for key in ("CPU", "CUDA"):
         _LIBRARY.impl(name, run, key)
-    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_LIBRARY)
     arguments = overload._schema.arguments
     written = [i for i, a in enumerate(arguments) if a.alias_info and a.alias_info.is_write]
+    traced = _at_known_places(overload, fake, written) if written else fake
+    torch.library.register_fake(f"{NAMESPACE}::{name}", traced, lib=_LIBRARY)
     above = torch.library.fallthrough_kernel if integral else _refuse_autograd(name, overload)
     _LIBRARY.impl(name, above, "Autograd")
     if written:
         # Not with autograd, which inference mode leaves out.
         _LIBRARY.impl(name, _counted(overload, written), "ADInplaceOrView")
     return direct(overload, run, written, integral)
+
+
+def _at_known_places(
+    overload: Any, fake: Callable[..., Any], written: list[int]
+) -> Callable[..., Any]:
+    """``fake``, but for views at a symbolic offset that are written: inductor takes it for 0
+    (pytorch issue 198068), and what is meant for one layer's pages would go into the first one's.
+    """
+    op, names = overload._schema.name.rpartition("::")[2], overload._schema.arguments
+
+    def traced(*args: Any, **kwargs: Any) -> Any:
+        for i in written:
+            name = names[i].name
+            tensor = args[i] if i < len(args) else kwargs.get(name)
+            if tensor is not None and isinstance(tensor.storage_offset(), torch.SymInt):
+                raise RuntimeError(
+                    f"{op}: {name} is written, and it is a view at an offset that is dynamic, "
+                    "which torch.compile gets wrong (pytorch issue 198068): call "
+                    "torch._dynamo.mark_static(pool) on what it is a view of, or give each layer's "
+                    "keys and values tensors of their own"
+                )
+        return fake(*args, **kwargs)
+
+    return traced
 
 
 def _counted(overload: Any, written: list[int]) -> Callable[..., Any]:

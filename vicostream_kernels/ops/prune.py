@@ -158,6 +158,8 @@ def prune_tokens(
 
 
 def _flat_shapes(shapes: Sequence[tuple[int, int]]) -> list[int]:
+    if isinstance(shapes, torch.Tensor):
+        raise TypeError(f"{_OP}: shapes must be pairs of ints on the host, got a tensor")
     if not shapes or any(len(pair) != 2 for pair in shapes):
         raise ValueError(f"{_OP}: shapes={shapes!r} must be ((T0, N0), ...), at least one pair")
     return [size for pair in shapes for size in pair]
