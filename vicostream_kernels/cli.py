@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
 import sys
 from typing import Annotated, Any
 
@@ -163,10 +162,10 @@ def run(
     """
     from vicostream_kernels.pipeline.run import RunOptions
     from vicostream_kernels.pipeline.run import run as run_pipeline
+    from vicostream_kernels.pipeline.stopping import heard
 
     # A service that is stopped deserves its report as much as one that is interrupted.
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
+    with heard():
         code = run_pipeline(
             RunOptions(
                 video=video,
@@ -188,8 +187,6 @@ def run(
                 debug=debug,
             )
         )
-    finally:
-        signal.signal(signal.SIGTERM, before)
     raise typer.Exit(code)
 
 

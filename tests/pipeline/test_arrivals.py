@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import signal
 import threading
 import time
 
 import numpy as np
 import pytest
 
+from vicostream_kernels.pipeline import arrivals as module
 from vicostream_kernels.pipeline.arrivals import Arrivals
 from vicostream_kernels.pipeline.errors import PipelineError
 from vicostream_kernels.pipeline.source import Frame, FrameGroups
@@ -24,7 +26,7 @@ class Source:
         self.times, self.gated, self.error = times, gated, error
         self.gate = threading.Event()
         self.decoded = 0
-        self.left_open = False
+        self.in_use = False
 
     def __iter__(self):
         for index, time_s in enumerate(self.times):
@@ -34,9 +36,6 @@ class Source:
             yield Frame(PICTURE, time_s, index)
         if self.error is not None:
             raise self.error
-
-    def leave_open(self):
-        self.left_open = True
 
 
 def until(holds):
@@ -103,6 +102,37 @@ def test_what_a_camera_had_kept_is_not_its_pace():
     assert 0 <= arrivals.lags_s[1] and arrivals.lags_s[0] >= 2.0
 
 
+class Pausing(Source):
+    """Stands still for a second before its frame 5, and goes on as if nothing had been."""
+
+    def __iter__(self):
+        for frame in super().__iter__():
+            time.sleep(1.0 if frame.index == 5 else 0.02)
+            yield frame
+
+
+@pytest.mark.parametrize("realtime", [False, True])
+def test_a_source_that_paused_is_not_late_for_ever(monkeypatch, realtime):
+    monkeypatch.setattr(module, "_PATIENCE_S", 0.3)
+    source = Pausing([i / 50 for i in range(50)])
+    with Arrivals(source, realtime=realtime, max_lag_s=0.5) as arrivals:
+        taken = drained(arrivals)
+    assert taken[:5] == [0, 1, 2, 3, 4] and arrivals.late > 0
+    assert taken[-9:] == list(range(41, 50))
+
+
+def test_what_is_late_by_our_fault_stays_late(monkeypatch):
+    """The decoder had to wait for room: there is no new pace in what it decodes then."""
+    monkeypatch.setattr(module, "_PATIENCE_S", 0.35)
+    with Arrivals(Source([i / 100 for i in range(90)]), realtime=True, max_lag_s=0.1, room=2) as a:
+        until(lambda: len(a) == 2)
+        zero = a._zero
+        for _ in range(4):
+            time.sleep(0.2)
+            assert next(a) is None or a.lags_s[-1] <= 0.1
+        assert a.late > 0 and a._zero == zero
+
+
 def test_an_error_comes_after_the_frames_before_it():
     source = Source([0.0, 0.1], error=PipelineError("the network is gone"))
     with Arrivals(source) as arrivals:
@@ -124,19 +154,18 @@ def test_close_ends_a_thread_that_waits():
         assert not arrivals._thread.is_alive() and arrivals.over
 
 
-def test_a_second_interrupt_leaves_the_file_to_the_thread_that_reads_it(monkeypatch):
+def test_a_second_interrupt_leaves_the_file_to_the_thread_that_reads_it():
+    """A true signal: ``Thread.join`` would take the thread for ended, and FFmpeg would crash."""
     source = Source([0.0], gated=0)
     arrivals = Arrivals(source)
-
-    def interrupted():
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(arrivals._thread, "join", interrupted)
+    main = threading.main_thread().ident
+    threading.Timer(0.1, signal.pthread_kill, (main, signal.SIGINT)).start()
+    with pytest.raises(KeyboardInterrupt):
         arrivals.close()
-    assert source.left_open
+    assert source.in_use
     source.gate.set()
     arrivals.close()
+    assert not source.in_use and not arrivals._thread.is_alive()
 
 
 def test_groups_wait_for_frames_and_can_be_called_away():

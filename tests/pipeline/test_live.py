@@ -209,3 +209,45 @@ def test_a_source_that_fails_in_its_thread_leaves_a_session(tmp_path, video, mon
     outcome = Outcome(tmp_path, video, save=str(path), max_lag=99.0)
     assert outcome.code == 1 and outcome.lines == ["vicostream: error: the network is gone"]
     assert path.exists() and outcome.report["frames"]["read"] == 20
+
+
+def test_no_thread_is_left_where_the_run_ends_before_it_has_begun(tmp_path, video, monkeypatch):
+    """FFmpeg would crash in one that reads on when the file is closed."""
+
+    def interrupted(self, *arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Screen, "start", interrupted)
+    outcome = Outcome(tmp_path, video, interactive=True, realtime=True)
+    assert outcome.code == 130
+    assert not [t for t in threading.enumerate() if t.name.startswith("vicostream")]
+
+
+def test_an_interrupt_while_the_source_is_closed_leaves_at_once(tmp_path, video, monkeypatch):
+    close = feed_module.Arrivals.close
+
+    def interrupted(self, *_):
+        close(self)
+        raise KeyboardInterrupt
+
+    def stopped(self, text):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(feed_module.Arrivals, "close", interrupted)
+    monkeypatch.setattr(Screen, "piece", stopped)
+    outcome = Outcome(tmp_path, video, "1.5 What?", max_lag=99.0)
+    assert outcome.code == 130 and outcome.report["chunks"]
+    assert sorted(p.name for p in outcome.folder.iterdir()) == ["report.json", "trace.json"]
+
+
+def test_a_last_line_that_comes_as_one_looks_is_no_end():
+    class Ending:
+        ended, lines = False, 0
+
+        def __bool__(self):
+            there, self.lines, self.ended = self.lines, 1, True
+            return bool(there)
+
+    feed = feed_module.Feed([], [], None, bool, chunk=8)
+    feed._typed = Ending()
+    assert feed.listens

@@ -15,6 +15,7 @@ from vicostream_kernels.pipeline.errors import PipelineError
 from vicostream_kernels.pipeline.run import RunOptions, run
 from vicostream_kernels.pipeline.screen import Screen
 from vicostream_kernels.pipeline.session import Encode, Stream
+from vicostream_kernels.pipeline.stopping import heard
 
 pytestmark = pytest.mark.usefixtures("loads_at_once")
 
@@ -128,6 +129,9 @@ def test_a_source_that_fails_leaves_a_session(tmp_path, video, monkeypatch):
     outcome = Outcome(tmp_path, video, save=str(path))
     assert outcome.code == 1 and outcome.lines == ["vicostream: error: the network is gone"]
     assert path.exists() and outcome.report["errors"][0]["where"] == "video"
+    # The four of the chunk that was not full are in the session.
+    again = Outcome(tmp_path, video, restore=str(path)).report["frames"]
+    assert again["read"] == again["processed"] == 40
 
     def full(*_):
         raise PipelineError("the session cannot be saved: No space left on device")
@@ -245,3 +249,19 @@ def test_an_interrupt_while_a_question_waits_for_its_chunks(tmp_path, video, mon
     assert said(outcome) == [
         ("answer", "interrupted", 1.5), ("answer", "not asked: Early?", 1.5)
     ]  # fmt: skip
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="this system has no SIGHUP")
+@pytest.mark.parametrize("ignored", [False, True])
+def test_a_terminal_that_is_closed_ends_a_run_unless_that_is_ignored(ignored):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else signal.SIG_DFL)
+    try:
+        with heard():
+            if ignored:
+                signal.raise_signal(signal.SIGHUP)
+            else:
+                with pytest.raises(KeyboardInterrupt):
+                    signal.raise_signal(signal.SIGHUP)
+        assert signal.getsignal(signal.SIGHUP) is (signal.SIG_IGN if ignored else signal.SIG_DFL)
+    finally:
+        signal.signal(signal.SIGHUP, before)

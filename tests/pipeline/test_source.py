@@ -12,7 +12,7 @@ from pipeline_kit import pictures, write_video
 
 from vicostream_kernels.pipeline.errors import InputError, PipelineError
 from vicostream_kernels.pipeline.names import shown_name
-from vicostream_kernels.pipeline.source import VideoSource, upright
+from vicostream_kernels.pipeline.source import Frame, FrameGroups, VideoSource, upright
 
 av = pytest.importorskip("av")
 
@@ -410,3 +410,27 @@ def test_phones_write_frames_sideways():
     assert turned.shape == (4, 2, 3) and np.array_equal(turned[0, -1], image[0, 0])
     assert np.array_equal(upright(upright(image, 90), -90), image)
     assert np.array_equal(upright(image, 180), image[::-1, ::-1])
+
+
+def test_a_file_that_a_thread_reads_stays_open(tmp_path):
+    source = VideoSource(str(write_video(tmp_path / "a.mp4", pictures(12))))
+    source.in_use = True
+    source.close()
+    assert len(list(source)) == 12
+    source.in_use = False
+    source.close()
+    with pytest.raises(AssertionError, match="not open"):
+        list(source)
+
+
+def test_an_error_comes_after_the_frames_before_it():
+    def failing():
+        for index in range(5):
+            yield Frame(np.zeros((2, 2, 3), np.uint8), index / 10, index)
+        raise PipelineError("the network is gone")
+
+    groups = FrameGroups(failing())
+    assert [[f.index for f in groups.take(3, 9.0)] for _ in range(2)] == [[0, 1, 2], [3, 4]]
+    for _ in range(2):
+        with pytest.raises(PipelineError, match="network is gone"):
+            groups.take(3, 9.0)

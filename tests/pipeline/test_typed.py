@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 
 import pytest
@@ -78,3 +79,40 @@ def test_close_does_not_wait_for_more(pipe):
     questions.wait(20)
     questions.close()
     assert not questions._thread.is_alive() and questions.take().text == "left?"
+
+
+def test_a_flood_leaves_no_more_than_may_wait(pipe, monkeypatch):
+    monkeypatch.setattr(module, "_MOST_WAITING", 3)
+    questions = TypedQuestions(pipe[0])
+    os.write(pipe[1], b"".join(b"%d\n" % i for i in range(9)))
+    questions.wait(20)
+    time.sleep(0.05)
+    questions.close()
+    assert all_of(questions) == ["0", "1", "2"]
+
+
+def test_close_leaves_a_thread_that_is_held_up(pipe, monkeypatch):
+    """Somebody else has read what was there: the terminal of two programs."""
+    monkeypatch.setattr(module, "_LEAVE_S", 0.05)
+    monkeypatch.setattr(module.select, "select", lambda *_: ([pipe[0]], [], []))
+    questions = TypedQuestions(pipe[0])
+    time.sleep(0.05)
+    before = time.monotonic()
+    questions.close()
+    assert time.monotonic() - before < 10
+    os.write(pipe[1], b"at last\n")
+
+
+def test_what_was_opened_in_place_of_standard_input_is_not_read(pipe, monkeypatch):
+    """Where a shell says ``<&-`` the next file that is opened, the video say, has number 0."""
+    os.write(pipe[1], b"bytes of a video\n")
+    kept = os.dup(0)
+    try:
+        os.dup2(pipe[0], 0)
+        monkeypatch.setattr(sys, "stdin", None)
+        with TypedQuestions() as questions:
+            questions.wait(20)
+            assert questions.ended and not questions
+    finally:
+        os.dup2(kept, 0)
+        os.close(kept)

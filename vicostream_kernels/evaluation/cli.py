@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Callable
 from typing import Annotated, Any
 
@@ -41,11 +40,10 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
 
 def _run(command: Callable[[], int]) -> None:
     """A stopped evaluation keeps its answers as an interrupted one does."""
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
+    from vicostream_kernels.pipeline.stopping import heard
+
+    with heard():
         code = command()
-    finally:
-        signal.signal(signal.SIGTERM, before)
     raise typer.Exit(code)
 
 

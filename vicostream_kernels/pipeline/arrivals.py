@@ -10,12 +10,15 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 
 from vicostream_kernels.pipeline.source import Frame, VideoSource
 
 #: So long a wait lasts before whoever waits looks for questions and signals.
 _LOOK_S = 0.01
+#: So long every frame comes too late, though there is room for it, until that is the source's pace.
+_PATIENCE_S = 2.0
 #: Lags that are kept for the figures.
 _KEPT = 20_000
 
@@ -35,8 +38,9 @@ class Arrivals(Iterator["Frame | None"]):
     left out, and counted in ``late``.
 
     A frame is due so long after the first as its time says; where frames come faster than that (a
-    camera may begin with what it has kept), the fastest is the measure. What the source raises
-    comes after the frames before it.
+    camera may begin with what it has kept), the fastest is the measure. A source that has paused,
+    or whose clock is slow, is not late for ever: its own pace is the measure then. What the source
+    raises comes after the frames before it.
     """
 
     def __init__(
@@ -58,7 +62,10 @@ class Arrivals(Iterator["Frame | None"]):
         self._ended = False
         self._error: BaseException | None = None
         self._zero: float | None = None  # when the time 0 of the stream was, by time.perf_counter
+        self._fastest: float | None = None  # the same by the frames of late, all of them late
+        self._late_since = 0.0
         self._thread = threading.Thread(target=self._read, name="vicostream-arrivals", daemon=True)
+        source.in_use = True
         self._thread.start()
 
     def __enter__(self) -> Arrivals:
@@ -68,15 +75,15 @@ class Arrivals(Iterator["Frame | None"]):
         self.close()
 
     def close(self) -> None:
-        """Ends the thread; it is inside FFmpeg for 20 s at most, where a network is silent."""
+        """Ends the thread; it is inside FFmpeg for 20 s at most, where a network is silent. Who
+        interrupts that leaves the source in use."""
         self._over.set()
-        try:
-            with self._changed:
-                self._changed.notify_all()
-            self._thread.join()
-        finally:
-            if self._thread.is_alive():  # the second interrupt: FFmpeg must keep what it reads
-                self._source.leave_open()
+        with self._changed:
+            self._changed.notify_all()
+            # Not by join: before Python 3.13 one that is interrupted takes the thread for ended.
+            self._changed.wait_for(lambda: self._ended)
+        self._source.in_use = False
+        self._thread.join()
 
     @property
     def over(self) -> bool:
@@ -119,13 +126,13 @@ class Arrivals(Iterator["Frame | None"]):
 
     def _read(self) -> None:
         try:
-            frames = iter(self._source)
-            while not self._over.is_set():
-                began = time.perf_counter()
-                frame = next(frames, None)
-                if frame is None:
-                    break
-                self._arrive(_Arrived(frame, began, time.perf_counter() - began))
+            with closing(iter(self._source)) as frames:
+                while not self._over.is_set():
+                    began = time.perf_counter()
+                    frame = next(frames, None)
+                    if frame is None:
+                        break
+                    self._arrive(_Arrived(frame, began, time.perf_counter() - began))
         except BaseException as error:
             self._error = error
         finally:
@@ -141,8 +148,22 @@ class Arrivals(Iterator["Frame | None"]):
             self._over.wait(max(0.0, -self._lag_s(arrived.frame.time_s)))
         else:
             self._zero = min(self._zero, zero)
+        self._follow(zero)
         with self._changed:
             while len(self._waiting) >= self._room and not self._over.is_set():
+                self._fastest = None  # late by our own fault
                 self._changed.wait()
             self._waiting.append(arrived)
             self._changed.notify_all()
+
+    def _follow(self, zero: float) -> None:
+        """Goes by the frames of late where all of them would be left out, and not by our fault."""
+        now = time.perf_counter()
+        if self._max_lag_s is None or zero - self._zero <= self._max_lag_s:
+            self._fastest = None
+        elif self._fastest is None:
+            self._fastest, self._late_since = zero, now
+        else:
+            self._fastest = min(self._fastest, zero)
+            if now - self._late_since > _PATIENCE_S:
+                self._zero, self._fastest = self._fastest, None

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import Any
 
 from vicostream_kernels.pipeline.arrivals import Arrivals
 from vicostream_kernels.pipeline.report import Recorder, percentiles
@@ -49,28 +50,34 @@ class Feed:
         live: Live = Live(),  # noqa: B008 (frozen)
     ) -> None:
         self.waiting = sorted(questions, key=when)
-        self._recorder, self._chunk, self._shift, self._live = recorder, chunk, shift, live
+        self._source, self._recorder, self._shift = source, recorder, shift
+        self._chunk, self._live = chunk, live
         self._typed: TypedQuestions | None = None
         self._arrivals: Arrivals | None = None
-        self._open = ExitStack()
-        frames: Iterator[Frame | None]
-        if live:
-            self._arrivals = frames = self._open.enter_context(
-                Arrivals(source, realtime=live.realtime, max_lag_s=live.max_lag_s, room=2 * chunk)
-            )
-        else:
-            frames = iter(source)
-        self._groups = FrameGroups(frames)
-        if live.interactive:
-            self._typed = self._open.enter_context(TypedQuestions())
         self._enough = lambda: enough() or bool(self._typed)
 
     def __enter__(self) -> Feed:
+        # Threads begin here, not before: who makes a feed may be stopped before it is entered.
+        live = self._live
+        frames: Iterator[Frame | None] = iter(self._source)
+        with ExitStack() as begun:
+            if live:
+                arrivals = Arrivals(
+                    self._source,
+                    realtime=live.realtime,
+                    max_lag_s=live.max_lag_s,
+                    room=2 * self._chunk,
+                )
+                self._arrivals = frames = begun.enter_context(arrivals)
+            if live.interactive:
+                self._typed = begun.enter_context(TypedQuestions())
+            self._open = begun.pop_all()
+        self._groups = FrameGroups(frames)
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *leaving: Any) -> None:
         try:
-            self._open.close()
+            self._open.__exit__(*leaving)  # what it raises has that in its context
         finally:
             while self._typed:
                 self.waiting.append(Question(None, self._typed.take().text))
@@ -118,7 +125,9 @@ class Feed:
     @property
     def listens(self) -> bool:
         """Whether questions may still be typed."""
-        return self._typed is not None and bool(self._typed or not self._typed.ended)
+        typed = self._typed
+        # In this order: what comes in between is the last line, and the end right after it.
+        return typed is not None and (not typed.ended or bool(typed))
 
     def typed(self, now_s: float) -> Question | None:
         """The next one that is typed; None when there will be no more."""

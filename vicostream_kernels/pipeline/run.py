@@ -122,8 +122,9 @@ class _Run:
         """Turns what is raised into a line on stderr, an entry of the report and an exit code."""
         try:
             yield
-        except KeyboardInterrupt:
-            self._interrupts += 1
+        except KeyboardInterrupt as interrupt:
+            # One that came before all was closed for another has that in its context.
+            self._interrupts += 1 + isinstance(interrupt.__context__, KeyboardInterrupt)
             self._failed("interrupted", INTERRUPTED)
         except Exception as error:
             self._raised(error)
@@ -289,10 +290,10 @@ class _Run:
         )
         self._waiting = feed.waiting
         length = None if length is None else length + shift
-        screen.start(length, self._name, typing=live.interactive)
-        if live.interactive:
-            screen.say("type questions, one a line, at any time; Ctrl-D when there are no more")
         try:
+            screen.start(length, self._name, typing=live.interactive)
+            if live.interactive:
+                screen.say("type questions, one a line, at any time; Ctrl-D when there are no more")
             with feed:
                 with self._stop:
                     try:

@@ -87,7 +87,9 @@ class VideoSource:
         self.troubles: list[Trouble] = []
         self.frames_read = 0
         self.frames_taken = 0
-        self._left_open = False
+        #: Whether a thread is reading: then :meth:`close` leaves the file to the end of the
+        #: process, FFmpeg must keep what it reads.
+        self.in_use = False
         self._damaged = 0  # places that are not noted yet
         self._last_s = self._end_s = 0.0  # of the newest frame; of all packets
         self._container, self._check_pipe = open_video(video, enough)
@@ -109,12 +111,8 @@ class VideoSource:
     def close(self) -> None:
         """Closes the file; reading on raises."""
         self._note_the_rest()
-        if not self._left_open:
+        if not self.in_use:
             self._container.close()
-
-    def leave_open(self) -> None:
-        """Has :meth:`close` leave the file to the end of the process: a thread is reading it."""
-        self._left_open = True
 
     def __iter__(self) -> Iterator[Frame]:
         from av.video.reformatter import VideoReformatter
@@ -192,11 +190,12 @@ class VideoSource:
 
 class FrameGroups:
     """Reads frames in groups that a chunk can take: one size, none after a given time. None among
-    ``frames`` means that there is none yet."""
+    ``frames`` means that there is none yet. An error comes after the frames before it."""
 
     def __init__(self, frames: Iterator[Frame | None]) -> None:
         self._frames = frames
         self._next: Frame | None = None
+        self._error: Exception | None = None
         self.ended = False
 
     def take(
@@ -205,12 +204,19 @@ class FrameGroups:
         """Up to ``size`` frames at or before ``limit_s``. None means that the next frame is later,
         that the video has ended (``ended``), or that it was ``enough``."""
         group: list[Frame] = []
+        if self._error is not None:
+            raise self._error
         while len(group) < size and not enough():
             if self._next is None:
                 try:
                     self._next = next(self._frames)
                 except StopIteration:
                     self.ended = True
+                    break
+                except Exception as error:
+                    if not group:
+                        raise
+                    self._error = error
                     break
             frame = self._next
             if frame is None:

@@ -1,4 +1,7 @@
-"""Ctrl-C and SIGTERM while there is a session to save: the first waits, the second does not."""
+"""Ctrl-C, SIGTERM and a terminal that is closed: all end a run, with what was done until then.
+
+While there is a session to save the first signal waits for the chunk in work, the second does not.
+"""
 
 from __future__ import annotations
 
@@ -8,14 +11,33 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+#: SIGHUP is not there on every system.
+SIGNALS = frozenset({signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)})
+
+
+@contextmanager
+def heard() -> Iterator[None]:
+    """Has all of them raise ``KeyboardInterrupt``, but those that are ignored (``nohup``)."""
+    left = (signal.SIG_IGN, None)  # None: somebody else's, not Python's
+    before = {
+        number: signal.signal(number, signal.default_int_handler)
+        for number in SIGNALS
+        if signal.getsignal(number) not in left
+    }
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
 
 @contextmanager
 def held_back() -> Iterator[None]:
-    """Keeps both signals until the block is left: what it does is done whole."""
+    """Keeps them until the block is left: what it does is done whole."""
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         yield
     finally:
@@ -37,7 +59,7 @@ class Stop:
 
     def __enter__(self) -> Stop:
         if self._holds and threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in SIGNALS:
                 if signal.getsignal(number) is signal.default_int_handler:
                     self._before[number] = signal.signal(number, self._came)
         return self

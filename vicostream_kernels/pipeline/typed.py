@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import select
+import sys
 import threading
 import time
 from collections import deque
@@ -11,6 +12,8 @@ from dataclasses import dataclass
 
 #: So long it takes until the thread sees that nobody wants more.
 _LOOK_S = 0.1
+#: So long the thread may take to see it.
+_LEAVE_S = 1.0
 #: Questions that wait; whoever writes more has to wait too.
 _MOST_WAITING = 64
 #: Bytes without a line end that are taken for a line all the same: too long, as somebody will say.
@@ -26,12 +29,12 @@ class Typed:
 
 
 class TypedQuestions:
-    """The lines that come from ``descriptor``, without empty ones; bytes that are no UTF-8 are
-    replaced. Read by a thread that never holds a lock of Python's own files, so that it may be
-    left waiting."""
+    """The lines that come from ``descriptor`` (None: standard input), without empty ones; bytes
+    that are no UTF-8 are replaced. Read by a thread that never holds a lock of Python's own files,
+    so that it may be left waiting."""
 
-    def __init__(self, descriptor: int = 0) -> None:
-        self._descriptor = descriptor
+    def __init__(self, descriptor: int | None = None) -> None:
+        self._descriptor = _standard_input() if descriptor is None else descriptor
         self._lines: deque[Typed] = deque()
         self._changed = threading.Condition()
         self._over = False
@@ -54,7 +57,8 @@ class TypedQuestions:
         with self._changed:
             self._over = True
             self._changed.notify_all()
-        self._thread.join()
+        # Not for ever: somebody else may have read what it was told is there.
+        self._thread.join(_LEAVE_S)
 
     def take(self) -> Typed:
         """The oldest that waits; raises IndexError where none does."""
@@ -98,5 +102,13 @@ class TypedQuestions:
         with self._changed:
             while len(self._lines) >= _MOST_WAITING and not self._over:
                 self._changed.wait()
+            if len(self._lines) >= _MOST_WAITING:
+                return  # closed: of a flood no more is left to tell of
             self._lines.append(Typed(text, time.perf_counter()))
             self._changed.notify_all()
+
+
+def _standard_input() -> int:
+    """Its number; none that is open where the process began without one: what it opened since, the
+    video say, may have that number."""
+    return -1 if sys.stdin is None else 0
