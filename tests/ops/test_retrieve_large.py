@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import vicostream_kernels as vico
-from kit import tensors
+from kit import emulation, tensors
 from kit.backends import backends_of
 from kit.compare import assert_same_bits
 from vicostream_kernels import backends
@@ -42,6 +42,65 @@ def test_a_choice_among_many(backend, rule):
     assert torch.equal(got.count.cpu(), wanted.count)
     assert torch.equal(got.block_index.cpu(), wanted.block_index)
     assert wanted.count[0] > fewer[-1]
+
+
+def hard_scores(kind: str, rows: int, blocks: int) -> torch.Tensor:
+    """Scores of which the best lie together or far apart, or are many of one value."""
+    at = torch.arange(blocks)
+    return {
+        "rising": at * 0.25 - blocks / 3,
+        "falling": (blocks - at) * 1e-3,
+        "periodic": tensors.randn((rows, blocks), seed=3) + 9.0 * (at % 16 == 5),
+        "close": 0.7 + 0.01 * tensors.randn((rows, blocks), seed=4),
+        "coarse": tensors.ints((rows, blocks), -2, 3, seed=5).float(),
+        "equal": torch.zeros(blocks),
+        "nan": torch.full((blocks,), torch.nan),
+        "few": torch.where(at % 4_001 == 17, 1.0, torch.nan),
+    }[kind].float().expand(rows, blocks).clone()  # fmt: skip
+
+
+@pytest.mark.skipif(SMALL, reason="sizes are what this is about")
+@pytest.mark.parametrize("backend", backends_of("topk_blocks"))
+@pytest.mark.parametrize(
+    "kind,blocks,options,launches",
+    [
+        ("rising", 20_001, {"k": 1}, 2),
+        ("falling", 20_001, {"k": 1_200, "force_first": 3, "force_last": 1}, 2),
+        ("periodic", 33_000, {"k": 1_000}, 2),
+        ("close", 40_002, {"k": 600, "force_last": 700}, 2),
+        ("close", 90_001, {"k": 1_024}, 2),
+        ("coarse", 25_003, {"k": 4_400}, 2),
+        ("coarse", 61_000, {"k": 300, "group": 3, "force_last": 2}, 2),
+        ("coarse", 30_000, {"ratio": 0.001, "min_k": 90, "max_blocks": 500}, 2),
+        ("equal", 24_000, {"k": 77}, 2),
+        ("nan", 24_000, {"k": 2_000, "force_last": 5}, 2),
+        ("few", 31_000, {"k": 40}, 2),
+        ("close", 20_100, {"k": 20_100}, 1),
+        ("coarse", 20_100, {"k": 19_000}, 1),
+    ],
+    ids=str,
+)
+def test_the_best_wherever_they_lie(kind, blocks, options, launches, backend):
+    """Four rows of two streams, of which one is far shorter, down to no block at all."""
+    name, device = backend
+    scores = hard_scores(kind, 4, blocks).view(2, 2, blocks)
+    for fewer in (blocks // 7, 0):
+        num = torch.tensor([blocks, fewer], dtype=torch.int32)
+        options = {"scope": "kv_head", **options}
+        wanted = vico.topk_blocks(
+            None, None, external_score=scores, num_blocks=num, backend="reference", **options
+        )
+        before = emulation.module().launches() if emulation.ACTIVE else 0
+        got = vico.topk_blocks(
+            None, None, external_score=scores.to(device), num_blocks=num.to(device), backend=name,
+            **options,
+        )  # fmt: skip
+        if emulation.ACTIVE and name == "cuda":
+            assert emulation.module().launches() - before == launches
+        assert torch.equal(got.count.cpu(), wanted.count)
+        assert torch.equal(got.block_index.cpu(), wanted.block_index)
+        assert_same_bits(got.scores.cpu(), wanted.scores)
+        scores = scores.flip(0)
 
 
 @pytest.mark.parametrize("backend", backends_of("topk_blocks"))
