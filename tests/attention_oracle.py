@@ -119,18 +119,22 @@ def logical_sequence(case: Case, s: int, h: int) -> list[tuple[int, int, int]]:
     return tokens
 
 
-def turned(key: torch.Tensor, shift: list[int], case: Case, dtype: torch.dtype) -> torch.Tensor:
-    """One key [d] moved by ``shift``: complex products, angles exact to float64's last bits."""
+def turn(shift: list[int], case: Case, dtype: torch.dtype) -> torch.Tensor:
+    """What a key [d] that moved by ``shift`` is multiplied by: complex [d / 2]."""
     frequencies = case.options["inv_freq"].tolist()
     section = case.options.get("mrope_section") or [len(frequencies), 0, 0]
     axis = [0] * section[0] + [1] * section[1] + [2] * section[2]
     # int (24 bits) x float32 fits float64, and libm reduces the argument exactly.
     angles = [shift[a] * f for a, f in zip(axis, frequencies)]
-    factor = torch.tensor([complex(math.cos(x), math.sin(x)) for x in angles])
-    factor = factor.to(torch.complex128 if dtype == torch.float64 else torch.complex64)
-    real, imaginary = key.to(factor.real.dtype).chunk(2)
-    product = torch.complex(real, imaginary) * factor
-    return torch.cat((product.real, product.imag)).to(dtype)
+    complex_type = torch.complex128 if dtype == torch.float64 else torch.complex64
+    return torch.tensor([complex(math.cos(x), math.sin(x)) for x in angles], dtype=complex_type)
+
+
+def turned(keys: torch.Tensor, turns: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Keys [n, d], each by its own turn [n, d / 2]: angles exact to float64's last bits."""
+    real, imaginary = keys.to(turns.real.dtype).chunk(2, dim=1)
+    product = torch.complex(real, imaginary) * turns
+    return torch.cat((product.real, product.imag), dim=1).to(dtype)
 
 
 @cache
@@ -147,6 +151,25 @@ def hidden_keys(
     return hidden
 
 
+def stored(case: Case, s: int, h: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """The keys, moved, and the values [n, d] of stream s that query head h has."""
+    heads, shift = case.q.shape[1], case.options.get("page_shift")
+    tokens = logical_sequence(case, s, h)
+    g = h * case.k_pages.shape[2] // heads
+    place = [page for page, _, _ in tokens], [offset for _, offset, _ in tokens], g
+    keys, values = case.k_pages[place].to(dtype), case.v_pages[place].to(dtype)
+    if shift is not None:
+        of_head = shift[s]
+        if shift.dim() == 4:
+            of_head = of_head[h * shift.shape[1] // heads]
+        entries = {entry for _, _, entry in tokens}
+        turns = {entry: turn(of_head[entry].tolist(), case, dtype) for entry in entries}
+        if turns:
+            of_keys = torch.stack([turns[entry] for _, _, entry in tokens])
+            keys = turned(case.k_pages[place], of_keys, dtype)
+    return keys, values
+
+
 def dense(
     case: Case, dtype: torch.dtype, *, scaled_query: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -158,27 +181,24 @@ def dense(
     opt = case.options
     scale = opt.get("sm_scale") or d**-0.5
     window, sinks = opt.get("window"), opt.get("sink_tokens", 0)
-    shift = opt.get("page_shift")
+    # The query heads of a KV head read the same, but where each has a list of its own.
+    lists = case.k_pages.shape[2]
+    for own, of_heads in ((case.page_table, 3), (opt.get("page_shift"), 4)):
+        if own is not None and own.dim() == of_heads:
+            lists = max(lists, own.shape[1])
     out = torch.zeros(rows, heads, d, dtype=dtype)
     lse = torch.full((rows, heads), -math.inf, dtype=dtype)
     starts = case.cu_seqlens_q.tolist()
     for s in range(len(starts) - 1):
         first = 0 if opt.get("window_start") is None else int(opt["window_start"][s])
+        read: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         for h in range(heads):
-            tokens = logical_sequence(case, s, h)
-            g = h * case.k_pages.shape[2] // heads
-            place = [page for page, _, _ in tokens], [offset for _, offset, _ in tokens], g
-            keys, values = case.k_pages[place].to(dtype), case.v_pages[place].to(dtype)
-            if shift is not None:
-                of_head = shift[s]
-                if shift.dim() == 4:
-                    of_head = of_head[h * shift.shape[1] // heads]
-                moves = [of_head[entry].tolist() for _, _, entry in tokens]
-                stored = case.k_pages[place]
-                keys = [turned(key, move, case, dtype) for key, move in zip(stored, moves)]
-                keys = torch.stack(keys) if keys else stored.to(dtype)
+            g = h * lists // heads
+            if g not in read:
+                read[g] = stored(case, s, h, dtype)
+            keys, values = read[g]
             mine = range(starts[s], starts[s + 1])
-            hidden = hidden_keys(len(tokens), len(mine), window, sinks, first)
+            hidden = hidden_keys(len(keys), len(mine), window, sinks, first)
             rows_seeing = [row for row in mine if not hidden[row - mine.start].all()]
             if not rows_seeing:
                 continue
@@ -196,7 +216,7 @@ def dense(
                 sink = opt["sink_logits"][h].to(dtype).expand(len(rows_seeing), 1)
                 scores = torch.cat((scores, sink), 1)
             lse[rows_seeing, h] = scores.logsumexp(1)
-            weights = scores.softmax(1)[:, : len(tokens)]
+            weights = scores.softmax(1)[:, : len(keys)]
             out[rows_seeing, h] = weights @ values
     return out, lse
 

@@ -9,19 +9,23 @@ from pathlib import Path
 import pytest
 import torch
 
+from kit.forked import TorchProcess, torch_process
 from kit.poison import poisoned
 from vicostream_kernels.backends import BackendUnavailable
 
-#: Files that take a minute and more: with several processes (`make test`) none of them is begun
-#: when all the others are done.
+#: Files that take half a minute and more: with several processes (`make test`) none of them is
+#: begun when all the others are done.
 _LONG = (
     "triton/test_ops_interpreted.py",
     "cuda/test_emulated.py",
-    "tools/test_train_tiny.py",
     "packaging/test_cuda_gate.py",
-    "ops/test_attention_cpu.py",
+    "bench/test_pytest_report.py",
     "triton/test_cubin_attention.py",
+    "ops/test_attention_cpu.py",
     "test_cli.py",
+    "triton/test_cubin.py",
+    "evaluation/test_gate.py",
+    "evaluation/test_streamqa_command.py",
     "triton/interpreter/test_append.py",
 )
 
@@ -60,6 +64,13 @@ def poisoned_empties() -> Iterator[None]:
     """An output element nobody wrote is NaN and fails."""
     with poisoned():
         yield
+
+
+@pytest.fixture(scope="session", name="torch_process")
+def one_torch_process() -> Iterator[TorchProcess]:
+    """For programs that are to find torch imported and nothing else."""
+    with torch_process() as process:
+        yield process
 
 
 @pytest.fixture(autouse=True)

@@ -6,7 +6,6 @@ import ast
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -408,12 +407,12 @@ def test_only_pytest_runs_in_the_checkout(tmp_path):
     assert [name for name in inside if not name.startswith("plants")] == ["pytest", "timer"]
 
 
-def test_it_needs_neither_typer_nor_rich():
+def test_it_needs_neither_typer_nor_rich(torch_process, tmp_path):
     code = (
         "import sys; sys.modules.update(dict.fromkeys(['typer', 'rich', 'matplotlib', 'av'])); "
         "import vicostream_kernels.bench.gpu_check as g; print(g.SCHEMA)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    done = torch_process.run(code, tmp_path)
     assert done.stdout.strip() == gpu_check.SCHEMA, done.stderr
 
 

@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import re
 import subprocess
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import pytest
@@ -149,8 +151,18 @@ def compile_launch(launch: Recorded, capability: int, **options: Any) -> Cubin:
             attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(launch.kernel, signature, constexprs=constants, attrs=attributes)
     target = GPUTarget("cuda", capability, 32)
-    built = triton.compile(source, target=target, options=launch.options | options)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_CACHE_DIR", _cache_of_this_process().name)
+        # `_measure` asks ptxas, and once is enough: Triton keeps nothing of what it says.
+        patch.setattr(nvidia.CUDABackend, "make_cubin", lambda *_: b"")
+        built = triton.compile(source, target=target, options=launch.options | options)
     return _measure(launch.kernel.__name__, capability, built.asm["ptx"], built.metadata.shared)
+
+
+@cache
+def _cache_of_this_process() -> tempfile.TemporaryDirectory[str]:
+    """Nothing that an earlier session compiled is found in it, and nobody runs what is in it."""
+    return tempfile.TemporaryDirectory()
 
 
 def _ptxas(capability: int) -> str:
@@ -161,6 +173,7 @@ def _ptxas(capability: int) -> str:
     return getattr(tool, "path", None) or tool[0]
 
 
+@cache
 def _measure(name: str, capability: int, ptx: str, shared: int) -> Cubin:
     target = re.search(r"^\.target (\w+)", ptx, re.MULTILINE)[1]
     command = [_ptxas(capability), "-v", f"--gpu-name={target}", "-o", "/dev/null", "/dev/stdin"]

@@ -15,11 +15,12 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from kit import interpreter_pace
 
 ROOT = Path(__file__).resolve().parents[2]
 ACTIVE = os.environ.get("TRITON_INTERPRET", "0") == "1"
@@ -127,42 +128,14 @@ def _read(lines: Sequence[Sequence[Any]], output: str, end: str | None) -> Run:
 
 
 def pytest_configure() -> None:
-    """In the interpreter process: see `_patch_once_a_launch`."""
+    """In the interpreter process: see `interpreter_pace`."""
     if not ACTIVE:
         return
     try:
         from triton.runtime import interpreter
     except ImportError:
         return
-    _patch_once_a_launch(interpreter)
-
-
-def _patch_once_a_launch(interpreter: Any) -> None:
-    """Has a launch replace the functions of Triton's language once.
-
-    Triton looks through the language again at each call of a device function, of which `tl.sum` and
-    `tl.zeros` are some, although the launch itself has replaced everything: a third of the time.
-    """
-    patch_lang = interpreter._patch_lang
-    patched: set[Any] = set()
-
-    @cache
-    def languages(fn: Any) -> frozenset[Any]:
-        known = (interpreter.tl, interpreter.tl.core)
-        return frozenset(lang for lang in known if any(lang is x for x in fn.__globals__.values()))
-
-    def patch_lang_once(fn: Any) -> Any:
-        launched = bool(patched)
-        if launched and languages(fn) <= patched:
-            return interpreter._LangPatchScope()
-        scope = patch_lang(fn)
-        patched.update(languages(fn))
-        if not launched:
-            restore = scope.restore
-            scope.restore = lambda: (patched.clear(), restore())
-        return scope
-
-    interpreter._patch_lang = patch_lang_once
+    interpreter_pace.quicken(interpreter)
 
 
 def _report(nodeid: str, outcome: str, more: Any = None) -> None:

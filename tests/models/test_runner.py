@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import pytest
 import torch
 from model_kit import Driver, Text, relative_error, visual
@@ -81,12 +78,10 @@ def test_weights_are_not_copied(runner) -> None:
     assert module.mlp.gate_proj.weight.data_ptr() == block.mlp.gate_up.weight.data_ptr()
 
 
-def test_import_is_light(tmp_path) -> None:
+def test_import_is_light(torch_process, tmp_path) -> None:
     code = (
         "import sys, vicostream_kernels.models; "
         "print([m for m in ('transformers', 'triton', 'av') if m in sys.modules])"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=tmp_path
-    )
+    done = torch_process.run(code, tmp_path)
     assert done.stdout.strip() == "[]", done.stderr

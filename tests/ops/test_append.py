@@ -260,12 +260,8 @@ def test_autograd_notices_that_the_pages_were_written(backend):
 
 
 @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
-def test_every_instruction_set_gives_the_reference(isa, tmp_path):
+def test_every_instruction_set_gives_the_reference(torch_process, isa, tmp_path):
     """The variants of the CPU code are picked once per process, so each runs in its own."""
-    import os
-    import subprocess
-    import sys
-
     if backends.why_not("rope_append", "cpu", "cpu"):
         pytest.skip(backends.why_not("rope_append", "cpu", "cpu"))
     program = """
@@ -286,11 +282,7 @@ for dtype in (torch.float32, torch.float16, torch.bfloat16):
     assert torch.equal(pages[1], pages[3])
 print(backends.native()[0].build_info()["isa"])
 """
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        env={**os.environ, "VICO_ISA": isa, "TRITON_INTERPRET": "0"},
-        capture_output=True, text=True, cwd=tmp_path,
-    )  # fmt: skip
+    done = torch_process.run(program, tmp_path, VICO_ISA=isa, TRITON_INTERPRET="0")
     assert done.returncode == 0, done.stderr
     if done.stdout.strip() != isa:
         pytest.skip(f"this processor has {done.stdout.strip()} at most")

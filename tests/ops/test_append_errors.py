@@ -147,15 +147,9 @@ def test_check_mode_refuses_bad_slots(monkeypatch):
             call.run("auto")
 
 
-def test_an_unknown_instruction_set_is_refused(tmp_path):
-    import os
-    import subprocess
-    import sys
-
+def test_an_unknown_instruction_set_is_refused(torch_process, tmp_path):
     if backends.why_not("rope_append", "cpu", "cpu"):
         pytest.skip(backends.why_not("rope_append", "cpu", "cpu"))
-    done = subprocess.run(
-        [sys.executable, "-c", "from vicostream_kernels import backends as b; b.info()"],
-        env={**os.environ, "VICO_ISA": "AVX2"}, capture_output=True, text=True, cwd=tmp_path,
-    )  # fmt: skip
+    program = "from vicostream_kernels import backends as b; b.info()"
+    done = torch_process.run(program, tmp_path, VICO_ISA="AVX2")
     assert "ValueError: VICO_ISA=AVX2 is not one of baseline, avx2, avx512" in done.stderr

@@ -21,9 +21,9 @@ NORM = {"mean": MEAN, "std": STD}
 #: (H, W, height, width): shrink, grow, one pixel, one row, an odd factor, nothing to do.
 RESIZES = [
     (360, 640, 252, 420),
-    (37, 53, 112, 140),
+    (17, 25, 56, 84),
     (1, 1, 28, 28),
-    (1, 200, 28, 560),
+    (1, 100, 28, 280),
     (253, 431, 224, 392),
     (28, 56, 28, 56),
 ]
@@ -192,10 +192,10 @@ def test_vicostreams_pixel_budget(size, once, twice):
 @pytest.mark.parametrize("backend", backends_of("preprocess_frames"))
 def test_a_frame_does_not_depend_on_its_neighbours(backend):
     name, device = backend
-    frames = pictures(6, 45, 61, "noise").to(device)
+    frames = pictures(3, 45, 61, "noise").to(device)
     kwargs = {"min_pixels": 1, "max_pixels": 56 * 56, "temporal": 1, "backend": name, **NORM}
     whole, (_, h, w) = preprocess_frames(frames, **kwargs)
-    for f in range(6):
+    for f in range(3):
         alone, _ = preprocess_frames(frames[f : f + 1], **kwargs)
         assert_same_bits(alone, whole[f * h * w : (f + 1) * h * w])
 
@@ -203,7 +203,7 @@ def test_a_frame_does_not_depend_on_its_neighbours(backend):
 @pytest.mark.parametrize("backend", backends_of("preprocess_frames"))
 def test_strides_do_not_matter(backend):
     name, device = backend
-    planar = tensors.ints((4, 3, 40, 52), 0, 256, dtype=torch.uint8, gaps=False).to(device)
+    planar = tensors.ints((4, 3, 30, 44), 0, 256, dtype=torch.uint8, gaps=False).to(device)
     kwargs = {"min_pixels": 1, "max_pixels": 90_000, "backend": name, **NORM}
     for view in (planar.permute(0, 2, 3, 1), planar.permute(0, 2, 3, 1).flip(3)[::2]):
         wanted, _ = preprocess_frames(view.contiguous(), **kwargs)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -25,26 +26,36 @@ __global__ void spill(float* out, const int* at) {
 
 def compile_strictly(source: Path, arch: str, out: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        ["nvcc", "-std=c++17", "-O3", f"-arch={arch}", "-cubin", "-o", str(out)]
+        ["nvcc", "-std=c++17", "-O3", f"-arch={arch}", "-cubin", "-o", str(out), "--keep"]
+        + ["--keep-dir", str(out.parent)]
         + [f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc' / 'include'}", *STRICT, str(source)],
         capture_output=True,
         text=True,
     )
 
 
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """What nvcc says of a source, which takes it many seconds, and the PTX that it made of it."""
+
+    @cache
+    def once(source: Path, arch: str) -> tuple[subprocess.CompletedProcess[str], Path]:
+        folder = tmp_path_factory.mktemp(f"{source.stem}-{arch}")
+        return compile_strictly(source, arch, folder / "out.cubin"), folder / f"{source.stem}.ptx"
+
+    return once
+
+
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
 @pytest.mark.parametrize("source", SOURCES, ids=lambda p: p.stem)
-def test_no_kernel_uses_local_memory(source, arch, tmp_path):
-    done = compile_strictly(source, arch, tmp_path / "out.cubin")
+def test_no_kernel_uses_local_memory(compiled, source, arch):
+    done, _ = compiled(source, arch)
     assert done.returncode == 0, done.stderr
 
 
-def test_decode_copies_asynchronously_and_multiplies_on_tensor_cores(tmp_path):
-    source, out = ROOT / "csrc" / "cuda" / "attention.cu", tmp_path / "attention.ptx"
-    folders = [f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc' / 'include'}"]
-    command = ["nvcc", "-std=c++17", "-O3", "-arch=sm_80", "-ptx", "-o", str(out), *folders]
-    subprocess.run([*command, str(source)], check=True, capture_output=True)
-    kernels = {part.partition("(")[0]: part for part in out.read_text().split(".entry ")[1:]}
+def test_decode_copies_asynchronously_and_multiplies_on_tensor_cores(compiled):
+    _, ptx = compiled(ROOT / "csrc" / "cuda" / "attention.cu", "sm_80")
+    kernels = {part.partition("(")[0]: part for part in ptx.read_text().split(".entry ")[1:]}
     split = {name: body for name, body in kernels.items() if "split_kernel" in name}
     assert len(split) == 9, "three element types, three classes of head dims"
     for name, body in split.items():

@@ -27,7 +27,10 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     if interpreter.ACTIVE:
         return
     items = [item for item in session.items if _FOLDER in item.path.parents]
-    nodeids = tuple(item.nodeid for item in items)
+    # A process for each file: one of several pytest processes may get one file without the others.
+    files: dict[Path, list[str]] = {}
+    for item in items:
+        files.setdefault(item.path, []).append(item.nodeid)
     for item in items:
         item.setup = lambda: None
-        item.runtest = partial(_replay, nodeids, item.nodeid)
+        item.runtest = partial(_replay, tuple(files[item.path]), item.nodeid)

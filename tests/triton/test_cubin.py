@@ -25,14 +25,6 @@ from vicostream_kernels.triton_kernels import append  # noqa: E402
 FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
 
 
-@pytest.fixture(autouse=True, scope="module")
-def fresh_compiler_cache(tmp_path_factory):
-    """Compile, and not find what an earlier session compiled."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
-        yield
-
-
 def append_call(dtype, d, *, raw=False, sums=False, sub=0, summary_raw=False, gaps=False):
     """The shapes of a 7B model's layer: 320 tokens, 28 query and 4 key heads, pages of 64."""
     n, h, g, pages, page_size, blocks = 320, 28, 4, 32, 64, 100

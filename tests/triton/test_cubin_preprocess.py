@@ -19,14 +19,6 @@ from vicostream_kernels.triton_kernels import preprocess  # noqa: E402
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def fresh_compiler_cache(tmp_path_factory):
-    """Compile, and not find what an earlier session compiled."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
-        yield
-
-
 @pytest.mark.parametrize(
     ("source", "dtype", "capability", "names"),
     [

@@ -19,14 +19,6 @@ FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
 CHUNK_INTRA = PruneRule(threshold=0.25, reduce="any", always_keep="first")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def fresh_compiler_cache(tmp_path_factory):
-    """Compile, and not find what an earlier session compiled."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
-        yield
-
-
 def empty(*shape, dtype=torch.int32):
     return torch.empty(shape, dtype=dtype, device="meta")
 

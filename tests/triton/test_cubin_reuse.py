@@ -17,14 +17,6 @@ from vicostream_kernels.triton_kernels import reuse  # noqa: E402
 FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
 
 
-@pytest.fixture(autouse=True, scope="module")
-def fresh_compiler_cache(tmp_path_factory):
-    """Compile, and not find what an earlier session compiled."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
-        yield
-
-
 def empty(*shape, dtype=torch.int32):
     return torch.empty(shape, dtype=dtype, device="meta")
 

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 
@@ -34,7 +30,7 @@ def test_the_rest_is_served(version, capability, dtype):
     assert refusal(version, capability, dtype) is None
 
 
-def test_the_interpreter_runs_with_nothing_but_its_variable():
+def test_the_interpreter_runs_with_nothing_but_its_variable(torch_process, tmp_path):
     """Kernels that loop over a number they computed: numpy 2.4 and Triton before 3.7."""
     pytest.importorskip("triton")
     program = """
@@ -44,10 +40,5 @@ changed = vk.select_changed(x, x.flip(1), ratio=0.5, backend="triton")
 rows = vk.gather_rows(x, changed.index, backend="triton")
 assert torch.equal(rows, vk.gather_rows(x, changed.index, backend="reference"))
 """
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-    )
+    done = torch_process.run(program, tmp_path, TRITON_INTERPRET="1")
     assert done.returncode == 0, done.stderr
