@@ -342,6 +342,8 @@ def cases() -> Iterator[Case]:
     yield _bound_case(64, 8, 2, 64, 8, smoke=True)
     yield _bound_case(8192, 32, 8, 128, 64)
     yield _list_case(100, 256, 16, 3, 2, 5, smoke=True)
+    # More than one block of threads holds the keys of.
+    yield _list_case(20480, 32, 64, 3, 2, 5, smoke=True)
     yield _list_case(4096, 2048, 64, 5, 4, 40)
     yield _list_case(4096, 2048, 64, 5, 4, 40, torch.bfloat16)
     yield _list_case(262144, 256, 1024, 5, 4, 40)
