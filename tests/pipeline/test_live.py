@@ -179,6 +179,21 @@ def test_a_file_in_real_time(tmp_path, video):
     assert Outcome(tmp_path, video).report["live"] is None
 
 
+def test_a_file_is_never_late_unless_it_is_played(tmp_path, video, monkeypatch):
+    """It is read as fast as it goes, two chunks ahead of what is worked on."""
+    run = Encode.run
+
+    def slow(self, chunk):
+        time.sleep(0.1)
+        return run(self, chunk)
+
+    monkeypatch.setattr(Encode, "run", slow)
+    outcome = Outcome(tmp_path, video, max_lag=0.2)
+    assert outcome.code == 0 and "--max-lag does nothing" in outcome.err
+    assert outcome.report["frames"]["dropped"] == 0
+    assert outcome.report["live"]["lag_s"] is None and "lag " not in outcome.out
+
+
 def test_late_frames_are_left_out(tmp_path, video, monkeypatch):
     run = Encode.run
 

@@ -20,11 +20,13 @@ _LOOK_S = 0.1
 @dataclass(frozen=True)
 class Live:
     """How far a run goes with the time that passes: ``interactive`` takes typed questions,
-    ``realtime`` no frame before its time, ``max_lag_s`` none that is later than that."""
+    ``realtime`` no frame before its time, ``max_lag_s`` none that is later than that. ``paced``:
+    whether frames are due at some time; those of a file that is read as fast as it goes are not."""
 
     interactive: bool = False
     realtime: bool = False
     max_lag_s: float | None = None
+    paced: bool = True
 
     def __bool__(self) -> bool:
         return self.interactive or self.realtime or self.max_lag_s is not None
@@ -65,7 +67,7 @@ class Feed:
                 arrivals = Arrivals(
                     self._source,
                     realtime=live.realtime,
-                    max_lag_s=live.max_lag_s,
+                    max_lag_s=live.max_lag_s if live.paced else None,
                     room=2 * self._chunk,
                 )
                 self._arrivals = frames = begun.enter_context(arrivals)
@@ -151,7 +153,7 @@ class Feed:
             self._recorder.decoded_beside(began_s, seconds)
 
     def _figures(self, arrivals: Arrivals) -> dict[str, object]:
-        lags = list(arrivals.lags_s)
+        lags = list(arrivals.lags_s) if self._live.paced else []
         lag = {**percentiles(lags), "max": round(max(lags), 4)} if lags else None
         return {
             "interactive": self._live.interactive,

@@ -7,7 +7,7 @@ import time
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -279,6 +279,9 @@ class _Run:
     ) -> None:
         recorder, screen = self._recorder, self._screen
         shift, length = self._shift, source.info.duration_s
+        live = replace(live, paced=live.realtime or length is None)
+        if live.max_lag_s is not None and not live.paced:
+            screen.say("--max-lag does nothing: this video is not live (--realtime makes it so)")
         self._feed = feed = Feed(
             source,
             questions,
