@@ -17,7 +17,8 @@ constexpr int kMaximaThreads = 128;  // each makes the maximum of a part
 constexpr int kMostBits = 7;
 static_assert(kMaximaThreads >> kMostBits == 1, "a block of threads has the parts of whole groups");
 constexpr int kHeld = 8;          // items of a thread at a time when groups are opened
-constexpr int64_t kRoom = 22000;  // words of shared memory: of 99 KiB with what is static
+constexpr int64_t kRoom = 22000;  // words of shared memory
+static_assert(sizeof(SelectShared) + 4 * kRoom <= 99 * 1024, "what every GPU of sm_80 and on has");
 
 struct Levels {
   int bits = 0;          // 0: not served
