@@ -116,7 +116,8 @@ def test_an_interrupt_in_the_midst_of_an_answer_saves(tmp_path, video, monkeypat
     assert outcome.code == 130 and path.exists() and len(outcome.lines) == 1
 
 
-def test_a_source_that_fails_leaves_a_session(tmp_path, video, monkeypatch):
+@pytest.mark.parametrize("live", [{}, {"realtime": True}], ids=["in turn", "in its thread"])
+def test_a_source_that_fails_leaves_a_session(tmp_path, video, monkeypatch, live):
     frames = run_module.VideoSource.__iter__
 
     def ending(self):
@@ -126,9 +127,10 @@ def test_a_source_that_fails_leaves_a_session(tmp_path, video, monkeypatch):
 
     monkeypatch.setattr(run_module.VideoSource, "__iter__", ending)
     path = tmp_path / "session"
-    outcome = Outcome(tmp_path, video, save=str(path))
+    outcome = Outcome(tmp_path, video, save=str(path), **live)
     assert outcome.code == 1 and outcome.lines == ["vicostream: error: the network is gone"]
     assert path.exists() and outcome.report["errors"][0]["where"] == "video"
+    assert outcome.report["frames"]["read"] == 20
     # The four of the chunk that was not full are in the session.
     again = Outcome(tmp_path, video, restore=str(path)).report["frames"]
     assert again["read"] == again["processed"] == 40
