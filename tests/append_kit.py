@@ -6,8 +6,7 @@ import pytest
 import torch
 
 import vicostream_kernels as vk
-from kit import tensors
-from vicostream_kernels import backends
+from kit import interpreter, tensors
 from vicostream_kernels.ops.append import KeySummary
 
 
@@ -18,7 +17,7 @@ class Call:
         self, n=7, h=4, g=2, d=16, pages=5, page_size=3, dtype=torch.float32, device="cpu", *,
         kind="both", sub=2, source="rotated", raw=True, seed=0, sections=True, top=10_000_000,
     ):  # fmt: skip
-        if backends.INTERPRET and dtype == torch.bfloat16:
+        if interpreter.ACTIVE and dtype == torch.bfloat16:
             pytest.skip("Triton's interpreter computes bf16 wrongly")
         self.q = tensors.randn((n, h, d), dtype, seed=seed, device=device)
         self.k = tensors.randn((n, g, d), dtype, seed=seed + 1, device=device)

@@ -27,6 +27,7 @@ from vicostream_kernels.triton_kernels._attention_tile import (
     load_head,
     log_sum_of,
 )
+from vicostream_kernels.triton_kernels._sums import product
 
 _GRANULE = tl.constexpr(GRANULE)
 _LOG2_E = tl.constexpr(1.4426950408889634)
@@ -241,8 +242,8 @@ def combine_kernel(
         subtract = above_nothing(new_top)
         weights = tl.exp2(tops - subtract)
         shrink = tl.exp2(top - subtract)
-        total = total * shrink + tl.sum(weights * totals, 0)
-        acc = acc * shrink + tl.sum(weights[:, None] * sums, 0)
+        total = total * shrink + tl.sum(product(weights, totals), 0)
+        acc = acc * shrink + tl.sum(product(weights[:, None], sums), 0)
         top = new_top
     if sink_logits_ptr is not None:
         sink = tl.load(sink_logits_ptr + head).to(tl.float32) * _LOG2_E

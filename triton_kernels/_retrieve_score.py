@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from vicostream_kernels.triton_kernels._compact import wide
+from vicostream_kernels.triton_kernels._sums import product
 
 _EPS = tl.constexpr(1e-8)
 
@@ -76,11 +77,11 @@ def queries_kernel(
             pooled = tl.where(stop > first, tl.div_rn(pooled, amount), float("nan"))
             pooled = tl.where(inside, pooled, 0.0)
         if SUMMED:
-            squares += tl.sum(pooled * pooled, 0)
+            squares += tl.sum(product(pooled, pooled), 0)
         else:
             plus = tl.zeros((CHUNK,), tl.float32)
             minus = tl.zeros((CHUNK,), tl.float32)
-            squares = tl.sum(pooled * pooled, 0)
+            squares = tl.sum(product(pooled, pooled), 0)
         if BOUND:
             plus += tl.where(pooled >= 0.0, pooled, 0.0)
             minus += tl.where(pooled >= 0.0, 0.0, pooled)  # NaN goes here
@@ -120,7 +121,7 @@ def _score(
 
     The pointers are those of the blocks and of the row's vectors.
     """
-    product = tl.zeros((BLOCKS,), tl.float32)
+    dot = tl.zeros((BLOCKS,), tl.float32)
     block_squares = tl.zeros((BLOCKS,), tl.float32)
     query_squares = 0.0
     empty = tl.zeros((BLOCKS,), tl.int32)
@@ -141,14 +142,14 @@ def _score(
             # A channel without such queries takes no part, however large its keys are.
             terms = tl.where(vector != 0.0, vector * high, 0.0)
             terms += tl.where(minus != 0.0, minus * low, 0.0)
-            product += tl.sum(terms, 1)
+            dot += tl.sum(terms, 1)
             empty = tl.maximum(empty, tl.max((low > high).to(tl.int32), 1))
         else:
-            product += tl.sum(low * vector, 1)
+            dot += tl.sum(product(low, vector), 1)
         if SCORE == "cosine":
-            block_squares += tl.sum(low * low, 1)
+            block_squares += tl.sum(product(low, low), 1)
             query_squares += tl.load(norms_ptr + far * rows)
-    return product, block_squares * repeats, query_squares, empty
+    return dot, block_squares * repeats, query_squares, empty
 
 
 @triton.jit(
@@ -240,7 +241,7 @@ def score_kernel(
                 high_ptr = low_ptr
                 if SCORE == "bound":
                     high_ptr = summary_max_ptr + wide(part) * summary_max_stride_part
-                product, block_squares, query_squares, empty = _score(
+                dot, block_squares, query_squares, empty = _score(
                     low_ptr,
                     high_ptr,
                     vectors_ptr + of_token * (planes * CHUNK),
@@ -259,15 +260,15 @@ def score_kernel(
                     CHUNK,
                     BLOCKS,
                 )
-                value = product
+                value = dot
                 if count_ptr is not None:
-                    mean = tl.div_rn(product, tl.where(share == 0.0, 1.0, share))
+                    mean = tl.div_rn(dot, tl.where(share == 0.0, 1.0, share))
                     value = tl.where(share == 0.0, float("nan"), mean)
                 if SCORE == "cosine":
                     norm = tl.sqrt_rn(block_squares)
                     if count_ptr is not None:
                         norm = tl.div_rn(norm, tl.where(share == 0.0, 1.0, share))
-                    # NaN in either vector is in the product too.
+                    # NaN in either vector is in the dot product too.
                     query_norm = tl.sqrt_rn(tl.zeros((BLOCKS,), tl.float32) + query_squares)
                     norms = tl.maximum(query_norm, _EPS) * tl.maximum(norm, _EPS)
                     value = tl.div_rn(value, norms)

@@ -157,6 +157,16 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
                                const Arguments&... arguments) {
   if (!emulator::may_use(reinterpret_cast<const void*>(kernel), config->dynamicSmemBytes))
     return cudaErrorInvalidValue;
+  if (emulator::launcher) {
+    const auto run = [&](const Parameters&... given) {
+      return emulator::take({reinterpret_cast<const void*>(kernel),
+                                 config->gridDim,
+                                 config->blockDim,
+                                 config->dynamicSmemBytes,
+                                 {{&given, sizeof(given)}...}});
+    };
+    return run(static_cast<Parameters>(arguments)...) == nullptr ? cudaSuccess : cudaErrorUnknown;
+  }
   return emulator::run_grid(config->gridDim, config->blockDim, config->dynamicSmemBytes,
                             [&] { kernel(static_cast<Parameters>(arguments)...); }) == nullptr
              ? cudaSuccess

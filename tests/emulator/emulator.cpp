@@ -344,6 +344,16 @@ const char* run_grid(dim3 grid, dim3 block, size_t shared, const std::function<v
 }
 
 const char* last_error() { return error.empty() ? nullptr : error.c_str(); }
+const char* set_error(const char* what) {
+  error = what;
+  return last_error();
+}
+
+Launcher launcher;
+const char* take(const Launch& launch) {
+  ++launched;
+  return launcher(launch);
+}
 
 bool may_use(const void* kernel, size_t shared) {
   // 48 KiB, less what kernels may have of static shared memory.

@@ -19,6 +19,8 @@
 #include <cstring>
 #include <functional>
 #include <type_traits>
+#include <utility>
+#include <vector>
 
 struct uint3 {
   unsigned x, y, z;
@@ -69,9 +71,21 @@ void wait_for_copies(int pending);
 // Fails unless [p, p + bytes) is dynamic shared memory and p a multiple of bytes.
 void check_shared(const void* p, size_t bytes);
 
+// What takes a launch in place of this emulator, such as tests/ptx: null, or what went wrong.
+struct Launch {
+  const void* kernel;
+  dim3 grid, block;
+  size_t shared;
+  std::vector<std::pair<const void*, size_t>> arguments;
+};
+using Launcher = std::function<const char*(const Launch&)>;
+extern Launcher launcher;
+const char* take(const Launch& launch);
+
 // null, or what went wrong.
 const char* run_grid(dim3 grid, dim3 block, size_t shared, const std::function<void()>& kernel);
 const char* last_error();
+const char* set_error(const char* what);  // which is also what it returns
 bool may_use(const void* kernel, size_t shared);
 void allow(const void* kernel, size_t shared);
 void set_seed(unsigned seed);

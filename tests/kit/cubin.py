@@ -81,9 +81,29 @@ class Cubin:
         )
         limit = SHARED_LIMIT[self.capability]
         assert self.shared <= limit, f"{what} needs {self.shared} bytes shared, of {limit}"
+        unlike = lanes_unlike(self.ptx)
+        assert not unlike, f"{what}: lanes have other bits of one sum after `{unlike[0]}`"
         if expect_instruction is not None:
             found = [n for n, pattern in INSTRUCTIONS.items() if re.search(pattern, self.ptx)]
             assert expect_instruction in found, f"{what} has no {expect_instruction}, has {found}"
+
+
+def lanes_unlike(ptx: str) -> list[str]:
+    """The sums of another lane's value and this lane's product that are fused, or may be.
+
+    Two lanes that add each other's values round differently there: see `_sums.product`.
+    """
+    shuffled = set(re.findall(r"shfl\.sync\.bfly\.b32\s+(%r\d+)", ptx))
+    products = set(re.findall(r"\bmul\.(?:ftz\.)?f32\s+(%r\d+)", ptx))
+    found = []
+    for line, kind, operands in re.findall(r"(\b(fma|add|sub)\.[\w.]*f32\s+(%r[^;]*));", ptx):
+        _, *sources = (each.strip() for each in operands.split(","))
+        others = set(sources) & shuffled
+        if kind == "fma" and sources[2] in others:
+            found.append(line)
+        elif kind != "fma" and ".rn." not in line and others and set(sources) & products:
+            found.append(line)
+    return found
 
 
 def record_launches(call: Callable[[], Any]) -> list[Recorded]:

@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import vicostream_kernels as vk
+from kit import interpreter
 from kit.backends import backends_of
 from kit.compare import assert_same_bits
 from vicostream_kernels import backends
@@ -25,7 +26,7 @@ quick = settings(
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 # Triton's interpreter computes bfloat16 wrongly, so it is refused there.
-DTYPES = (torch.float32, torch.float16) + (() if backends.INTERPRET else (torch.bfloat16,))
+DTYPES = (torch.float32, torch.float16) + (() if interpreter.ACTIVE else (torch.bfloat16,))
 FLOATS = st.sampled_from(DTYPES)
 
 

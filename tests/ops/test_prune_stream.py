@@ -9,13 +9,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kit import tensors
+from kit import interpreter, tensors
 from kit.backends import backends_of
 from kit.compare import assert_same_bits
 from vicostream_kernels import PruneRule, PruneState, backends, prune_tokens
 
 # The interpreter computes bfloat16 wrongly.
-DTYPES = [torch.float32, torch.float16] + ([] if backends.INTERPRET else [torch.bfloat16])
+DTYPES = [torch.float32, torch.float16] + ([] if interpreter.ACTIVE else [torch.bfloat16])
 each_backend = pytest.mark.parametrize("backend", backends_of("prune_tokens"))
 
 CAUSAL = [

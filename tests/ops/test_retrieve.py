@@ -7,11 +7,10 @@ import torch
 from retrieve_keys import paged_keys
 
 import vicostream_kernels as vico
-from kit import tensors
+from kit import interpreter, tensors
 from kit.backends import backends_of
 from kit.compare import assert_matches, assert_same_bits
 from kit.ops import check_fullgraph, check_op, check_refuses_grad
-from vicostream_kernels import backends
 from vicostream_kernels.reference import retrieve as reference
 from vicostream_kernels.reference._precision import accumulate_in
 
@@ -221,7 +220,7 @@ def test_a_question_without_tokens_or_with_nan(pool, backend):
 @pytest.mark.parametrize("score", SCORES)
 def test_a_stream_has_the_bits_it_has_alone(score, pool, scope, backend):
     name, device = backend
-    half = torch.float16 if backends.INTERPRET else torch.bfloat16  # wrong in the interpreter
+    half = torch.float16 if interpreter.ACTIVE else torch.bfloat16  # wrong in the interpreter
     query = tensors.randn((11, 4, 24), half, seed=14).to(device)
     low = tensors.randn((3, 40, 2, 2, 24), seed=15).to(device)
     high = low + 1

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import shutil
 import subprocess
-from functools import cache
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
-SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+from kit import nvcc
+
 STRICT = ["-Xptxas", "--warn-on-local-memory-usage,--warning-as-error"]
 pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc (no GPU)")
 
@@ -25,36 +24,24 @@ __global__ void spill(float* out, const int* at) {
 
 
 def compile_strictly(source: Path, arch: str, out: Path) -> subprocess.CompletedProcess[str]:
+    """What nvcc says of a source, or of PTX."""
     return subprocess.run(
-        ["nvcc", "-std=c++17", "-O3", f"-arch={arch}", "-cubin", "-o", str(out), "--keep"]
-        + ["--keep-dir", str(out.parent)]
-        + [f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc' / 'include'}", *STRICT, str(source)],
+        ["nvcc", *nvcc.FLAGS, f"-arch={arch}", "-cubin", "-o", str(out), *STRICT, str(source)],
         capture_output=True,
         text=True,
     )
 
 
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory):
-    """What nvcc says of a source, which takes it many seconds, and the PTX that it made of it."""
-
-    @cache
-    def once(source: Path, arch: str) -> tuple[subprocess.CompletedProcess[str], Path]:
-        folder = tmp_path_factory.mktemp(f"{source.stem}-{arch}")
-        return compile_strictly(source, arch, folder / "out.cubin"), folder / f"{source.stem}.ptx"
-
-    return once
-
-
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
-@pytest.mark.parametrize("source", SOURCES, ids=lambda p: p.stem)
-def test_no_kernel_uses_local_memory(compiled, source, arch):
-    done, _ = compiled(source, arch)
+@pytest.mark.parametrize("capability", nvcc.TARGETS)
+@pytest.mark.parametrize("source", nvcc.SOURCES, ids=lambda p: p.stem)
+def test_no_kernel_uses_local_memory(source, capability, tmp_path):
+    ptx = nvcc.ptx_of(source, capability)
+    done = compile_strictly(ptx, nvcc.TARGETS[capability], tmp_path / "out.cubin")
     assert done.returncode == 0, done.stderr
 
 
-def test_decode_copies_asynchronously_and_multiplies_on_tensor_cores(compiled):
-    _, ptx = compiled(ROOT / "csrc" / "cuda" / "attention.cu", "sm_80")
+def test_decode_copies_asynchronously_and_multiplies_on_tensor_cores():
+    ptx = nvcc.ptx_of(nvcc.ROOT / "csrc" / "cuda" / "attention.cu", 80)
     kernels = {part.partition("(")[0]: part for part in ptx.read_text().split(".entry ")[1:]}
     split = {name: body for name, body in kernels.items() if "split_kernel" in name}
     assert len(split) == 9, "three element types, three classes of head dims"
@@ -75,4 +62,4 @@ def test_the_gate_can_fail(tmp_path):
 
 
 def test_the_cuda_sources_are_there():
-    assert [p.stem for p in SOURCES], "csrc/cuda holds no kernel"
+    assert [p.stem for p in nvcc.SOURCES], "csrc/cuda holds no kernel"
