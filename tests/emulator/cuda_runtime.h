@@ -160,10 +160,10 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   if (emulator::launcher) {
     const auto run = [&](const Parameters&... given) {
       return emulator::take({reinterpret_cast<const void*>(kernel),
-                                 config->gridDim,
-                                 config->blockDim,
-                                 config->dynamicSmemBytes,
-                                 {{&given, sizeof(given)}...}});
+                             config->gridDim,
+                             config->blockDim,
+                             config->dynamicSmemBytes,
+                             {{&given, sizeof(given)}...}});
     };
     return run(static_cast<Parameters>(arguments)...) == nullptr ? cudaSuccess : cudaErrorUnknown;
   }

@@ -21,9 +21,9 @@ void set_launcher(const py::function& taken) {
     for (const auto& [data, bytes] : launch.arguments)
       arguments.append(py::bytes(static_cast<const char*>(data), bytes));
     const dim3 grid = launch.grid, block = launch.block;
-    const py::object said = (*kept)(reinterpret_cast<uintptr_t>(launch.kernel),
-                                  py::make_tuple(grid.x, grid.y, grid.z),
-                                  block.x * block.y * block.z, launch.shared, arguments);
+    const py::object said =
+        (*kept)(reinterpret_cast<uintptr_t>(launch.kernel), py::make_tuple(grid.x, grid.y, grid.z),
+                block.x * block.y * block.z, launch.shared, arguments);
     static std::string error;
     if (said.is_none()) return nullptr;
     error = said.cast<std::string>();

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from ptx import traffic
 from ptx.memory import Fault, GlobalMemory, SharedMemory
 from ptx.text import Kernel
 from ptx.values import Array, all_threads, poison
@@ -28,6 +29,7 @@ class Block:
         memory: GlobalMemory,
         shared: int,
     ) -> None:
+        self.name = kernel.name
         self.threads, self.place, self.grid = threads, place, grid
         self.symbols, self.parameters, self.memory = symbols, parameters, memory
         self.shared = SharedMemory(shared)
@@ -78,6 +80,18 @@ class Block:
         if missing.any():
             warp, lane = np.argwhere(missing)[0]
             raise Fault(f"lane {lane} of warp {warp} is not there, although the mask names it")
+
+    def note(self, space: str, line: str, addresses: Array, width: int, warps: Array) -> None:
+        """For whoever counts."""
+        if traffic.current is not None and len(addresses):
+            traffic.current.note(self.name, space, line, addresses, width, warps)
+
+    def note_rows(self, line: str, addresses: Array, count: int, warps: Array) -> None:
+        """Rows of 16 bytes of matrices, whose addresses the first 8 ``count`` lanes have."""
+        if traffic.current is not None:
+            rows = addresses.reshape(-1, WARP)[:, : 8 * count]
+            owners = np.repeat(warps.reshape(-1, WARP)[:, 0], 8 * count)
+            self.note("shared", line, rows.reshape(-1), 16, owners)
 
     def wait_copies(self, most: int) -> None:
         """Lets all groups of copies but the last ``most`` arrive."""

@@ -161,14 +161,17 @@ def _load(instruction: Instruction, kernel: Kernel) -> Step:
     if len(instruction.operands) > 2:
         raise Unsupported("a cache hint")
     items, size = _items(target), SIZES[kind]
-    space = _space(instruction)
+    space, width = _space(instruction), size * len(items)
     addresses = _addresses(source, _address_bits(space, kernel, source))
 
     def load(block: Block, at: Array, of: str, mask: Array | None) -> list[Array]:
+        if of in ("global", "shared"):
+            warps = _chosen(block, block.warps, mask)
+            block.note("load" if of == "global" else of, instruction.line, at, width, warps)
         if of == "global":
             return block.memory.load(at, size, len(items))
         if of == "shared":
-            return block.shared.load(at, size, len(items), _chosen(block, block.warps, mask))
+            return block.shared.load(at, size, len(items), warps)
         if of == "local":
             return _load_local(block, at, size, len(items), mask)
         return _load_parameter(block, at, size, len(items))
@@ -236,10 +239,14 @@ def _store(instruction: Instruction, kernel: Kernel) -> Step:
     addresses = _addresses(target, _address_bits(space, kernel, target))
 
     def store(block: Block, at: Array, values: list[Array], of: str, mask: Array | None) -> None:
+        if of in ("global", "shared"):
+            warps = _chosen(block, block.warps, mask)
+            width = SIZES[kind] * len(values)
+            block.note("store" if of == "global" else of, instruction.line, at, width, warps)
         if of == "global":
             block.memory.store(at, values)
         elif of == "shared":
-            block.shared.store(at, values, _chosen(block, block.warps, mask))
+            block.shared.store(at, values, warps)
         else:
             threads, places = _local_places(block, at, SIZES[kind] * len(values), mask)
             data = np.ascontiguousarray(np.stack(values, 1))
@@ -498,13 +505,15 @@ def _copy_later(instruction: Instruction, kernel: Kernel) -> Step:
         warps = _chosen(block, block.warps, mask)
         at = _chosen(block, out_of(block), mask)
         count = None if kept is None else _chosen(block, kept(block), mask)
+        some = np.ones(len(at), bool) if count is None else count > 0
+        block.note("load", instruction.line, at[some], width, warps[some])
+        block.note("shared", instruction.line, to, width, warps)
         if count is not None and (count > width).any():
             raise Fault(f"{int(count.max())} bytes of a copy of {width}")
 
         def arrive() -> None:
             words = width // 4
             loaded = [np.zeros(len(at), np.uint32) for _ in range(words)]
-            some = np.ones(len(at), bool) if count is None else count > 0
             if some.any():
                 part = count is not None and ((count != 0) & (count != width)).any()
                 if part:
@@ -540,6 +549,7 @@ def _load_matrices(instruction: Instruction, kernel: Kernel) -> Step:
         block.whole_warps(mask)
         at = _chosen(block, addresses(block), mask)
         warps = _chosen(block, block.warps, mask)
+        block.note_rows(instruction.line, at, len(items), warps)
         made = tensor_cores.load_matrices(block.shared, at, len(items), transposed, warps)
         for item, value in zip(items, made, strict=True):
             block.write(item.index, _scattered(block, value, mask), mask)
@@ -558,6 +568,7 @@ def _store_matrices(instruction: Instruction, kernel: Kernel) -> Step:
         at = _chosen(block, addresses(block), mask)
         warps = _chosen(block, block.warps, mask)
         values = [_chosen(block, read(block), mask) for read in reads]
+        block.note_rows(instruction.line, at, len(reads), warps)
         tensor_cores.store_matrices(block.shared, at, values, transposed, warps)
 
     return run

@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from ptx import effects
+from ptx import effects, traffic
 from ptx.arithmetic import computed
-from ptx.block import PARAMETER, PARAMETERS, Block, Step
+from ptx.block import PARAMETER, PARAMETERS, WARP, Block, Step
 from ptx.memory import Fault, GlobalMemory
 from ptx.text import (
     SIZES,
@@ -88,6 +88,8 @@ class Program:
                     self.kernel, threads, place, grid, symbols, parameters, memory, shared
                 )
                 self._run(block)
+                if traffic.current is not None:
+                    traffic.current.kernels[self.name].blocks += 1
 
     def _run(self, block: Block) -> None:
         at: int = 0
@@ -157,6 +159,10 @@ class Program:
                     waiting |= here
 
     def _steps(self, block: Block, stretch: _Stretch, mask: Array | None) -> None:
+        if traffic.current is not None:
+            warps = block.threads // WARP if mask is None else len(np.unique(block.warps[mask]))
+            counted = traffic.current.kernels[self.name]
+            counted.instructions += warps * (len(stretch.steps) + (stretch.then != "next"))
         for step, line in zip(stretch.steps, stretch.lines, strict=True):
             try:
                 step(block, mask)
