@@ -170,6 +170,11 @@ def stored(case: Case, s: int, h: int, dtype: torch.dtype) -> tuple[torch.Tensor
     return keys, values
 
 
+def scale_of(case: Case) -> float:
+    given = case.options.get("sm_scale")
+    return case.q.shape[-1] ** -0.5 if given is None else given
+
+
 def dense(
     case: Case, dtype: torch.dtype, *, scaled_query: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -179,7 +184,7 @@ def dense(
     """
     rows, heads, d = case.q.shape
     opt = case.options
-    scale = opt.get("sm_scale") or d**-0.5
+    scale = scale_of(case)
     window, sinks = opt.get("window"), opt.get("sink_tokens", 0)
     # The query heads of a KV head read the same, but where each has a list of its own.
     lists = case.k_pages.shape[2]
@@ -255,7 +260,7 @@ def check_small(case: Case, backend: tuple[str, str], **more: Any) -> None:
     true_out, true_lse = dense(case, torch.float64)
     score = case.q.double().abs().sum(-1).max().item() if case.q.numel() else 0.0
     score *= case.k_pages.double().nan_to_num().abs().max().item() if case.k_pages.numel() else 0.0
-    score *= abs(case.options.get("sm_scale") or case.q.shape[-1] ** -0.5)
+    score *= abs(scale_of(case))
     eps = torch.finfo(dtype if "page_shift" in case.options else torch.float32).eps
     error = eps * (1 + score)
     value = case.v_pages.double().nan_to_num().abs().max().item() if case.v_pages.numel() else 0.0

@@ -192,12 +192,14 @@ def combine_kernel(
     TABLES: tl.constexpr,
     BY_ROW: tl.constexpr,
     HEAD_DIM: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    RUNS: tl.constexpr,  # at a time
+    CHANNELS: tl.constexpr,  # of a program
 ):
-    """One program: one head of one row, its runs in order. Bound by latency."""
-    partial_row = tl.program_id(0) // heads
-    head = tl.program_id(0) % heads
+    """One program: some channels of one head of one row, all its runs at once, by one warp: sums over
+    warps would take longer than all else. Bound by latency."""
+    PARTS: tl.constexpr = (HEAD_DIM + CHANNELS - 1) // CHANNELS
+    part = tl.program_id(0) % PARTS
+    partial_row = tl.program_id(0) // PARTS // heads
+    head = tl.program_id(0) // PARTS % heads
     if BY_ROW:
         s = 0
         for first in range(1, streams + 1, 64):
@@ -226,25 +228,18 @@ def combine_kernel(
     used = tl.cdiv(listed, _granules_of_run(listed))
     used = tl.where(padding, 0, used)
 
-    c = tl.arange(0, CHANNELS)
-    acc = tl.zeros((CHANNELS,), tl.float32)
-    top = tl.full((1,), -float("inf"), tl.float32)
-    total = tl.zeros((1,), tl.float32)
+    c = part * CHANNELS + tl.arange(0, CHANNELS)
     at = (partial_row.to(tl.int64) * heads + head) * runs
-    for first in range(0, used, RUNS):
-        run = first + tl.arange(0, RUNS)
-        live = run < used
-        tops = tl.load(state_ptr + 2 * (at + run), mask=live, other=-float("inf"))
-        totals = tl.load(state_ptr + 2 * (at + run) + 1, mask=live, other=0.0)
-        mask = live[:, None] & (c < HEAD_DIM)[None, :]
-        sums = tl.load(partial_ptr + (at + run)[:, None] * HEAD_DIM + c[None, :], mask, other=0.0)
-        new_top = tl.maximum(top, tl.max(tops, 0))
-        subtract = above_nothing(new_top)
-        weights = tl.exp2(tops - subtract)
-        shrink = tl.exp2(top - subtract)
-        total = total * shrink + tl.sum(product(weights, totals), 0)
-        acc = acc * shrink + tl.sum(product(weights[:, None], sums), 0)
-        top = new_top
+    run = tl.arange(0, _MAX_RUNS)
+    live = run < used
+    tops = tl.load(state_ptr + 2 * (at + run), mask=live, other=-float("inf"))
+    totals = tl.load(state_ptr + 2 * (at + run) + 1, mask=live, other=0.0)
+    mask = live[:, None] & (c < HEAD_DIM)[None, :]
+    sums = tl.load(partial_ptr + (at + run)[:, None] * HEAD_DIM + c[None, :], mask, other=0.0)
+    top = tl.max(tops, 0) + tl.zeros((1,), tl.float32)
+    weights = tl.exp2(tops - above_nothing(top))
+    total = tl.sum(product(weights, totals), 0) + tl.zeros((1,), tl.float32)
+    acc = tl.sum(product(weights[:, None], sums), 0)
     if sink_logits_ptr is not None:
         sink = tl.load(sink_logits_ptr + head).to(tl.float32) * _LOG2_E
         shrink, top, total = add_sink(top, total, sink)
@@ -254,4 +249,5 @@ def combine_kernel(
     tl.store(out, (acc * inverse_of(total)).to(out_ptr.dtype.element_ty), mask=c < HEAD_DIM)
     if lse_ptr is not None:
         log_sum = log_sum_of(top, total)
-        tl.store(lse_ptr + wide_row * lse_stride_n + head + tl.arange(0, 1), log_sum)
+        at = lse_ptr + wide_row * lse_stride_n + head + tl.arange(0, 1)
+        tl.store(at, log_sum, mask=(part + tl.arange(0, 1)) == 0)

@@ -74,7 +74,7 @@ def fold_page_tile(
         k_a, k_b = load_rotated(k_rows, live, k_strides[2], angles, HEAD_DIM, SPLIT, PART_A)
     v_a, v_b = load_head(v_rows, live, v_strides[2], HEAD_DIM, SPLIT, PART_A, PART_B)
 
-    scores = scores_of(q_a, q_b, k_a, k_b, scale, PART_B)
+    scores = scores_of(q_a, q_b, k_a, k_b, PART_B)
     if MASKED:
         seen = j[None, :] <= i[:, None]
         if WINDOWED:
@@ -83,4 +83,4 @@ def fold_page_tile(
                 recent = recent & (j[None, :] > i[:, None] - window)
             seen = seen & (recent | (j < sink_tokens)[None, :])
         scores = tl.where(seen, scores, -float("inf"))
-    return fold_tile(acc_a, acc_b, top, total, scores, v_a, v_b, PART_B)
+    return fold_tile(acc_a, acc_b, top, total, scores, scale, v_a, v_b, PART_B)

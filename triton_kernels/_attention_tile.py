@@ -90,12 +90,12 @@ def load_rotated(
 
 
 @triton.jit
-def scores_of(q_a, q_b, k_a, k_b, scale, PART_B: tl.constexpr):
-    """q k^T times scale, fp32."""
+def scores_of(q_a, q_b, k_a, k_b, PART_B: tl.constexpr):
+    """q k^T, fp32."""
     scores = tl.dot(q_a, tl.trans(k_a), input_precision="ieee")
     if PART_B > 0:
         scores = tl.dot(q_b, tl.trans(k_b), scores, input_precision="ieee")
-    return scores * scale
+    return scores
 
 
 @triton.jit
@@ -105,11 +105,15 @@ def above_nothing(top):
 
 
 @triton.jit
-def fold_tile(acc_a, acc_b, top, total, scores, v_a, v_b, PART_B: tl.constexpr):
-    """One step of the online softmax: the state after the tile's scores and values."""
-    new_top = tl.maximum(top, tl.max(scores, 1))
+def fold_tile(acc_a, acc_b, top, total, scores, scale, v_a, v_b, PART_B: tl.constexpr):
+    """One step of the online softmax: the state after the tile's scores and values.
+
+    scale is positive: the largest score is the largest scaled one, and a score is scaled in one
+    operation with the subtraction.
+    """
+    new_top = tl.maximum(top, tl.max(scores, 1) * scale)
     subtract = above_nothing(new_top)
-    weights = tl.exp2(scores - subtract[:, None])
+    weights = tl.exp2(scores * scale - subtract[:, None])
     shrink = tl.exp2(top - subtract)
     total = total * shrink + tl.sum(weights, 1)
     weights = weights.to(v_a.dtype)

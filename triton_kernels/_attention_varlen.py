@@ -52,10 +52,10 @@ def _fold_row_tile(
     v_rows = v_ptr + wide_j * v_stride_n
     k_a, k_b = load_head(k_rows, live, k_stride_d, HEAD_DIM, SPLIT, PART_A, PART_B)
     v_a, v_b = load_head(v_rows, live, v_stride_d, HEAD_DIM, SPLIT, PART_A, PART_B)
-    scores = scores_of(q_a, q_b, k_a, k_b, scale, PART_B)
+    scores = scores_of(q_a, q_b, k_a, k_b, PART_B)
     if MASKED:
         scores = tl.where(live[None, :], scores, -float("inf"))
-    return fold_tile(acc_a, acc_b, top, total, scores, v_a, v_b, PART_B)
+    return fold_tile(acc_a, acc_b, top, total, scores, scale, v_a, v_b, PART_B)
 
 
 @triton.jit(do_not_specialize=["windows", "q_rows", "k_rows", "heads", "row_tiles"])

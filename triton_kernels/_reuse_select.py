@@ -128,7 +128,7 @@ def rank_kernel(
     inside = n < places
     value, number = _ranked(similarity_ptr, force_ptr, n, places, force_stride_n)
 
-    rank = tl.zeros((TILE,), tl.int32)
+    ahead = tl.zeros((TILE, OTHERS), tl.int32)  # summed once: a sum over threads takes steps
     for start in range(0, places, OTHERS):
         other = start + tl.arange(0, OTHERS)
         other_value, other_number = _ranked(
@@ -137,7 +137,8 @@ def rank_kernel(
         before = comes_before(
             other_value[None, :], other_number[None, :], value[:, None], number[:, None]
         )
-        rank += tl.sum(before.to(tl.int32), 1)
+        ahead += before.to(tl.int32)
+    rank = tl.sum(ahead, 1)
 
     changed = (rank < k) | (number < 0)
     if HAS_THRESHOLD:

@@ -111,6 +111,18 @@ def _varlen_config(width: int, itemsize: int, ragged: bool, wgmma: bool) -> dict
     return _config(64, 64 if wgmma and width <= 80 else 32, 4, 2)
 
 
+def _scaled(q: torch.Tensor, sm_scale: float | None) -> tuple[torch.Tensor, float]:
+    """Queries and the positive factor that makes their scores exponents of 2.
+
+    The kernels look for the largest score before they scale it; a factor that is not positive goes
+    to the queries.
+    """
+    scale = (q.shape[-1] ** -0.5 if sm_scale is None else sm_scale) * _LOG2_E
+    if scale > 0:
+        return q, scale
+    return (-q, -scale) if scale < 0 else (q * 0, 1.0)
+
+
 @cache
 def _has_wgmma(device: torch.device) -> bool:
     """Or what came after it, and as much shared memory; 12.0 has neither."""
@@ -172,7 +184,7 @@ def sink_window_attention(
         seen = triton.cdiv(sink_tokens, GRANULE) + triton.cdiv(window + rows, GRANULE) + 1
         granules = min(granules, seen)
     capacity = granules * GRANULE
-    scale = (head_dim**-0.5 if sm_scale is None else sm_scale) * _LOG2_E
+    q, scale = _scaled(q, sm_scale)
     groups = max(per_stream, kv_heads)
     parts = _parts(head_dim, halves=page_shift is not None)
     width = parts["PART_A"] + parts["PART_B"]
@@ -256,10 +268,10 @@ def sink_window_attention(
             partial_ptr=partial, state_ptr=state, groups=groups, row_tiles=row_tiles, runs=runs,
             BY_ROW=by_row, **found, **keys, **config,
         )  # fmt: skip
-        combine_kernel[(partial_rows * heads,)](
+        channels = min(32, triton.next_power_of_2(head_dim))
+        combine_kernel[(partial_rows * heads * triton.cdiv(head_dim, channels),)](
             partial_ptr=partial, state_ptr=state, heads=heads, runs=runs, BY_ROW=by_row, **found,
-            **results, HEAD_DIM=head_dim, CHANNELS=triton.next_power_of_2(head_dim), RUNS=16,
-            num_warps=4 if head_dim > 64 else 2,
+            **results, HEAD_DIM=head_dim, CHANNELS=channels, num_warps=1,
         )  # fmt: skip
 
 
@@ -354,6 +366,7 @@ def varlen_attention(
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if out.numel() == 0 or windows == 0:
         return out.zero_()
+    q, scale = _scaled(q, sm_scale)
     parts = _parts(head_dim, halves=False)
     width = parts["PART_A"] + parts["PART_B"]
     config = _varlen_config(width, q.element_size(), width > head_dim, _has_wgmma(q.device))
@@ -371,7 +384,7 @@ def varlen_attention(
             k_rows=k.shape[0],
             heads=heads,
             row_tiles=row_tiles,
-            scale=(head_dim**-0.5 if sm_scale is None else sm_scale) * _LOG2_E,
+            scale=scale,
             **_strides(q, "q", "nhd"),
             **_strides(k, "k", "nhd"),
             **_strides(v, "v", "nhd"),

@@ -17,6 +17,8 @@ from vicostream_kernels.triton_kernels._similarity import regular, sum_tiles
 
 # Rows of a program that copies: one look through the index list serves them all.
 _ROWS = 4
+# Programs that rank 64 rows each, from as many on; of fewer rows so many each. An H100 has 132 SMs.
+_MANY, _FEW_ROWS = 132, 16
 
 
 def _block(width: int) -> int:
@@ -45,7 +47,9 @@ def select_changed(
     [N,C] or [F,N,C], force [N] or [F,N] bool; any strides, but what lies oddly is copied.
     """
     frames, places, width = feature.shape
-    tiles = triton.cdiv(places, TILE)
+    # Of few rows small tiles, so that most of a GPU compares.
+    tile = TILE if frames * triton.cdiv(places, TILE) >= _MANY else _FEW_ROWS
+    tiles = triton.cdiv(places, tile)
     i32 = dict(dtype=torch.int32, device=feature.device)
     index, count = torch.empty((frames, capacity), **i32), torch.empty((frames,), **i32)
     similarity = torch.empty((frames, places), dtype=torch.float32, device=feature.device)
@@ -85,7 +89,7 @@ def select_changed(
             threshold=0.0 if threshold is None else ctypes.c_float(threshold).value,
             **force_strides,
             HAS_THRESHOLD=threshold is not None,
-            TILE=TILE,
+            TILE=tile,
             OTHERS=64,
             num_warps=4,
         )
@@ -98,7 +102,7 @@ def select_changed(
             length=places,
             tiles=tiles,
             capacity=capacity,
-            TILE=TILE,
+            TILE=tile,
             SCAN=64,
             num_warps=2,
         )

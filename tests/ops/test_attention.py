@@ -61,6 +61,13 @@ def test_queries_are_the_whole_sequence(backend):
 
 
 @each_backend
+@pytest.mark.parametrize("scale", (-0.4, 0.0))
+@pytest.mark.parametrize("queries", (6, 30))
+def test_a_factor_that_is_not_positive(backend, queries, scale):
+    check(make_case([queries], [[1, 0, 2]], page_size=16, kv_len=[40], sm_scale=scale), backend)
+
+
+@each_backend
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
 def test_scores_far_beyond_exp(backend, dtype):
     case = make_case([6], [[1, 0, 2]], kv_len=[12], dtype=dtype, sm_scale=50.0)

@@ -86,6 +86,15 @@ def test_varlen_head_dims_and_scale(backend, head_dim):
 
 
 @each_varlen
+@pytest.mark.parametrize("scale", (-0.4, 0.0))
+def test_varlen_factor_that_is_not_positive(backend, scale):
+    q, k, v = make_varlen([9, 17], [17, 9])
+    got = run_varlen(backend, q, k, v, [9, 17], [17, 9], sm_scale=scale)
+    inputs = (q, k, v, [9, 17], [17, 9], scale)
+    assert_matches(got, by_window(*inputs, torch.float64), torchs_own(*inputs, torch.float32))
+
+
+@each_varlen
 def test_varlen_padding_empty_windows_and_nothing(backend):
     q, k, v = make_varlen([2, 0, 3], [4, 5, 0], padding=2)
     k[9:], v[9:] = math.nan, math.nan  # rows of no window

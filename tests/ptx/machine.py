@@ -161,8 +161,7 @@ class Program:
     def _steps(self, block: Block, stretch: _Stretch, mask: Array | None) -> None:
         if traffic.current is not None:
             warps = block.threads // WARP if mask is None else len(np.unique(block.warps[mask]))
-            counted = traffic.current.kernels[self.name]
-            counted.instructions += warps * (len(stretch.steps) + (stretch.then != "next"))
+            traffic.current.note_stretch(self.name, stretch.lines, warps, stretch.then != "next")
         for step, line in zip(stretch.steps, stretch.lines, strict=True):
             try:
                 step(block, mask)

@@ -44,6 +44,8 @@ class Kernel:
     blocks: int = 0
     #: Instructions that warps ran.
     instructions: int = 0
+    #: The same by the lines of a stretch without branches.
+    stretches: dict[tuple[str, ...], int] = field(default_factory=lambda: defaultdict(int))
     #: By (space, line).
     accesses: dict[tuple[str, str], Access] = field(default_factory=lambda: defaultdict(Access))
 
@@ -70,6 +72,12 @@ class Traffic:
         access.warps += len(np.unique(warps))
         access.cost += cost
         access.least += least
+
+    def note_stretch(self, kernel: str, lines: tuple[str, ...], warps: int, branch: bool) -> None:
+        """A stretch of instructions that so many warps run, and perhaps a branch after it."""
+        counted = self.kernels[kernel]
+        counted.instructions += warps * (len(lines) + branch)
+        counted.stretches[lines] += warps
 
     def report(self, worst: int = 4) -> str:
         lines = []

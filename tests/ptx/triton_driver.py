@@ -19,6 +19,7 @@ from ptx import text
 from ptx.machine import Program
 from ptx.memory import GlobalMemory
 from vicostream_kernels import backends
+from vicostream_kernels.triton_kernels import attention
 
 #: Shared memory a block may use, in bytes, by compute capability.
 _SHARED = {80: 163 * 1024, 90: 227 * 1024}
@@ -35,6 +36,8 @@ def activate(capability: int, patch: pytest.MonkeyPatch) -> None:
     patch.setattr(nvidia.CUDABackend, "make_cubin", lambda _, ptx, *rest: ptx.encode())
     patch.setattr(backends, "INTERPRET", True)
     patch.setattr(backends, "_triton_missing", lambda *_: None)
+    # The tiles of that device, not of a CPU.
+    patch.setattr(attention, "_has_wgmma", lambda device: capability == 90)
     driver.set_active(Driver(capability))
 
 
