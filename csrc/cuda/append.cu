@@ -30,18 +30,19 @@ __device__ __forceinline__ void store(T* p, const Vector<T, kWidth>& v) {
   *reinterpret_cast<Vector<T, kWidth>*>(p) = v;
 }
 
-// Rotates one vector of channels and its partner half a head away.
+// Rotates one vector of channels and its partner half a head away. Its i-th angle is
+// angle[i * apart].
 template <typename T, int kWidth>
 __device__ __forceinline__ void rotate(const T* row, T* out, int f, int half, const float2* angle,
-                                       T* raw_out) {
+                                       int apart, T* raw_out) {
   const Vector<T, kWidth> first = load<T, kWidth>(row + f);
   const Vector<T, kWidth> second = load<T, kWidth>(row + f + half);
   Vector<T, kWidth> out_first, out_second;
 #pragma unroll
   for (int i = 0; i < kWidth; ++i) {
     float a, b;
-    shared::rotate_pair(to_float(first.x[i]), to_float(second.x[i]), angle[f + i].x, angle[f + i].y,
-                        &a, &b);
+    const float2 by = angle[i * apart];
+    shared::rotate_pair(to_float(first.x[i]), to_float(second.x[i]), by.x, by.y, &a, &b);
     out_first.x[i] = from_float<T>(a);
     out_second.x[i] = from_float<T>(b);
   }
@@ -58,14 +59,15 @@ template <typename T, int kWidth>
 __global__ void __launch_bounds__(kThreads) rope_append_kernel(const AppendArgs a) {
   __shared__ float2 angle[shared::kMaxHalfDim];  // (cosine, sine)
   const int64_t n = blockIdx.x;
-  const int half = a.head_dim / 2;
+  const int half = a.head_dim / 2, pairs = half / kWidth;
   for (int f = threadIdx.x; f < half; f += kThreads) {
     const int axis = shared::rotary_axis(f, a.t_section, a.h_section);
     const double position = a.positions[axis * a.positions_axis + n * a.positions_token];
     float sine, cosine;
     shared::sincos_turns(position * (static_cast<double>(a.inv_freq[f]) * shared::kInvTwoPi), &sine,
                          &cosine);
-    angle[f] = make_float2(cosine, sine);
+    // First those of all vectors' first channels: what lanes read together lies in other banks.
+    angle[f % kWidth * pairs + f / kWidth] = make_float2(cosine, sine);
   }
   const int64_t slot = a.slots[n * a.slots_token];
   const bool written = slot >= 0 && slot < a.pages * a.page_size;
@@ -74,24 +76,23 @@ __global__ void __launch_bounds__(kThreads) rope_append_kernel(const AppendArgs 
   __syncthreads();
 
   // Work items: pairs of vectors of q heads, then of k heads, then of v heads.
-  const int pairs = half / kWidth;
   const int q_items = static_cast<int>(a.heads) * pairs;
   const int k_items = written ? static_cast<int>(a.kv_heads) * pairs : 0;
   for (int item = threadIdx.x; item < q_items + 2 * k_items; item += kThreads) {
     if (item < q_items) {
-      const int h = item / pairs, f = (item - h * pairs) * kWidth;
+      const int h = item / pairs, pair = item - h * pairs;
       rotate<T, kWidth>(static_cast<const T*>(a.q) + n * a.q_token + h * a.q_head,
-                        static_cast<T*>(a.q_out) + n * a.q_out_token + h * a.q_out_head, f, half,
-                        angle, nullptr);
+                        static_cast<T*>(a.q_out) + n * a.q_out_token + h * a.q_out_head,
+                        pair * kWidth, half, angle + pair, pairs, nullptr);
     } else if (item < q_items + k_items) {
-      const int rest = item - q_items, g = rest / pairs, f = (rest - g * pairs) * kWidth;
+      const int rest = item - q_items, g = rest / pairs, pair = rest - g * pairs;
       T* raw = a.raw_k_pages == nullptr ? nullptr
                                         : static_cast<T*>(a.raw_k_pages) + page * a.raw_page +
                                               offset * a.raw_slot + g * a.raw_kv;
       rotate<T, kWidth>(
           static_cast<const T*>(a.k) + n * a.k_token + g * a.k_head,
-          static_cast<T*>(a.k_pages) + page * a.k_page + offset * a.k_slot + g * a.k_kv, f, half,
-          angle, raw);
+          static_cast<T*>(a.k_pages) + page * a.k_page + offset * a.k_slot + g * a.k_kv,
+          pair * kWidth, half, angle + pair, pairs, raw);
     } else {
       const int rest = item - q_items - k_items, g = rest / pairs, f = (rest - g * pairs) * kWidth;
       const T* v = static_cast<const T*>(a.v) + n * a.v_token + g * a.v_head;
