@@ -144,8 +144,9 @@ def rank_kernel(
             limit = groups
         may = (must == 0) & ((marks & MASKED_OUT) == 0) & (group >= 0) & (group < limit)
 
-        before = tl.zeros((TILE,), tl.int32)
-        members = tl.zeros((TILE,), tl.int32)
+        # Summed once: a sum over threads takes steps.
+        befores = tl.zeros((TILE, OTHERS), tl.int32)
+        alike = tl.zeros((TILE, OTHERS), tl.int32)
         for first in range(low, high, OTHERS):
             j = first + tl.arange(0, OTHERS)
             known = j < high
@@ -159,14 +160,16 @@ def rank_kernel(
             if groups_ptr is not None:
                 other_group = tl.load(groups_ptr + j, mask=known, other=-1)
                 same &= other_group[None, :] == group[:, None]
-                members += tl.sum(same.to(tl.int32), 1)
+                alike += same.to(tl.int32)
             ahead = comes_before(
                 low_value(other_score)[None, :], j[None, :], value[:, None], i[:, None]
             )
             ahead = other_must[None, :] | (other_may[None, :] & ahead)
-            before += tl.sum((same & ahead).to(tl.int32), 1)
-        if groups_ptr is None:
-            members = end - begin
+            befores += (same & ahead).to(tl.int32)
+        before = tl.sum(befores, 1)
+        members = end - begin
+        if groups_ptr is not None:
+            members = tl.sum(alike, 1)
 
         if quotas_ptr is not None:
             at = unit.to(tl.int64) * quotas_stride_u + group.to(tl.int64) * quotas_stride_g

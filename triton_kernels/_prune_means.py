@@ -236,11 +236,12 @@ def channels_kernel(
     c = tl.program_id(0) % tiles * CHUNK + tl.arange(0, CHUNK)
     spread_ptr += s * width
     own = tl.load(spread_ptr + c, mask=c < width, other=float("inf"))
-    rank = tl.zeros((CHUNK,), tl.int32)
+    ahead = tl.zeros((CHUNK, CHUNK), tl.int32)  # summed once: a sum over threads takes steps
     for first in range(0, width, CHUNK):
         j = first + tl.arange(0, CHUNK)
         other = tl.load(spread_ptr + j, mask=j < width, other=float("inf"))
         before = other[None, :] < own[:, None]
         before |= (other[None, :] == own[:, None]) & (j[None, :] < c[:, None])
-        rank += tl.sum(before.to(tl.int32), 1)
+        ahead += before.to(tl.int32)
+    rank = tl.sum(ahead, 1)
     tl.store(channels_ptr + s * width + c, (rank < wanted).to(tl.uint8), mask=c < width)

@@ -98,7 +98,7 @@ def pages_kernel(
         i, index_ptr, pages_ptr, sinks_ptr, recent_ptr, sinks, chosen, recent, blocks, width,
         index_stride_k, pages_stride_n, pages_stride_m, sinks_stride_m, recent_stride_m,
     )  # fmt: skip
-    repeats = tl.zeros((TILE,), tl.int32)
+    same_before = tl.zeros((TILE, OTHERS), tl.int32)  # summed once: over threads it takes steps
     for start in range(0, length, OTHERS):
         j = start + tl.arange(0, OTHERS)
         other, before = _page_at(
@@ -107,7 +107,8 @@ def pages_kernel(
         )  # fmt: skip
         same = (other[None, :] == page[:, None]) & (before[None, :] < priority[:, None])
         same &= (j < length)[None, :]
-        repeats += tl.sum(same.to(tl.int32), 1)
+        same_before += same.to(tl.int32)
+    repeats = tl.sum(same_before, 1)
     listed = (page >= 0) & (repeats == 0) & (i < length)
     tl.store(values_ptr + row * length + i, tl.where(listed, page, -1), mask=i < length)
     tl.store(listed_ptr + row * tiles + tile, tl.sum(listed.to(tl.int32), 0))

@@ -208,17 +208,20 @@ def pick_kernel(
     i = tile * TILE + tl.arange(0, TILE)
     unit, exists = _unit_of(tl.load(keys_ptr + i, mask=i < kept, other=-(2**63)))
     chosen = exists & (i < wanted)
-    slot = tl.zeros((TILE,), tl.int32)
-    count = 0
+    # Summed once: a sum over threads takes steps.
+    slots = tl.zeros((TILE, OTHERS), tl.int32)
+    counts = tl.zeros((OTHERS,), tl.int32)
     for start in range(0, kept, OTHERS):
         j = start + tl.arange(0, OTHERS)
         other, other_exists = _unit_of(tl.load(keys_ptr + j, mask=j < kept, other=-(2**63)))
         other_chosen = other_exists & (j < wanted)
         lower = other_chosen[None, :] & (other[None, :] < unit[:, None])
-        slot += tl.sum(lower.to(tl.int32), 1)
+        slots += lower.to(tl.int32)
         # The last unit may be short; it is the last of the list as well.
         size = tl.minimum(limit - other * group, group)
-        count += tl.sum(tl.where(other_chosen, size, 0), 0)
+        counts += tl.where(other_chosen, size, 0)
+    slot = tl.sum(slots, 1)
+    count = tl.sum(counts, 0)
     index_ptr += row * capacity
     for g in range(0, group):
         b = unit * group + g
