@@ -5,11 +5,13 @@ A few in each run; all that there are for both targets, and in several orders of
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 from ptx import cuda_driver
 
 import vicostream_kernels.ops  # noqa: F401 (declares what each backend implements)
-from kit import emulation, interpreter
+from kit import compiled, emulation, interpreter, nvcc
 from vicostream_kernels import backends
 
 pytestmark = [
@@ -17,8 +19,6 @@ pytestmark = [
     pytest.mark.skipif(emulation.ACTIVE or interpreter.ACTIVE, reason="a process of its own"),
 ]
 WORDS = sorted({op.word for op in backends.OPS.values() if "cuda" in op.implementations})
-#: Files that are not named after their word.
-MORE = {"retrieve": ("select_pages",)}
 #: At least one for each kernel, of the types and shapes that a model has.
 FEW = tuple(
     f"tests/ops/test_{test}"
@@ -37,25 +37,16 @@ FEW = tuple(
 )
 
 
-def run(targets: list[str], capability: int, *options: str, seed: int = 1) -> interpreter.Run:
+def run(targets: Sequence[str], capability: int, *options: str, seed: int = 1) -> interpreter.Run:
     emulation.build()
-    for source in cuda_driver.nvcc.SOURCES:
-        cuda_driver.nvcc.ptx_of(source, capability)
-    mode = {"VICO_EMULATE": "1", "VICO_EMULATE_SEED": str(seed), "VICO_PTX": str(capability)}
-    plugins = ("-p", "ptx.plugin", "-p", "kit.emulation")
-    return interpreter.run(targets, *plugins, *options, mode=mode)
-
-
-def verdict(ran: interpreter.Run) -> None:
-    failed = [f"{n}\n{o.text}" for n, o in ran.outcomes.items() if o.outcome == "failed"]
-    assert not failed, "\n\n".join(failed)
-    assert any(o.outcome == "passed" for o in ran.outcomes.values()), ran.output
+    for source in nvcc.SOURCES:  # here: the process has its time limit
+        nvcc.ptx_of(source, capability)
+    mode = {"VICO_EMULATE": "1", "VICO_EMULATE_SEED": str(seed)}
+    return compiled.run(targets, capability, "-p", "kit.emulation", *options, mode=mode)
 
 
 def test_a_few_of_each_word():
-    ran = run(list(FEW), 80)
-    verdict(ran)
-    assert {n for n, o in ran.outcomes.items() if o.outcome == "passed"} == set(FEW), ran.output
+    compiled.must_pass(run(FEW, 80), FEW)
 
 
 @pytest.mark.slow
@@ -63,9 +54,7 @@ def test_a_few_of_each_word():
 @pytest.mark.parametrize(("capability", "seed"), ((80, 1), (90, 2)))
 @pytest.mark.parametrize("word", WORDS)
 def test_all_of_a_word(word, capability, seed):
-    root = interpreter.ROOT / "tests" / "ops"
-    stems = (word, *MORE.get(word, ()))
-    for file in sorted(f.name for stem in stems for f in root.glob(f"test_{stem}*.py")):
-        ran = run([f"tests/ops/{file}"], capability, "-k", "cuda-cpu", seed=seed)
+    for file in compiled.files_of(word):
+        ran = run([file], capability, "-k", "cuda-cpu", seed=seed)
         if ran.outcomes:  # some files have no test of this backend
-            verdict(ran)
+            compiled.must_pass(ran)

@@ -110,8 +110,11 @@ WHOLE = {
     ),
     "setp.lt.s32 %p1, %r1, %r2; selp.b32 %r10, 1, 0, %p1;": lambda a, b, c: signed(a) < signed(b),
     "setp.lt.u32 %p1, %r1, %r2; selp.b32 %r10, 1, 0, %p1;": lambda a, b, c: a < b,
-    "setp.ge.and.s32 %p1|%p2, %r1, %r2, 1; selp.b32 %r10, 1, 0, %p2;": lambda a, b, c: (
-        not signed(a) >= signed(b)
+    "setp.ne.b32 %p3, %r3, 0; setp.ge.and.s32 %p1|%p2, %r1, %r2, %p3; selp.b32 %r10, 1, 0, %p2;": (
+        lambda a, b, c: signed(a) < signed(b) and c != 0
+    ),
+    "setp.ne.b32 %p3, %r3, 0; setp.ge.or.s32 _|%p2, %r1, %r2, %p3; selp.b32 %r10, 1, 0, %p2;": (
+        lambda a, b, c: signed(a) < signed(b) or c != 0
     ),
     "mov.b32 {%h1, %h2}, %r1; mov.b32 %r10, {%h2, %h1};": lambda a, b, c: a << 16 | a >> 16,
     "cvt.u16.u32 %h1, %r1; cvt.s32.s16 %r10, %h1;": lambda a, b, c: signed(a & 0xFFFF, 16),
@@ -183,6 +186,15 @@ REAL = {
         torch.from_numpy(a).bfloat16().float().numpy()
     ),
 }  # fmt: skip
+
+
+def test_zeros_and_nan_have_one_sign():
+    zero, minus, nan, inf = 0, 1 << 31, 0xFFC00001, as_bits(math.inf)
+    assert of_lanes("max.f32 %r10, %r1, %r2;", [zero] * 32, [minus] * 32)[0] == zero
+    assert of_lanes("min.f32 %r10, %r1, %r2;", [zero] * 32, [minus] * 32)[0] == minus
+    for instruction in ("add.f32 %r10, %r1, %r2;", "mul.f32 %r10, %r1, %r2;"):
+        assert of_lanes(instruction, [nan] * 32, [zero] * 32)[0] == 0x7FFFFFFF
+    assert of_lanes("sub.f32 %r10, %r1, %r2;", [inf] * 32, [inf] * 32)[0] == 0x7FFFFFFF
 
 
 def flush(x):
@@ -324,12 +336,114 @@ COPY = """mul.wide.u32 %rd10, %r0, 16; add.s64 %rd11, %rd0, %rd10; shl.b32 %r1, 
 
 def test_a_copy_is_there_after_its_wait_and_not_before():
     source, out = torch.arange(128, dtype=torch.int32), torch.zeros(32, dtype=torch.int32)
-    run(COPY.format(wait="cp.async.wait_group 0;", last=""), source, out, shared=512)
-    assert out.tolist() == list(range(0, 128, 4))
-    run(COPY.format(wait="", last="cp.async.wait_group 0;"), source, out, shared=512)
-    assert out.tolist() == [-1] * 32
+    for wait in ("cp.async.wait_group 0;", "cp.async.wait_all;"):
+        out.zero_()
+        run(COPY.format(wait=wait, last=""), source, out, shared=512)
+        assert out.tolist() == list(range(0, 128, 4))
+    with pytest.raises(Fault, match="reads byte 0 of shared memory, where a copy arrives"):
+        run(COPY.format(wait="", last="cp.async.wait_group 0;"), source, out, shared=512)
+    unread = COPY.replace("ld.shared.b32 %r10, [%r1];", "mov.b32 %r10, 0;")
     with pytest.raises(Fault, match="ends before 1 cp.async are waited for"):
-        run(COPY.format(wait="", last=""), source, out, shared=512)
+        run(unread.format(wait="", last=""), source, out, shared=512)
+
+
+@pytest.mark.parametrize("uses", ("ld.shared.b32 %r3, [smem];", "st.shared.b32 [smem], %r0;"))
+def test_a_copy_is_not_begun_where_another_warp_is_at_work(uses):
+    body = """setp.eq.u32 %p1, %r0, 40; @%p1 {uses} {between} setp.eq.u32 %p2, %r0, 0;
+      @%p2 cp.async.ca.shared.global [smem], [%rd0], 0x4; cp.async.commit_group; bar.sync 0;
+      cp.async.wait_group 0;"""
+    run(body.format(uses=uses, between="bar.sync 0;"), torch.zeros(4), threads=64, shared=16)
+    with pytest.raises(Fault, match="warp 0 writes byte 0 .* warp 1 .* with no barrier"):
+        run(body.format(uses=uses, between=""), torch.zeros(4), threads=64, shared=16)
+
+
+def test_a_copy_of_nothing_brings_zeros():
+    source, out = torch.arange(128, dtype=torch.int32), torch.ones(32, dtype=torch.int32)
+    body = COPY.replace("0x10;", "0x10, %r5;").format(wait="cp.async.wait_group 0;", last="")
+    # An address that may not be read is none that is.
+    run("mov.b32 %r5, 0;" + body.replace("[%rd11]", "[%rd11+99968]"), source, out, shared=512)
+    assert out.tolist() == [0] * 32
+
+
+ATOMIC = "atom.shared.add.u32 %r3, [smem], 1;"
+
+
+@pytest.mark.parametrize(
+    "body",
+    (
+        "setp.eq.u32 %p1, %r0, 0; @%p1 st.shared.b32 [smem], %r0; {} " + ATOMIC,
+        ATOMIC + " {} ld.shared.b32 %r4, [smem];",
+    ),
+)
+def test_atomics_need_no_barrier_among_themselves_alone(body):
+    run(ATOMIC + ATOMIC, torch.zeros(1), threads=64, shared=16)
+    run(body.format("bar.sync 0;"), torch.zeros(1), threads=64, shared=16)
+    with pytest.raises(Fault, match="with no barrier between"):
+        run(body.format(""), torch.zeros(1), threads=64, shared=16)
+
+
+def test_halves_of_a_warp_do_not_meet_at_two_barriers():
+    body = """setp.lt.u32 %p1, %r0, 16; @%p1 bra LOW; bar.sync 0; bra DONE; LOW: bar.sync 0;
+      DONE: add.u32 %r1, %r0, 1;"""
+    with pytest.raises(Fault, match="lane .* of warp 0 is not there"):
+        run(body, torch.zeros(1))
+
+
+def test_what_has_ended_gives_nothing():
+    body = "setp.lt.u32 %p1, %r0, 16; @%p1 ret; {}"
+    with pytest.raises(Fault, match="does not name, or that has ended"):
+        run(body.format("shfl.sync.idx.b32 %r1, %r0, 3, 31, -1;"), torch.zeros(1))
+    with pytest.raises(text.Unsupported, match="a reduction over a part"):
+        run(body.format("redux.sync.add.s32 %r1, %r0, -1;"), torch.zeros(1))
+    with pytest.raises(Fault, match="a lane of a warp is missing"):
+        run(body.format("ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%r1}, [smem];"),
+            torch.zeros(1), shared=512)  # fmt: skip
+
+
+def test_a_lane_names_itself():
+    with pytest.raises(Fault, match="a lane that the mask does not name"):
+        run("shfl.sync.idx.b32 %r1, %r0, 0, 31, 1;", torch.zeros(1))
+
+
+def test_matrices_go_out_as_they_came():
+    """Rows of 16 bytes to fragments and back, transposed twice."""
+    out = torch.zeros(128, dtype=torch.int32)
+    run(
+        """shl.b32 %r1, %r0, 4; shl.b32 %r2, %r0, 2; add.u32 %r3, %r2, 1; add.u32 %r4, %r2, 2;
+        add.u32 %r5, %r2, 3; st.shared.v4.b32 [%r1], {%r2, %r3, %r4, %r5}; bar.warp.sync -1;
+        ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%r6, %r7, %r8, %r9}, [%r1];
+        stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%r1+512], {%r6, %r7, %r8, %r9};
+        bar.warp.sync -1; ld.shared.v4.b32 {%r2, %r3, %r4, %r5}, [%r1+512];
+        mul.wide.u32 %rd1, %r1, 1; add.s64 %rd2, %rd0, %rd1;
+        st.global.v4.b32 [%rd2], {%r2, %r3, %r4, %r5};""",
+        out, shared=1024,
+    )  # fmt: skip
+    assert out.tolist() == list(range(128))
+
+
+def test_a_product_of_a_warp():
+    a, b = torch.randn(16, 16).half(), torch.randn(8, 16).half()
+    out = torch.zeros(16, 8)
+    run(
+        """and.b32 %r1, %r0, 15; shl.b32 %r2, %r1, 5; shr.u32 %r3, %r0, 4; shl.b32 %r4, %r3, 4;
+        add.u32 %r5, %r2, %r4; mul.wide.u32 %rd3, %r5, 1; add.s64 %rd4, %rd0, %rd3;
+        ld.global.v4.b32 {%r6, %r7, %r8, %r9}, [%rd4]; st.shared.v4.b32 [%r5],
+        {%r6, %r7, %r8, %r9}; and.b32 %r10, %r0, 7; shl.b32 %r11, %r10, 5; shr.u32 %r12, %r0, 3;
+        and.b32 %r13, %r12, 1; shl.b32 %r14, %r13, 4; add.u32 %r15, %r11, %r14;
+        mul.wide.u32 %rd5, %r15, 1; add.s64 %rd6, %rd1, %rd5;
+        ld.global.v4.b32 {%r6, %r7, %r8, %r9}, [%rd6]; st.shared.v4.b32 [%r15+512],
+        {%r6, %r7, %r8, %r9}; bar.warp.sync -1;
+        ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%r20, %r21, %r22, %r23}, [%r5];
+        ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%r24, %r25}, [%r15+512];
+        mov.b32 %r30, 0; mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32
+        {%r31, %r32, %r33, %r34}, {%r20, %r21, %r22, %r23}, {%r24, %r25},
+        {%r30, %r30, %r30, %r30}; shr.u32 %r40, %r0, 2; and.b32 %r41, %r0, 3;
+        shl.b32 %r42, %r40, 5; shl.b32 %r43, %r41, 3; add.u32 %r44, %r42, %r43;
+        mul.wide.u32 %rd7, %r44, 1; add.s64 %rd8, %rd2, %rd7;
+        st.global.v2.b32 [%rd8], {%r31, %r32}; st.global.v2.b32 [%rd8+256], {%r33, %r34};""",
+        a, b, out, shared=1024,
+    )  # fmt: skip
+    torch.testing.assert_close(out, a.float() @ b.float().T)
 
 
 @pytest.mark.parametrize(

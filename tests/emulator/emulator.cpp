@@ -352,6 +352,8 @@ const char* set_error(const char* what) {
 Launcher launcher;
 const char* take(const Launch& launch) {
   ++launched;
+  error.clear();
+  if (launch.block.y != 1 || launch.block.z != 1) return set_error("a block that is not a line");
   return launcher(launch);
 }
 

@@ -23,11 +23,8 @@ void set_launcher(const py::function& taken) {
     const dim3 grid = launch.grid, block = launch.block;
     const py::object said =
         (*kept)(reinterpret_cast<uintptr_t>(launch.kernel), py::make_tuple(grid.x, grid.y, grid.z),
-                block.x * block.y * block.z, launch.shared, arguments);
-    static std::string error;
-    if (said.is_none()) return nullptr;
-    error = said.cast<std::string>();
-    return emulator::set_error(error.c_str());
+                block.x, launch.shared, arguments);
+    return said.is_none() ? nullptr : emulator::set_error(said.cast<std::string>().c_str());
   };
 }
 

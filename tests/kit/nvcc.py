@@ -39,6 +39,7 @@ def ptx_of(source: Path, capability: int) -> Path:
 @cache
 def _of_headers() -> hashlib._Hash:
     digest = hashlib.sha256(subprocess.check_output(["nvcc", "--version"]))
+    digest.update(repr((FLAGS, TARGETS)).encode())
     for path in sorted((ROOT / "csrc").rglob("*.h")):
         digest.update(path.relative_to(ROOT).as_posix().encode() + path.read_bytes())
     return digest

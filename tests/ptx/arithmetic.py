@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ptx.modifiers import COMPARISONS, types_of
 from ptx.text import SIZES, Instruction, Unsupported
 from ptx.values import DTYPES, Array, pair_of
 
@@ -17,6 +18,8 @@ class Computed(NamedTuple):
     sources: tuple[str, ...]
     result: str
     compute: Callable[..., Array]
+    #: Of a setp: joins the comparison with its third source.
+    join: Callable[[Array, Array], Array] | None = None
 
 
 def computed(instruction: Instruction) -> Computed | None:
@@ -25,41 +28,53 @@ def computed(instruction: Instruction) -> Computed | None:
     return made(instruction.opcode, instruction.modifiers) if made else None
 
 
-#: The PTX ISA manual calls these the instruction's type; everything else is a modifier of it.
-_TYPES = {*SIZES, *(f"{kind}x2" for kind in ("f16", "bf16", "s16", "u16")), "pred"}
-_IGNORED = {"rn", "lo", "approx", "full", "uni", "wrap", "to"}
-
-
-def types_of(modifiers: tuple[str, ...]) -> list[str]:
-    return [each for each in modifiers if each in _TYPES]
-
-
-def _only(opcode: str, modifiers: tuple[str, ...], known: set[str]) -> None:
-    unknown = set(modifiers) - _TYPES - _IGNORED - known
-    if unknown:
-        raise Unsupported(f"{opcode} with {', '.join(sorted(unknown))}")
-
-
 def _is_float(kind: str) -> bool:
-    return kind.lstrip("b").startswith("f") and kind[0] != "p"
+    return kind.lstrip("b").startswith("f")
 
 
 def _flushed(compute: Callable[..., Array]) -> Callable[..., Array]:
-    """``.ftz``: subnormal inputs and results are zeros of their sign."""
+    """`.ftz`: subnormal inputs and results are zeros of their sign."""
 
     def flush(x: Array) -> Array:
-        if x.dtype != np.float32:
+        if x.dtype.kind != "f" or x.dtype.itemsize > 4:
             return x
-        return np.where(np.abs(x) < np.float32(2.0**-126), np.copysign(np.float32(0), x), x)
+        least = np.finfo(x.dtype).smallest_normal
+        return np.where(np.abs(x) < least, np.copysign(x.dtype.type(0), x), x)
 
     return lambda *xs: flush(compute(*map(flush, xs)))
 
 
+def _saturated(compute: Callable[..., Array]) -> Callable[..., Array]:
+    """`.sat`: into [0, 1], NaN and -0 become +0."""
+
+    def saturate(*xs: Array) -> Array:
+        made = compute(*xs)
+        return np.where(made > 0, np.minimum(made, 1), 0).astype(made.dtype)
+
+    return saturate
+
+
+_NAN = np.array([0x7FFFFFFF], np.uint32).view(np.float32)[0]
+
+
+def _canonical(compute: Callable[..., Array]) -> Callable[..., Array]:
+    """NaN comes out of a float32 instruction as one NaN, whatever went in."""
+
+    def one_nan(*xs: Array) -> Array:
+        made = compute(*xs)
+        if made.dtype == np.float32:
+            wrong = np.isnan(made)
+            if wrong.any():
+                made = np.where(wrong, _NAN, made)
+        return made
+
+    return one_nan
+
+
 def _finished(compute: Callable[..., Array], modifiers: tuple[str, ...]) -> Callable[..., Array]:
-    if "sat" in modifiers:
-        inner = compute
-        compute = lambda *xs: np.clip(np.nan_to_num(inner(*xs), nan=0), 0, 1)  # noqa: E731
-    return _flushed(compute) if "ftz" in modifiers else compute
+    compute = _saturated(compute) if "sat" in modifiers else compute
+    compute = _flushed(compute) if "ftz" in modifiers else compute
+    return _canonical(compute) if _is_float(types_of(modifiers)[-1]) else compute
 
 
 def _trunc_div(a: Array, b: Array) -> Array:
@@ -93,8 +108,8 @@ def _high_of_product(a: Array, b: Array) -> Array:
 
 
 def fused(a: Array, b: Array, c: Array) -> Array:
-    """a * b + c, rounded once but for float64, and for float32 where the sum in float64 lies within
-    its own rounding of a tie."""
+    """a * b + c, rounded once; but twice in float64, in bf16, and in float32 where the sum in
+    float64 lies within its own rounding of a tie."""
     if a.dtype == np.float64:
         return a * b + c
     return (a.astype(np.float64) * b + c).astype(a.dtype)
@@ -124,7 +139,6 @@ _UNARY: dict[str, Callable[[Array], Array]] = {
 
 
 def _binary(opcode: str, modifiers: tuple[str, ...]) -> Computed:
-    _only(opcode, modifiers, {"ftz", "sat"})
     (kind,) = types_of(modifiers)
     compute = _BINARY[opcode]
     if "sat" in modifiers and not _is_float(kind):
@@ -133,31 +147,36 @@ def _binary(opcode: str, modifiers: tuple[str, ...]) -> Computed:
 
 
 def _unary(opcode: str, modifiers: tuple[str, ...]) -> Computed:
-    _only(opcode, modifiers, {"ftz"})
     (kind,) = types_of(modifiers)
     return Computed((kind,), kind, _finished(_UNARY[opcode], modifiers))
 
 
 def _divide(opcode: str, modifiers: tuple[str, ...]) -> Computed:
-    _only(opcode, modifiers, {"ftz"})
     (kind,) = types_of(modifiers)
     compute = np.divide if _is_float(kind) else _trunc_div
     return Computed((kind, kind), kind, _finished(compute, modifiers))
 
 
 def _extreme(opcode: str, modifiers: tuple[str, ...]) -> Computed:
-    _only(opcode, modifiers, {"ftz", "NaN", "relu"})
     (kind,) = types_of(modifiers)
-    nan = "NaN" in modifiers or not _is_float(pair_of(kind) or kind)
+    whole = not _is_float(pair_of(kind) or kind)
+    nan = "NaN" in modifiers or whole
     two = {"max": np.maximum if nan else np.fmax, "min": np.minimum if nan else np.fmin}[opcode]
-    compute = (lambda a, b: two(two(a, b), 0).astype(a.dtype)) if "relu" in modifiers else two
-    if "relu" in modifiers and opcode == "min":
-        compute = lambda a, b: np.maximum(two(a, b), 0).astype(a.dtype)  # noqa: E731
-    return Computed((kind, kind), kind, _finished(compute, modifiers))
+
+    def signed(a: Array, b: Array) -> Array:
+        # +0 is more than -0.
+        zeros = (a == 0) & (b == 0)
+        made = two(a, b)
+        return np.where(zeros, a + b if opcode == "max" else -(-a - b), made)
+
+    compute = two if whole else signed
+    if "relu" in modifiers:
+        limited = compute
+        compute = lambda a, b: np.maximum(limited(a, b), 0).astype(a.dtype)  # noqa: E731
+    return Computed((kind, kind), kind, compute if whole else _finished(compute, modifiers))
 
 
 def _multiply(opcode: str, modifiers: tuple[str, ...]) -> Computed:
-    _only(opcode, modifiers, {"ftz", "sat", "hi", "wide"})
     (kind,) = types_of(modifiers)
     if "wide" in modifiers:
         result = f"{kind[0]}{2 * int(kind[1:])}"
@@ -168,7 +187,6 @@ def _multiply(opcode: str, modifiers: tuple[str, ...]) -> Computed:
 
 
 def _multiply_add(opcode: str, modifiers: tuple[str, ...]) -> Computed:
-    _only(opcode, modifiers, {"ftz", "sat", "hi", "wide", "relu"})
     (kind,) = types_of(modifiers)
     if _is_float(pair_of(kind) or kind):
         compute = fused
@@ -184,7 +202,6 @@ def _multiply_add(opcode: str, modifiers: tuple[str, ...]) -> Computed:
 
 
 def _shift(opcode: str, modifiers: tuple[str, ...]) -> Computed:
-    _only(opcode, modifiers, set())
     (kind,) = types_of(modifiers)
     width = 8 * SIZES[kind]
 
@@ -200,7 +217,6 @@ def _shift(opcode: str, modifiers: tuple[str, ...]) -> Computed:
 
 
 def _funnel(opcode: str, modifiers: tuple[str, ...]) -> Computed:
-    _only(opcode, modifiers, {"l", "r", "clamp"})
     most = 32 if "clamp" in modifiers else 31
 
     def shift(low: Array, high: Array, by: Array) -> Array:
@@ -220,8 +236,8 @@ _COMPARED: dict[str, Callable[[Array, Array], Array]] = {
 
 
 def compare(modifiers: tuple[str, ...], kind: str) -> Callable[[Array, Array], Array]:
-    """The comparison among the modifiers of a setp or set."""
-    name = next(each for each in modifiers if each not in _TYPES | {"ftz", "and", "or", "xor"})
+    """The comparison among the modifiers of a setp."""
+    name = next(each for each in modifiers if each in COMPARISONS)
     if not _is_float(kind):
         return _COMPARED[name]
 
@@ -245,11 +261,9 @@ def _set_predicate(opcode: str, modifiers: tuple[str, ...]) -> Computed:
         inner = _flushed(lambda a, b: np.stack(np.broadcast_arrays(a, b)))
         plain = test
         test = lambda a, b: plain(*inner(a, b))  # noqa: E731
-    joined = next((each for each in modifiers if each in ("and", "or", "xor")), None)
-    if joined is None:
-        return Computed((kind, kind), "pred", test)
-    join = _BINARY[joined]
-    return Computed((kind, kind, "pred"), "pred", lambda a, b, p: join(test(a, b), p))
+    join = next((_BINARY[each] for each in modifiers if each in ("and", "or", "xor")), None)
+    sources = (kind, kind) if join is None else (kind, kind, "pred")
+    return Computed(sources, "pred", test, join)
 
 
 def _select(opcode: str, modifiers: tuple[str, ...]) -> Computed:
@@ -264,10 +278,11 @@ _ROUNDINGS: dict[str, Callable[[Array], Array]] = {
 
 
 def _convert(opcode: str, modifiers: tuple[str, ...]) -> Computed:
-    _only(opcode, modifiers, {"ftz", "sat", "relu", "rna", "rz", *_ROUNDINGS})
     result, source = types_of(modifiers)
     if pair_of(result):
         half = DTYPES[pair_of(result)]
+        if {"sat", "ftz"} & set(modifiers):
+            raise Unsupported("a pair that is saturated or flushed")
 
         def pack(upper: Array, lower: Array) -> Array:
             return np.stack(np.broadcast_arrays(lower.astype(half), upper.astype(half)), -1)
@@ -275,8 +290,6 @@ def _convert(opcode: str, modifiers: tuple[str, ...]) -> Computed:
         return Computed((source, source), result, pack)
     rounding = next((_ROUNDINGS[each] for each in modifiers if each in _ROUNDINGS), None)
     into = DTYPES[result]
-    if "rz" in modifiers or "rna" in modifiers:
-        raise Unsupported(f"cvt {'.'.join(modifiers)}")
 
     def to_integer(x: Array) -> Array:
         # 2^63 and 2^64 have no neighbour below that is an integer of 64 bits in float64.
@@ -300,11 +313,8 @@ def _convert(opcode: str, modifiers: tuple[str, ...]) -> Computed:
         compute = to_float if _is_float(result) else to_integer
     else:
         compute = to_float if _is_float(result) else to_same
-    if "relu" in modifiers:
-        raise Unsupported(f"cvt {'.'.join(modifiers)}")
     if "sat" in modifiers and _is_float(result):
-        inner = compute
-        compute = lambda x: np.clip(np.nan_to_num(inner(x), nan=0), 0, 1)  # noqa: E731
+        compute = _saturated(compute)
     return Computed((source,), result, _flushed(compute) if "ftz" in modifiers else compute)
 
 
@@ -320,13 +330,16 @@ def _extract(opcode: str, modifiers: tuple[str, ...]) -> Computed:
             raise Unsupported("bfe of 64 bits")
         high = np.minimum(64 - width + left, 63).astype(unsigned.dtype)
         made = unsigned << high >> np.minimum(high + start, 63).astype(unsigned.dtype)
-        return np.where(count == 0, 0, made).astype(a.dtype)
+        nothing = (count == 0) | ((start >= width) if kind[0] == "u" else False)
+        return np.where(nothing, 0, made).astype(a.dtype)
 
     return Computed((kind, "u32", "u32"), kind, extract)
 
 
 def _insert(opcode: str, modifiers: tuple[str, ...]) -> Computed:
     (kind,) = types_of(modifiers)
+    if kind != "b32":
+        raise Unsupported(f"bfi.{kind}")
 
     def insert(a: Array, b: Array, start: Array, count: Array) -> Array:
         start, count = (start & 255).astype(np.uint64), (count & 255).astype(np.uint64)
@@ -339,7 +352,6 @@ def _insert(opcode: str, modifiers: tuple[str, ...]) -> Computed:
 
 
 def _permute(opcode: str, modifiers: tuple[str, ...]) -> Computed:
-    _only(opcode, modifiers, set())
 
     def permute(a: Array, b: Array, selector: Array) -> Array:
         both = a.astype(np.uint64) | b.astype(np.uint64) << np.uint64(32)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
@@ -39,12 +38,7 @@ class Block:
         self.carry: Array = np.zeros(1, np.uint64)
         local = [v for v in kernel.variables.values() if v.space == "local"]
         self.local = np.full((threads, sum(v.size for v in local)), 0xFF, np.uint8)
-        #: Copies that `cp.async` has begun: of the open group, and of those committed.
-        self.copies: list[Callable[[], None]] = []
-        self.copy_groups: list[list[Callable[[], None]]] = []
-        #: The same for products of `wgmma`.
-        self.products: list[Callable[[], None]] = []
-        self.product_groups: list[list[Callable[[], None]]] = []
+        self.copies, self.products = Pending("cp.async"), Pending("wgmma")
         self.special = {
             "%tid.x": np.arange(threads, dtype=np.uint32),
             "%laneid": np.arange(threads, dtype=np.uint32) % WARP,
@@ -67,7 +61,10 @@ class Block:
         self.registers[index] = value
 
     def missing(self, mask: Array, members: Array) -> Array:
-        """The lanes [warps, 32] that are not there although one is whose members they are."""
+        """The lanes [warps, 32] that are not there although one is whose members they are.
+
+        Those that have ended hold nobody up; what they would have given is another matter.
+        """
         lanes = mask.reshape(-1, WARP)
         alive = ~self.ended.reshape(-1, WARP)
         return lanes.any(1, keepdims=True) & members & ~lanes & alive
@@ -81,40 +78,52 @@ class Block:
             warp, lane = np.argwhere(missing)[0]
             raise Fault(f"lane {lane} of warp {warp} is not there, although the mask names it")
 
-    def note(self, space: str, line: str, addresses: Array, width: int, warps: Array) -> None:
-        """For whoever counts."""
+    def note(self, space: str, line: str, addresses: Array, width: int, mask: Array | None) -> None:
+        """For whoever counts: the addresses of the threads of the mask."""
         if traffic.current is not None and len(addresses):
-            traffic.current.note(self.name, space, line, addresses, width, warps)
+            threads = np.arange(self.threads)
+            threads = threads if mask is None else threads[mask]
+            traffic.current.note(self.name, space, line, addresses, width, threads)
 
-    def note_rows(self, line: str, addresses: Array, count: int, warps: Array) -> None:
+    def note_rows(self, line: str, addresses: Array, count: int, mask: Array | None) -> None:
         """Rows of 16 bytes of matrices, whose addresses the first 8 ``count`` lanes have."""
         if traffic.current is not None:
-            rows = addresses.reshape(-1, WARP)[:, : 8 * count]
-            owners = np.repeat(warps.reshape(-1, WARP)[:, 0], 8 * count)
-            self.note("shared", line, rows.reshape(-1), 16, owners)
-
-    def wait_copies(self, most: int) -> None:
-        """Lets all groups of copies but the last ``most`` arrive."""
-        self.copy_groups = _finish(self.copy_groups, most)
-
-    def wait_products(self, most: int) -> None:
-        self.product_groups = _finish(self.product_groups, most)
+            first = np.arange(self.threads) % WARP < 8 * count
+            chosen = first if mask is None else first[mask]
+            mask = first if mask is None else first & mask
+            self.note("shared", line, addresses[chosen], 16, mask)
 
     def end(self) -> None:
-        for name, left in {
-            "cp.async": [*self.copies, *sum(self.copy_groups, [])],
-            "wgmma": [*self.products, *sum(self.product_groups, [])],
-        }.items():
-            if left:
-                raise Fault(f"the block {self.place} ends before {len(left)} {name} are waited for")
+        for pending in (self.copies, self.products):
+            if pending.left:
+                what = f"{pending.left} {pending.name} are waited for"
+                raise Fault(f"the block {self.place} ends before {what}")
 
 
-def _finish(groups: list[Any], most: int) -> list[Any]:
-    done = len(groups) - most if most else len(groups)
-    for group in groups[: max(done, 0)]:
-        for each in group:
-            each()
-    return groups[max(done, 0) :]
+class Pending:
+    """What has begun and is done only when it is waited for, in groups."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._open: list[Callable[[], None]] = []
+        self._groups: list[list[Callable[[], None]]] = []
+
+    def add(self, finish: Callable[[], None]) -> None:
+        self._open.append(finish)
+
+    def commit(self) -> None:
+        self._groups.append(self._open)
+        self._open = []
+
+    def wait(self, most: int) -> None:
+        """Until ``most`` groups at most are left, the newest."""
+        while len(self._groups) > most:
+            for finish in self._groups.pop(0):
+                finish()
+
+    @property
+    def left(self) -> int:
+        return len(self._open) + sum(map(len, self._groups))
 
 
 #: Runs an instruction for the threads of a mask; None: for all.

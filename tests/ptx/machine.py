@@ -13,20 +13,22 @@ from typing import Any
 
 import numpy as np
 
-from ptx import effects, traffic
-from ptx.arithmetic import computed
+from ptx import effects, modifiers, traffic, warp
+from ptx.arithmetic import Computed, computed
 from ptx.block import PARAMETER, PARAMETERS, WARP, Block, Step
 from ptx.memory import Fault, GlobalMemory
+from ptx.operands import reader
 from ptx.text import (
     SIZES,
     Instruction,
     Kernel,
     Negated,
     Number,
-    Register,
+    Operand,
     Sink,
     Symbol,
     Unsupported,
+    Variable,
 )
 from ptx.values import Array, encoder
 
@@ -57,9 +59,9 @@ class Program:
         self._stretches = _stretches(kernel)
         self.static_shared, self.addresses = _place_shared(kernel)
         self.constants = {
-            name: np.frombuffer(bytearray(variable.initial or bytes(variable.size)), np.uint8)
+            name: _stored(variable)
             for name, variable in kernel.variables.items()
-            if variable.space == "global"
+            if variable.space in ("global", "const")
         }
 
     def launch(
@@ -127,7 +129,8 @@ class Program:
                 if held.any():
                     at = int(places[held].min())
                     block.ended = places == _ENDED
-                    self._steps(block, self._stretches[at], held & (places == at))  # says who lacks
+                    stretch, there = self._stretches[at], held & (places == at)
+                    self._meet(block, stretch, there)
                 if not waiting.any():
                     return _ENDED
                 block.shared.barrier()
@@ -158,6 +161,15 @@ class Program:
                 if stretch.then == "barrier":
                     waiting |= here
 
+    def _meet(self, block: Block, stretch: _Stretch, there: Array) -> None:
+        """Fails: some lanes wait for others that wait, too."""
+        warp, lane = np.argwhere(block.missing(there, stretch.meets(block, there)))[0]
+        line = (*stretch.lines, stretch.then)[0]
+        raise Fault(
+            f"lane {lane} of warp {warp} is not there, although the mask names it\n"
+            f"  in {self.name}, block {block.place}, at `{line}`"
+        )
+
     def _steps(self, block: Block, stretch: _Stretch, mask: Array | None) -> None:
         if traffic.current is not None:
             warps = block.threads // WARP if mask is None else len(np.unique(block.warps[mask]))
@@ -168,6 +180,12 @@ class Program:
             except (Fault, Unsupported) as error:
                 where = f"{self.name}, block {block.place}, at `{line}`"
                 raise type(error)(f"{error}\n  in {where}") from None
+
+
+def _stored(variable: Variable) -> Array:
+    """The bytes of a variable; those of a constant are not written."""
+    data = variable.initial or bytes(variable.size)
+    return np.frombuffer(data if variable.space == "const" else bytearray(data), np.uint8)
 
 
 def _place_shared(kernel: Kernel) -> tuple[int, dict[str, int]]:
@@ -210,7 +228,7 @@ def _stretches(kernel: Kernel) -> list[_Stretch]:
     for i, instruction in enumerate(code):
         if _control(instruction, kernel, {}) is not None:
             cuts.add(i + 1)
-        elif effects.members_of(instruction) is not None:
+        if warp.members_of(instruction) is not None:
             cuts.add(i)
     starts = {start: n for n, start in enumerate(sorted(c for c in cuts if c < len(code)))}
     ordered = [*sorted(starts), len(code)]
@@ -224,7 +242,7 @@ def _stretches(kernel: Kernel) -> list[_Stretch]:
             _Stretch(
                 tuple(step for step, _ in pairs),
                 tuple(line for _, line in pairs),
-                meets=effects.members_of(code[start]),
+                meets=warp.members_of(code[start]),
                 **(control or {"then": "next"}),
             )
         )
@@ -243,7 +261,7 @@ def _control(
         return {"then": "branch", "guard": guard, "target": starts.get(place, len(starts))}
     if instruction.opcode in ("ret", "exit"):
         return {"then": "end", "guard": guard}
-    if instruction.opcode in ("bar", "barrier") and not effects.is_warp_barrier(instruction):
+    if instruction.opcode in ("bar", "barrier") and not warp.is_warp_barrier(instruction):
         if guard is not None or instruction.operands != (Number(0),):
             raise Unsupported(f"`{instruction.line}`")
         return {"then": "barrier"}
@@ -264,8 +282,9 @@ def _guard(instruction: Instruction) -> Callable[[Block], Array] | None:
 def _step(instruction: Instruction, kernel: Kernel) -> Step:
     """What runs one instruction for the threads of a mask, or for all."""
     try:
+        modifiers.check(instruction)
         plain = _pure(instruction, kernel) or effects.effect(instruction, kernel)
-    except (Unsupported, KeyError, ValueError) as error:
+    except (Unsupported, KeyError, ValueError, StopIteration) as error:
         raise Unsupported(f"`{instruction.line}`: {error}") from error
     guard = _guard(instruction)
     if guard is None:
@@ -291,23 +310,39 @@ def _pure(instruction: Instruction, kernel: Kernel) -> Step | None:
     if made is None:
         return None
     target, *sources = instruction.operands
-    compute, result = made.compute, made.result
-    second = None
-    if instruction.opcode == "setp" and len(sources) > len(made.sources):
+    if instruction.opcode == "setp":
+        return _set_predicates(made, target, sources, kernel)
+    if len(sources) != len(made.sources):
+        raise Unsupported(f"{len(sources)} operands")
+    reads = [reader(each, kind) for each, kind in zip(sources, made.sources, strict=True)]
+    if isinstance(target, Sink):
+        return lambda block, mask: None
+    compute = made.compute
+    index, keep = target.index, encoder(made.result, kernel.registers[target.index])
+
+    def run(block: Block, mask: Array | None) -> None:
+        block.write(index, keep(compute(*[read(block) for read in reads])), mask)
+
+    return run
+
+
+def _set_predicates(made: Computed, first: Operand, sources: list[Operand], kernel: Kernel) -> Step:
+    """`setp`: a comparison, its opposite too where there is a second target; each may be joined
+    with a predicate."""
+    second: Operand = Sink()
+    if len(sources) > len(made.sources):
         second, *sources = sources
     if len(sources) != len(made.sources):
         raise Unsupported(f"{len(sources)} operands")
-    reads = [effects.reader(each, kind) for each, kind in zip(sources, made.sources, strict=True)]
-    if isinstance(target, Sink):
-        return lambda block, mask: None
-    assert isinstance(target, Register)
-    index, keep = target.index, encoder(result, kernel.registers[target.index])
+    reads = [reader(each, kind) for each, kind in zip(sources, made.sources, strict=True)]
 
     def run(block: Block, mask: Array | None) -> None:
-        value = keep(compute(*[read(block) for read in reads]))
-        block.write(index, value, mask)
-        if second is not None:
-            block.write(second.index, ~value, mask)
+        values = [read(block) for read in reads]
+        test = made.compute(*values[:2])
+        for target, held in ((first, test), (second, ~test)):
+            if not isinstance(target, Sink):
+                joined = made.join(held, values[2]) if made.join else held
+                block.write(target.index, joined, mask)
 
     return run
 

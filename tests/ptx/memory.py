@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import ctypes
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -81,10 +82,10 @@ class GlobalMemory:
         made = []
         for place in np.unique(places):
             chosen = places == place
-            if place < 0 or (addresses[chosen] + np.uint64(width)).max() > self._regions[place].end:
+            if place < 0 or int(addresses[chosen].max()) + width > self._regions[place].end:
                 ends = 0 if place < 0 else self._regions[place].end
-                outside = addresses[chosen & (addresses + np.uint64(width) > ends)]
-                at = self.describe(int(outside[0]))
+                outside = [int(a) for a in addresses[chosen] if int(a) + width > ends]
+                at = self.describe(outside[0])
                 raise Fault(f"{len(outside)} threads access {width} bytes outside, at {at}")
             made.append((self._regions[place], chosen))
         return made
@@ -102,6 +103,11 @@ class GlobalMemory:
 
     def _names(self) -> str:
         return ", ".join(region.name for region in self._regions)
+
+    def check(self, addresses: Array, width: int) -> None:
+        """Fails where these bytes may not be read."""
+        if len(addresses):
+            self._regions_of(addresses, width, width)
 
     def load(self, addresses: Array, size: int, count: int) -> list[Array]:
         """``count`` elements of ``size`` bytes from each address on."""
@@ -124,15 +130,17 @@ class GlobalMemory:
             for k, value in enumerate(values):
                 elements[index + k] = value if chosen is None else value[chosen]
 
-    def peek(self, address: int, size: int) -> int:
-        return int(self.load(np.array([address], np.uint64), size, 1)[0][0])
-
-    def poke(self, address: int, size: int, value: int) -> None:
-        self.store(np.array([address], np.uint64), [np.array([value], f"u{size}")])
+    def update(self, address: int, size: int, warp: int, change: Callable[[int], int]) -> int:
+        """One thread's atomic operation; what was there before."""
+        at = np.array([address], np.uint64)
+        before = int(self.load(at, size, 1)[0][0])
+        self.store(at, [np.array([change(before)], f"u{size}")])
+        return before
 
 
 class SharedMemory:
-    """A block's. Between two warps' accesses to a byte, one of them a write, must stand a barrier.
+    """A block's. Between two warps' accesses to a byte must stand a barrier, unless both read or
+    both are atomic; and what a copy is on its way to must not be touched.
 
     Writes that change nothing are no conflict: layouts with copies of a value write it twice.
     """
@@ -142,89 +150,122 @@ class SharedMemory:
         self.data = np.full(-(-size // 16) * 16, 0xFF, np.uint8)
         self.size = size
         self.epoch = 0
-        self._wrote_at = np.full(size, -1, np.int64)
-        self._wrote = np.full(size, -1, np.int32)
-        self._read_at = np.full(size, -1, np.int64)
-        self._read = np.full(size, -1, np.int32)
         self._views = {size: self.data.view(f"u{size}") for size in (1, 2, 4, 8)}
+        #: By byte, who did that last, and in which epoch.
+        self._last = {does: _Last(size) for does in _CONFLICTS}
+        #: By byte, how many copies are on their way there.
+        self._coming = np.zeros(size, np.int16)
 
     def barrier(self) -> None:
         """All threads of the block wait for each other."""
         self.epoch += 1
 
-    def _check(self, addresses: Array, width: int, aligned: int) -> None:
-        if (addresses % aligned).any():
-            at = int(addresses[addresses % aligned != 0][0])
-            raise Fault(f"a misaligned access of {aligned} bytes at byte {at} of shared memory")
+    def _check(self, addresses: Array, width: int) -> None:
+        if (addresses % width).any():
+            at = int(addresses[addresses % width != 0][0])
+            raise Fault(f"a misaligned access of {width} bytes at byte {at} of shared memory")
         if len(addresses) and int(addresses.max()) + width > self.size:
             at = int(addresses.max())
             raise Fault(f"{width} bytes at byte {at} of {self.size} of shared memory")
 
     def load(self, addresses: Array, size: int, count: int, warps: Array) -> list[Array]:
-        width = size * count
-        self._check(addresses, width, width)
-        self._note_read(addresses, width, warps)
+        self._check(addresses, size * count)
+        self._note("reads", addresses, size * count, warps)
         index = (addresses // size).astype(np.int64)
         return [self._views[size][index + k] for k in range(count)]
 
     def store(self, addresses: Array, values: list[Array], warps: Array) -> None:
         size = values[0].itemsize
-        width = size * len(values)
-        self._check(addresses, width, width)
+        self._check(addresses, size * len(values))
         index = (addresses // size).astype(np.int64)
         view = self._views[size]
         change = np.zeros(len(addresses), bool)
         for k, value in enumerate(values):
             change |= view[index + k] != value
+        self._write(addresses, values)
+        self._note("writes", addresses[change], size * len(values), warps[change])
+
+    def _write(self, addresses: Array, values: list[Array]) -> None:
+        size = values[0].itemsize
+        index, view = (addresses // size).astype(np.int64), self._views[size]
         for k, value in enumerate(values):
             view[index + k] = value
         for k, value in enumerate(values):
-            if (view[index + k] != value).any():
-                self._two_of_one_instruction(addresses, view[index + k] != value, warps)
-        self._note_write(addresses[change], width, warps[change])
+            lost = view[index + k] != value
+            if lost.any():
+                at = int(addresses[lost][0])
+                raise Fault(f"two threads write byte {at} of shared memory at once, other values")
 
-    def peek(self, address: int, size: int) -> int:
-        """For atomics, which the watch does not see."""
-        self._check(np.array([address]), size, size)
-        return int(self._views[size][address // size])
+    def begin_copy(self, addresses: Array, width: int, warps: Array) -> None:
+        self._check(addresses, width)
+        places = self._note("writes", addresses, width, warps)
+        np.add.at(self._coming, places, 1)
 
-    def poke(self, address: int, size: int, value: int) -> None:
-        self._views[size][address // size] = value
+    def end_copy(self, addresses: Array, values: list[Array], warps: Array) -> None:
+        width = values[0].itemsize * len(values)
+        np.subtract.at(self._coming, _bytes(addresses, width), 1)
+        self._write(addresses, values)
+        self._note("writes", addresses, width, warps)
 
-    def _two_of_one_instruction(self, addresses: Array, lost: Array, warps: Array) -> None:
-        at = int(addresses[lost][0])
-        raise Fault(f"two threads write byte {at} of shared memory at once, with other values")
+    def update(self, address: int, size: int, warp: int, change: Callable[[int], int]) -> int:
+        """One thread's atomic operation; what was there before."""
+        at = np.array([address], np.uint64)
+        self._check(at, size)
+        self._note("updates", at, size, np.array([warp]))
+        view = self._views[size]
+        before = int(view[address // size])
+        view[address // size] = change(before)
+        return before
 
-    def _bytes(self, addresses: Array, width: int, warps: Array) -> tuple[Array, Array]:
-        places = addresses.astype(np.int64)[:, None] + np.arange(width)
-        return places.reshape(-1), np.repeat(warps, width)
+    def _note(self, does: str, addresses: Array, width: int, warps: Array) -> Array:
+        """Fails on a conflict with what other warps have done; the bytes."""
+        places, warps = _bytes(addresses, width), np.repeat(warps, width)
+        if self._coming[places].any():
+            at = int(places[self._coming[places] > 0][0])
+            raise Fault(f"warp {warps[0]} {does} byte {at} of shared memory, where a copy arrives")
+        for did in _CONFLICTS[does]:
+            other = self._last[did].other(places, self.epoch, warps)
+            if other is not None:
+                n, who = other
+                by = "several warps" if who == _MANY else f"warp {who}"
+                raise Fault(
+                    f"warp {warps[n]} {does} byte {places[n]} of shared memory, which {by} "
+                    f"{_PAST[did]} with no barrier between"
+                )
+        self._last[does].note(places, self.epoch, warps)
+        return places
 
-    def _note_read(self, addresses: Array, width: int, warps: Array) -> None:
-        places, warps = self._bytes(addresses, width, warps)
-        wrong = (self._wrote_at[places] == self.epoch) & (self._wrote[places] != warps)
-        if wrong.any():
-            self._conflict("reads", "wrote", places[wrong][0], warps[wrong][0], self._wrote)
-        known = (self._read_at[places] == self.epoch) & (self._read[places] != warps)
-        self._read_at[places] = self.epoch
-        self._read[places] = warps
-        known |= self._read[places] != warps
-        self._read[places[known]] = _MANY
 
-    def _note_write(self, addresses: Array, width: int, warps: Array) -> None:
-        places, warps = self._bytes(addresses, width, warps)
-        wrong = (self._wrote_at[places] == self.epoch) & (self._wrote[places] != warps)
-        if wrong.any():
-            self._conflict("writes", "wrote", places[wrong][0], warps[wrong][0], self._wrote)
-        wrong = (self._read_at[places] == self.epoch) & (self._read[places] != warps)
-        if wrong.any():
-            self._conflict("writes", "read", places[wrong][0], warps[wrong][0], self._read)
-        self._wrote_at[places] = self.epoch
-        self._wrote[places] = warps
+_CONFLICTS = {
+    "reads": ("writes", "updates"),
+    "writes": ("writes", "reads", "updates"),
+    "updates": ("writes", "reads"),
+}
+_PAST = {"reads": "read", "writes": "wrote", "updates": "updated"}
 
-    def _conflict(self, does: str, did: str, place: int, warp: int, who: Array) -> None:
-        other = int(who[place])
-        by = "several warps" if other == _MANY else f"warp {other}"
-        raise Fault(
-            f"warp {warp} {does} byte {place} of shared memory, which {by} {did} with no barrier "
-            "between"
-        )
+
+def _bytes(addresses: Array, width: int) -> Array:
+    return (addresses.astype(np.int64)[:, None] + np.arange(width)).reshape(-1)
+
+
+class _Last:
+    """Of each byte, in which epoch and by which warps something was done last."""
+
+    def __init__(self, size: int) -> None:
+        self._epoch = np.full(size, -1, np.int64)
+        self._warp = np.full(size, -1, np.int32)
+
+    def other(self, places: Array, epoch: int, warps: Array) -> tuple[int, int] | None:
+        """The first of the places where another warp did it in this epoch, and which."""
+        found = (self._epoch[places] == epoch) & (self._warp[places] != warps)
+        if not found.any():
+            return None
+        n = int(np.argmax(found))
+        return n, int(self._warp[places[n]])
+
+    def note(self, places: Array, epoch: int, warps: Array) -> None:
+        several = (self._epoch[places] == epoch) & (self._warp[places] != warps)
+        self._epoch[places] = epoch
+        self._warp[places] = warps
+        several |= self._warp[places] != warps
+        self._warp[places[several]] = _MANY

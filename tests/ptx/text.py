@@ -78,7 +78,7 @@ class Instruction:
 
 @dataclass
 class Variable:
-    """Static storage in "global", "shared" or "local" space."""
+    """Static storage in "global", "const", "shared" or "local" space."""
 
     space: str
     align: int
@@ -134,13 +134,13 @@ def _kernel(text: str, module: dict[str, Variable]) -> Kernel:
 
 _DECLARED = re.compile(
     r"\.(global|shared|local|const)\s+(?:\.align\s+(\d+)\s+)?\.(\w+)\s+([$\w]+)\s*"
-    r"(?:\[(\d*)\])?\s*(?:=\s*(\{[^}]*\}|[^;]+))?;"
+    r"(\[\d*\])?\s*(?:=\s*(\{[^}]*\}|[^;]+))?;"
 )
 
 
 def _variables(text: str, into: dict[str, Variable]) -> None:
     for space, align, kind, name, count, initial in _DECLARED.findall(text):
-        size = SIZES[kind] * int(count or (0 if "[" in text and not count else 1))
+        size = SIZES[kind] * (int(count[1:-1] or 0) if count else 1)  # [] is dynamic
         data = None
         if initial:
             values = [int(value, 0) for value in initial.strip("{} ").split(",")]
@@ -148,7 +148,6 @@ def _variables(text: str, into: dict[str, Variable]) -> None:
                 (value & (1 << 8 * SIZES[kind]) - 1).to_bytes(SIZES[kind], "little")
                 for value in values
             ).ljust(size, b"\0")
-        space = "global" if space == "const" else space
         into[name] = Variable(space, int(align or SIZES[kind]), size, data)
 
 
@@ -172,6 +171,8 @@ class _Body:
 
     def _statement(self, text: str) -> None:
         while found := _LABEL.match(text):
+            if found[1] in self.kernel.labels:
+                raise Unsupported(f"two labels {found[1]}")
             self.kernel.labels[found[1]] = len(self.kernel.instructions)
             text = text[found.end() :]
         text = " ".join(text.split())

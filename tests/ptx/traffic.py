@@ -7,7 +7,8 @@
 Global memory comes in sectors of 32 bytes: a warp's access costs as many as its bytes lie in.
 Shared memory has 32 banks of four bytes: an access costs as many passes as one bank has words to
 give, a quarter of a warp at a time for 16 bytes a lane, half of one for 8. Both follow from the
-addresses, as a profiler on a GPU counts them; how long it takes does not.
+addresses, as a profiler on a GPU counts them; how long it takes does not. Not counted: atomics,
+local memory, and what `wgmma` reads.
 """
 
 from __future__ import annotations
@@ -64,12 +65,12 @@ class Traffic:
         self.kernels: dict[str, Kernel] = defaultdict(Kernel)
 
     def note(self, kernel: str, space: str, line: str, addresses: Array, width: int,
-             warps: Array) -> None:  # fmt: skip
+             threads: Array) -> None:  # fmt: skip
         """One instruction of a block: each thread's address, and its bytes."""
         access = self.kernels[kernel].accesses[space, line]
         count = sectors if space in ("load", "store") else passes
-        cost, least = count(addresses.astype(np.int64), width, warps)
-        access.warps += len(np.unique(warps))
+        cost, least = count(addresses.astype(np.int64), width, threads)
+        access.warps += len(np.unique(threads // 32))
         access.cost += cost
         access.least += least
 
@@ -100,11 +101,11 @@ class Traffic:
         return "\n".join(lines)
 
 
-def sectors(addresses: Array, width: int, warps: Array) -> tuple[int, int]:
+def sectors(addresses: Array, width: int, threads: Array) -> tuple[int, int]:
     """Sectors touched by each warp, and those that its distinct bytes would fill."""
     first = addresses // _SECTOR
     last = (addresses + width - 1) // _SECTOR
-    owner = warps.astype(np.int64) << 48
+    owner = threads.astype(np.int64) // 32 << 48
     cost = len(np.unique(np.concatenate([first + owner, last + owner])))
     distinct = np.unique(addresses + owner)
     least = sum(
@@ -113,14 +114,9 @@ def sectors(addresses: Array, width: int, warps: Array) -> tuple[int, int]:
     return cost, least
 
 
-def passes(addresses: Array, width: int, warps: Array) -> tuple[int, int]:
+def passes(addresses: Array, width: int, threads: Array) -> tuple[int, int]:
     """Passes over the banks: of a word that many lanes read there is one."""
-    lanes_at_once = {16: 8, 8: 16}.get(width, 32)
-    order = np.zeros(len(addresses), np.int64)
-    for warp in np.unique(warps):
-        mine = warps == warp
-        order[mine] = np.arange(mine.sum()) // lanes_at_once
-    group = warps.astype(np.int64) * 8 + order
+    group = threads.astype(np.int64) // {16: 8, 8: 16}.get(width, 32)
     words = (addresses // 4)[:, None] + np.arange(max(width // 4, 1))
     pairs = np.unique(words.reshape(-1) + (np.repeat(group, words.shape[1]) << 32))
     bank = (pairs & 0xFFFFFFFF) % _BANKS
