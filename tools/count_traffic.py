@@ -33,8 +33,8 @@ def main() -> None:
     from kit import emulation
     from vicostream_kernels.bench import registry
 
-    emulation.pytest_configure()
-    plugin.pytest_configure()
+    emulation.pytest_configure()  # nothing, unless VICO_EMULATE is set
+    plugin.activate()
     cpu = torch.device("cpu")
     for case in registry.select(options.cases, registry.load()):
         providers = {p.name: p for p in case.providers(cpu)}

@@ -194,8 +194,10 @@ def combine_kernel(
     HEAD_DIM: tl.constexpr,
     CHANNELS: tl.constexpr,  # of a program
 ):
-    """One program: some channels of one head of one row, all its runs at once, by one warp: sums over
-    warps would take longer than all else. Bound by latency."""
+    """One program: some channels of one head of one row, all its runs at once, by one warp.
+
+    Sums over warps would take longer than all else. Bound by latency.
+    """
     PARTS: tl.constexpr = (HEAD_DIM + CHANNELS - 1) // CHANNELS
     part = tl.program_id(0) % PARTS
     partial_row = tl.program_id(0) // PARTS // heads

@@ -14,8 +14,12 @@ CAPABILITY = int(os.environ.get("VICO_PTX", "0"))
 
 
 def pytest_configure() -> None:
-    if not CAPABILITY:
-        return
+    if CAPABILITY:
+        activate()
+
+
+def activate() -> None:
+    """Has this process run kernels as they were compiled for `VICO_PTX`."""
     from kit import emulation
 
     if emulation.ACTIVE:
