@@ -226,6 +226,33 @@ def test_a_float_becomes_the_nearest_integer_there_is(value, wanted):
     assert [signed(each) for each in got] == [wanted] * 32
 
 
+def test_a_number_that_is_none_becomes_an_integer():
+    nan = [as_bits(math.nan)] * 32
+    assert of_lanes("cvt.rzi.s32.f32 %r10, %r1;", nan)[0] == 0
+    assert of_lanes("cvt.rzi.s64.f32 %rd20, %r1;", nan, bits=64)[0] == 1 << 63
+
+
+def test_a_thread_has_memory_of_its_own():
+    body = """.local .align 8 .b8 first[8]; .local .align 4 .b8 second[8]; mov.b64 %rd21, second;
+      add.u32 %r5, %r0, 7; st.local.b32 [%rd21+4], %r5; mov.b64 %rd22, first;
+      st.local.b32 [%rd22], %r0; ld.local.b32 %r10, [%rd21+4];"""
+    assert of_lanes(body) == [i + 7 for i in range(32)]
+    with pytest.raises(Fault, match="local memory at byte 16 of 16"):
+        of_lanes(body + "ld.local.b32 %r10, [%rd21+8];")
+
+
+def test_a_generic_address_means_either_memory():
+    out = torch.zeros(64, dtype=torch.int32)
+    run(
+        """mov.u64 %rd4, smem; cvta.shared.u64 %rd5, %rd4; shl.b32 %r2, %r0, 2;
+        mul.wide.u32 %rd6, %r2, 1; add.s64 %rd7, %rd5, %rd6; add.s64 %rd8, %rd0, %rd6;
+        setp.lt.u32 %p1, %r0, 20; selp.b64 %rd9, %rd7, %rd8, %p1; st.u32 [%rd9], %r0;
+        ld.u32 %r3, [%rd9]; add.u32 %r4, %r3, 100; st.global.b32 [%rd8+128], %r4;""",
+        out, shared=128,
+    )  # fmt: skip
+    assert out.tolist() == [0] * 20 + list(range(20, 32)) + list(range(100, 132))
+
+
 def test_a_fused_sum_is_rounded_once():
     a, b, c = 1 + 2.0**-23, 1 + 2.0**-23, -1 - 2.0**-22
     got = of_lanes("fma.rn.f32 %r10, %r1, %r2, %r3;", *[[as_bits(x)] * 32 for x in (a, b, c)])

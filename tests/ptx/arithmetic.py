@@ -235,7 +235,7 @@ _COMPARED: dict[str, Callable[[Array, Array], Array]] = {
 }  # fmt: skip
 
 
-def compare(modifiers: tuple[str, ...], kind: str) -> Callable[[Array, Array], Array]:
+def _compare(modifiers: tuple[str, ...], kind: str) -> Callable[[Array, Array], Array]:
     """The comparison among the modifiers of a setp."""
     name = next(each for each in modifiers if each in COMPARISONS)
     if not _is_float(kind):
@@ -256,7 +256,7 @@ def compare(modifiers: tuple[str, ...], kind: str) -> Callable[[Array, Array], A
 
 def _set_predicate(opcode: str, modifiers: tuple[str, ...]) -> Computed:
     (kind,) = types_of(modifiers)
-    test = compare(modifiers, kind)
+    test = _compare(modifiers, kind)
     if "ftz" in modifiers:
         inner = _flushed(lambda a, b: np.stack(np.broadcast_arrays(a, b)))
         plain = test
@@ -299,7 +299,9 @@ def _convert(opcode: str, modifiers: tuple[str, ...]) -> Computed:
         made = np.where(
             x >= high, np.iinfo(into).max, np.where(x <= low, np.iinfo(into).min, inside)
         )
-        return np.where(np.isnan(x), 0, made).astype(into)
+        wide = source == "f64" or into.itemsize == 8
+        nothing = np.array([1 << 8 * into.itemsize - 1 if wide else 0], f"u{into.itemsize}")
+        return np.where(np.isnan(x), nothing.view(into), made).astype(into)
 
     def to_float(x: Array) -> Array:
         return (rounding(x) if rounding else x).astype(into)

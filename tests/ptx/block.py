@@ -27,6 +27,7 @@ class Block:
         parameters: Sequence[bytes],
         memory: GlobalMemory,
         shared: int,
+        local: int,
     ) -> None:
         self.name = kernel.name
         self.threads, self.place, self.grid = threads, place, grid
@@ -36,8 +37,7 @@ class Block:
         self.warps = np.arange(threads) // WARP
         self.ended = np.zeros(threads, bool)
         self.carry: Array = np.zeros(1, np.uint64)
-        local = [v for v in kernel.variables.values() if v.space == "local"]
-        self.local = np.full((threads, sum(v.size for v in local)), 0xFF, np.uint8)
+        self.local = np.full((threads, local), 0xFF, np.uint8)
         self.copies, self.products = Pending("cp.async"), Pending("wgmma")
         self.special = {
             "%tid.x": np.arange(threads, dtype=np.uint32),

@@ -58,6 +58,12 @@ class Program:
         self.name = kernel.name
         self._stretches = _stretches(kernel)
         self.static_shared, self.addresses = _place_shared(kernel)
+        at = 0  # of each thread's own memory
+        for name, variable in kernel.variables.items():
+            if variable.space == "local":
+                self.addresses[name] = at = -(-at // variable.align) * variable.align
+                at += variable.size
+        self.local = at
         self.constants = {
             name: _stored(variable)
             for name, variable in kernel.variables.items()
@@ -87,8 +93,9 @@ class Program:
         with np.errstate(all="ignore"):
             for place in places:
                 block = Block(
-                    self.kernel, threads, place, grid, symbols, parameters, memory, shared
-                )
+                    self.kernel, threads, place, grid, symbols, parameters, memory, shared,
+                    self.local,
+                )  # fmt: skip
                 self._run(block)
                 if traffic.current is not None:
                     traffic.current.kernels[self.name].blocks += 1
