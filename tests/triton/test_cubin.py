@@ -21,6 +21,7 @@ import triton.language as tl  # noqa: E402
 
 from kit.cubin import SHARED_LIMIT, Cubin, compile_launch, record_launches  # noqa: E402
 from vicostream_kernels.triton_kernels import append  # noqa: E402
+from vicostream_kernels.triton_kernels._sums import product  # noqa: E402
 
 FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
 
@@ -123,6 +124,13 @@ def _sine_kernel(x_ptr, y_ptr, N: tl.constexpr):
 
 
 @triton.jit
+def _squares_kernel(x_ptr, y_ptr, N: tl.constexpr, PRODUCT: tl.constexpr):
+    x = tl.load(x_ptr + tl.arange(0, N))
+    squares = product(x, x) if PRODUCT else x * x
+    tl.store(y_ptr, tl.sum(squares, 0))
+
+
+@triton.jit
 def _dot_kernel(x_ptr, y_ptr, N: tl.constexpr):
     n = tl.arange(0, N)
     at = n[:, None] * N + n[None, :]
@@ -151,6 +159,14 @@ def test_the_gate_catches_local_memory_without_spills():
     assert built.spill_stores == 0
     with pytest.raises(AssertionError, match="local memory"):
         built.check()
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_the_gate_catches_sums_whose_bits_depend_on_the_lane(capability):
+    # A value a thread: its product meets another lane's in one fused operation.
+    with pytest.raises(AssertionError, match="lanes have other bits of one sum"):
+        compile_toy(_squares_kernel, 128, capability, PRODUCT=False).check()
+    compile_toy(_squares_kernel, 128, capability, PRODUCT=True).check()
 
 
 @pytest.mark.parametrize(
