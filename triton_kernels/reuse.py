@@ -9,7 +9,7 @@ import ctypes
 import torch
 import triton
 
-from vicostream_kernels.triton_kernels._compact import TILE, list_kernel
+from vicostream_kernels.triton_kernels._compact import list_kernel
 from vicostream_kernels.triton_kernels._launch import on, strides
 from vicostream_kernels.triton_kernels._reuse_rows import gather_kernel, merge_kernel
 from vicostream_kernels.triton_kernels._reuse_select import rank_kernel, similarity_kernel
@@ -17,8 +17,9 @@ from vicostream_kernels.triton_kernels._similarity import regular, sum_tiles
 
 # Rows of a program that copies: one look through the index list serves them all.
 _ROWS = 4
-# Programs that rank 64 rows each, from as many on; of fewer rows so many each. An H100 has 132 SMs.
-_MANY, _FEW_ROWS = 132, 16
+# Rows that a program ranks: few, so that those of a chunk occupy most of a GPU. Counted over all
+# programs that takes a seventh more instructions than 64 rows each.
+_TILE = 16
 
 
 def _block(width: int) -> int:
@@ -47,9 +48,7 @@ def select_changed(
     [N,C] or [F,N,C], force [N] or [F,N] bool; any strides, but what lies oddly is copied.
     """
     frames, places, width = feature.shape
-    # Of few rows small tiles, so that most of a GPU compares.
-    tile = TILE if frames * triton.cdiv(places, TILE) >= _MANY else _FEW_ROWS
-    tiles = triton.cdiv(places, tile)
+    tiles = triton.cdiv(places, _TILE)
     i32 = dict(dtype=torch.int32, device=feature.device)
     index, count = torch.empty((frames, capacity), **i32), torch.empty((frames,), **i32)
     similarity = torch.empty((frames, places), dtype=torch.float32, device=feature.device)
@@ -89,7 +88,7 @@ def select_changed(
             threshold=0.0 if threshold is None else ctypes.c_float(threshold).value,
             **force_strides,
             HAS_THRESHOLD=threshold is not None,
-            TILE=tile,
+            TILE=_TILE,
             OTHERS=64,
             num_warps=4,
         )
@@ -102,7 +101,7 @@ def select_changed(
             length=places,
             tiles=tiles,
             capacity=capacity,
-            TILE=tile,
+            TILE=_TILE,
             SCAN=64,
             num_warps=2,
         )
