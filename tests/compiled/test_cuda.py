@@ -25,7 +25,6 @@ FEW = tuple(
     for test in (
         "append.py::test_matches_the_reference[mrope-128-torch.bfloat16-cuda-cpu]",
         "append.py::test_summaries_are_those_of_the_stored_keys[11-5-both-raw-cuda-cpu]",
-        "attention.py::test_decode_over_a_long_list[cuda-cpu]",
         "attention.py::test_head_dims_and_dtypes[128-bfloat16-cuda-cpu]",
         "retrieve.py::test_scores_against_loops[bound-max-stream-torch.float16-cuda-cpu]",
         "retrieve_choice.py::test_ties_go_to_the_lowest_index[cuda-cpu]",

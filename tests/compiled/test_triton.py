@@ -25,7 +25,6 @@ FEW = tuple(
     for test in (
         "append.py::test_matches_the_reference[mrope-80-torch.bfloat16-triton-cpu]",
         "attention.py::test_head_dims_and_dtypes[128-bfloat16-triton-cpu]",
-        "attention.py::test_decode_over_a_long_list[triton-cpu]",
         "attention_varlen.py::test_varlen_head_dims_and_scale[80-triton-cpu]",
         "attention_varlen.py::test_merge_formula[3.0-bfloat16-triton-cpu]",
         "preprocess.py::test_order_of_rows_and_columns[2-2-1-1-triton-cpu]",
