@@ -22,7 +22,6 @@ from ptx.text import (
     SIZES,
     Instruction,
     Kernel,
-    Negated,
     Number,
     Operand,
     Sink,
@@ -276,14 +275,7 @@ def _control(
 
 
 def _guard(instruction: Instruction) -> Callable[[Block], Array] | None:
-    guard = instruction.guard
-    if guard is None:
-        return None
-    if isinstance(guard, Negated):
-        index = guard.register.index
-        return lambda block: ~block.registers[index]
-    index = guard.index
-    return lambda block: block.registers[index]
+    return None if instruction.guard is None else reader(instruction.guard, "pred")
 
 
 def _step(instruction: Instruction, kernel: Kernel) -> Step:

@@ -15,15 +15,12 @@ from triton.backends.driver import DriverBase
 from triton.backends.nvidia import compiler as nvidia
 from triton.runtime import driver
 
+from kit.cubin import SHARED_LIMIT
 from ptx import text
 from ptx.machine import Program
 from ptx.memory import GlobalMemory
 from vicostream_kernels import backends
 from vicostream_kernels.triton_kernels import attention
-
-#: Shared memory a block may use, in bytes, by compute capability.
-_SHARED = {80: 163 * 1024, 90: 227 * 1024}
-
 
 #: What becomes of a kernel's text before it is run, for tests of what a wrong one would do.
 altered: Callable[[str], str] = str
@@ -59,7 +56,7 @@ def _cache_folder() -> tempfile.TemporaryDirectory[str]:
 
 class Utilities:
     def __init__(self, capability: int) -> None:
-        self._shared = _SHARED[capability]
+        self._shared = SHARED_LIMIT[capability]
 
     def load_binary(self, name: str, ptx: bytes, shared: int, device: int) -> tuple[Any, ...]:
         return None, (ptx.decode(), name, shared), 0, 0, 1024
@@ -78,7 +75,6 @@ class Launcher:
 
     def __init__(self, source: Any, metadata: Any) -> None:
         self._kinds = list(_flat(source.signature.values()))
-        self._names = source.fn.arg_names
         self._threads = 32 * metadata.num_warps
         if metadata.global_scratch_size or metadata.num_ctas != 1:
             raise text.Unsupported("scratch memory, or clusters")
@@ -113,6 +109,8 @@ def _flat(values: Any) -> Iterator[Any]:
 
 
 class Driver(DriverBase):
+    """What Triton asks of a driver, but for what only its own launcher and timer ask."""
+
     launcher_cls = Launcher
 
     def __init__(self, capability: int) -> None:
@@ -142,7 +140,4 @@ class Driver(DriverBase):
         return 0
 
     def get_benchmarker(self) -> Any:
-        raise NotImplementedError
-
-    def get_empty_cache_for_benchmark(self) -> Any:
         raise NotImplementedError
