@@ -62,6 +62,10 @@ struct Queries {
   Floats rows;       // [units, tokens, rows of a unit, segments, padded d]
   Floats positives;  // the same for bounds; `rows` has the negative parts then
   Floats norms;      // [units, tokens, rows of a unit]
+  struct Output {
+    int64_t row, token;
+  };
+  std::vector<Output> outputs;  // of each query row
 
   int64_t per_unit(const Plan& plan) const { return tokens * plan.rows; }
 
@@ -71,6 +75,7 @@ struct Queries {
     const bool split = score == Score::kBound;
     if (split) positives.assign(all * wide, 0.0f);
     norms.assign(all, 0.0f);
+    outputs.resize(all);
     for (int64_t u = 0, at = 0; u < plan.units; ++u)
       for (int64_t t = 0; t < tokens; ++t)
         for (int64_t r = 0; r < plan.rows; ++r, ++at) {
@@ -78,6 +83,7 @@ struct Queries {
           for (int64_t s = 0; s < plan.shape.segments; ++s)
             squares += pack_segment(plan, split, u, t, r, s, at * wide + s * padded(plan.d));
           norms[at] = static_cast<float>(std::sqrt(squares));
+          outputs[at] = {u * plan.rows + r, t};
         }
   }
 

@@ -8,6 +8,7 @@
 #include <type_traits>
 
 #include "cpu/retrieve_queries.h"
+#include "cpu/transpose.h"
 #include "vico/append.h"
 #include "vico/softmax.h"
 
@@ -171,25 +172,55 @@ void dot_four_blocks(const ScoreArgs& a, const Plan& plan, const Queries& q, int
   }
 }
 
+// Calls put(i, block, its scores of kLanes blocks) for each column i of `found` [kTile, all], as
+// far as there are blocks: whole squares change sides in registers.
+template <typename Put>
+void by_columns(const float* found, int64_t all, int64_t blocks, Put put) {
+  static_assert(kTile % kLanes == 0, "a vector ends within the tile");
+  int64_t i = 0;
+#if defined(__AVX2__)
+  for (; i + kLanes <= all; i += kLanes)
+    for (int64_t b = 0; b < blocks; b += kLanes) {
+      Bits square[kLanes];
+#pragma GCC unroll 16
+      for (int j = 0; j < kLanes; ++j) square[j] = load<Bits>(found + (b + j) * all + i);
+      transpose(square);
+#pragma GCC unroll 16
+      for (int j = 0; j < kLanes; ++j) put(i + j, b, (F)square[j]);
+    }
+#endif
+  for (; i < all; ++i)
+    for (int64_t b = 0; b < blocks; b += kLanes) {
+      F column;
+      for (int j = 0; j < kLanes; ++j) column[j] = found[(b + j) * all + i];
+      put(i, b, column);
+    }
+}
+
 // Scores of `blocks` blocks for all tokens of the pass, into `scores` [R, NB] or `logits`: row by
 // row, because the rows of many heads can fall on the same lines of a cache.
 void keep(const ScoreArgs& a, const Plan& plan, const Queries& q, int64_t stream, int64_t block,
           int64_t blocks, bool first_pass, const float* found, float* logits, int64_t logit_row) {
-  const int64_t n = q.per_unit(plan), all = plan.units * n;
+  const int64_t all = plan.units * q.per_unit(plan);
+  const auto store_some = [&](float* row, int64_t b, F x) {
+    if (blocks - b >= kLanes) return store(row + b, x);
+    std::memcpy(row + b, &x, (blocks - b) * sizeof(float));
+  };
   if (a.pool == Pool::kSoftmax) {
-    for (int64_t i = 0; i < all; ++i)
-      for (int64_t b = 0; b < blocks; ++b)
-        logits[i * logit_row + block + b] = found[b * all + i] * a.sm_scale;
+    by_columns(found, all, blocks, [&](int64_t i, int64_t b, F x) {
+      store_some(logits + i * logit_row + block, b, x * a.sm_scale);
+    });
     return;
   }
-  for (int64_t u = 0; u < plan.units; ++u)
-    for (int64_t r = 0; r < plan.rows; ++r) {
-      float* kept = a.scores + (stream * plan.outputs + u * plan.rows + r) * a.blocks + block;
-      if (first_pass) std::fill(kept, kept + blocks, -kInf);
-      for (int64_t t = 0; t < q.tokens; ++t)
-        for (int64_t b = 0; b < blocks; ++b)
-          kept[b] = bound_max(kept[b], found[b * all + u * n + t * plan.rows + r]);
+  float* scores = a.scores + stream * plan.outputs * a.blocks + block;
+  by_columns(found, all, blocks, [&](int64_t i, int64_t b, F x) {
+    float* row = scores + q.outputs[i].row * a.blocks;
+    if (!first_pass || q.outputs[i].token > 0) {
+      const F kept = load_some(row + b, blocks - b);
+      x = ((x > kept) | (x != x)) ? x : kept;  // bound_max
     }
+    store_some(row, b, x);
+  });
 }
 
 // One row of logits becomes shares of attention: softmax over those that are numbers.

@@ -11,6 +11,7 @@ namespace VICO_ISA {
 
 // r[i][j] to r[j][i], 32 bits an element.
 #if defined(__AVX512F__)
+using Bits = __m512i;
 VICO_INLINE void transpose(__m512i r[16]) {
   __m512i t[16];
 #pragma GCC unroll 8
@@ -41,6 +42,7 @@ VICO_INLINE void transpose(__m512i r[16]) {
   }
 }
 #else
+using Bits = __m256i;
 VICO_INLINE void transpose(__m256i r[8]) {
   __m256i t[8];
 #pragma GCC unroll 4
