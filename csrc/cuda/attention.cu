@@ -35,7 +35,8 @@ __device__ __forceinline__ int table_of(const DecodeArgs& p, int group) {
 }
 
 // One block: a run of a stream's keys, the heads of one group, every row_tiles-th tile of rows.
-template <typename T, int kHead>
+// kWhole: see Pipeline.
+template <typename T, int kHead, bool kWhole>
 __global__ void __launch_bounds__(Plan<T, kHead>::kThreads, Plan<T, kHead>::kBlocks)
     split_kernel(const __grid_constant__ DecodeArgs p) {
   using P = Plan<T, kHead>;
@@ -45,6 +46,7 @@ __global__ void __launch_bounds__(Plan<T, kHead>::kThreads, Plan<T, kHead>::kBlo
   char* const memory = reinterpret_cast<char*>(shared_memory);
   const AttentionArgs& a = p.a;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  const int head_dim = kWhole ? kHead : a.head_dim;
 
   // Groups side by side: their keys are neighbours in memory. Divisions of 32 bits: those of 64
   // take as long as the reads that wait for them.
@@ -89,7 +91,8 @@ __global__ void __launch_bounds__(Plan<T, kHead>::kThreads, Plan<T, kHead>::kBlo
   scan.find(a, table, visible.sinks + visible.hidden, &cursors[P::kWarps]);
   __syncthreads();
 
-  Pipeline<T, kHead> pipeline{
+  const int64_t kv_head = group / (p.groups / static_cast<int>(a.kv_heads));
+  Pipeline<T, kHead, kWhole> pipeline{
       p,
       table,
       visible,
@@ -98,15 +101,18 @@ __global__ void __launch_bounds__(Plan<T, kHead>::kThreads, Plan<T, kHead>::kBlo
       rule.lowest(keys - queries, keys),
       share(warp),
       share(warp + 1),
-      group / (p.groups / static_cast<int>(a.kv_heads)),
+      static_cast<const T*>(a.k_pages) + kv_head * a.k_kv,
+      static_cast<const T*>(a.v_pages) + kv_head * a.v_kv,
       lane,
       memory + warp * (P::kStages * 2 * P::kTileBytes),
-      reinterpret_cast<RowAt*>(memory + P::kRowsAt) + warp * kTileKeys,
+      reinterpret_cast<RowAt<T>*>(memory + P::kRowsAt) + warp * kTileKeys,
       reinterpret_cast<int*>(memory + P::kEntriesAt) + warp * P::kStages * kTileKeys,
       cursors[warp],
       cursors[P::kWarps],
-      Lanes(a.head_dim / (kChunk / static_cast<int>(sizeof(T))), lane),
+      Lanes(head_dim / (kChunk / static_cast<int>(sizeof(T))), lane),
       {}};
+  ptx::keep(pipeline.k);
+  ptx::keep(pipeline.v);
   const int32_t* shifts =
       a.page_shift == nullptr ? nullptr : a.page_shift + stream * a.shift_stream + x * a.shift_head;
   const int my_tiles = (pipeline.to - pipeline.from) / kTileKeys;
@@ -117,41 +123,42 @@ __global__ void __launch_bounds__(Plan<T, kHead>::kThreads, Plan<T, kHead>::kBlo
     const RowTile row_tile{a,     stream_rows.start, tile * kRows, rows, p.per_group,
                            group, keys - queries,    p.pairs};
     // The keys first: the queries come while these are under way.
-#pragma unroll
+#pragma unroll 1
     for (int n = 0; n < P::kStages - 1; ++n) {
       pipeline.fetch(n, n);
       ptx::copy_async_commit();
     }
     Work work;
     work.start(row_tile, memory + P::kPipeline, memory + P::kWarpAt + warp * Work::kWarpBytes,
-               lane);
+               head_dim, lane);
     // No row of the tile stands before or behind these: keys in between need no mask.
     const int first_position = keys - queries + tile * kRows / p.per_group;
     const int last_position =
         keys - queries + min(tile * kRows + kRows - 1, rows - 1) / p.per_group;
-    int stage = 0;
+    int stage = 0, last_stage = P::kStages - 1;
 #pragma unroll 1
     for (int n = 0; n < my_tiles; ++n) {
       ptx::copy_async_wait<P::kStages - 2>();
       __syncwarp();  // the copies of all lanes; and all are done with the stage before
-      pipeline.fetch(n + P::kStages - 1, (stage + P::kStages - 1) % P::kStages);
+      pipeline.fetch(n + P::kStages - 1, last_stage);
       ptx::copy_async_commit();
       if (shifts != nullptr) pipeline.turn(stage, shifts);
       const int j0 = visible.key_at(pipeline.from + n * kTileKeys);
       const bool all_seen = j0 + kTileKeys - 1 <= first_position &&
                             j0 > last_position - rule.window && j0 >= rule.window_start;
-      work.fold(pipeline.tile(stage, 0), pipeline.tile(stage, 1), a.head_dim, rule, j0, all_seen,
+      work.fold(pipeline.tile(stage, 0), pipeline.tile(stage, 1), head_dim, rule, j0, all_seen,
                 p.scale, lane);
-      stage = (stage + 1) % P::kStages;
+      last_stage = stage;
+      stage = stage + 1 < P::kStages ? stage + 1 : 0;
     }
     ptx::copy_async_wait<0>();
     __syncthreads();  // the results take the pipeline's place
 
     float* const sums = reinterpret_cast<float*>(memory);
-    float2* const states = reinterpret_cast<float2*>(sums + P::kWarps * kRows * kHead);
-    work.finish(sums + warp * kRows * kHead, states + warp * kRows, a.head_dim, lane);
+    float2* const states = reinterpret_cast<float2*>(sums + P::kWarps * kRows * Work::kSumRow);
+    work.finish(sums + warp * kRows * Work::kSumRow, states + warp * kRows, head_dim, lane);
     __syncthreads();
-    const int quads = a.head_dim / 4;
+    const int quads = head_dim / 4;
     for (int i = threadIdx.x; i < kRows * quads; i += P::kThreads) {
       const int row = i / quads, c = i % quads;
       if (!row_tile.live(row)) continue;
@@ -165,13 +172,13 @@ __global__ void __launch_bounds__(Plan<T, kHead>::kThreads, Plan<T, kHead>::kBlo
         const float2 state = states[w * kRows + row];
         const float weight = ptx::exp2(state.x - above_nothing(top));
         const float4 part =
-            *reinterpret_cast<const float4*>(sums + (w * kRows + row) * kHead + 4 * c);
+            *reinterpret_cast<const float4*>(sums + (w * kRows + row) * Work::kSumRow + 4 * c);
         total += weight * state.y;
         sum.x += weight * part.x, sum.y += weight * part.y;
         sum.z += weight * part.z, sum.w += weight * part.w;
       }
       const int64_t at = (row_tile.query(row) * a.heads + row_tile.head(row)) * p.runs + run;
-      *reinterpret_cast<float4*>(p.partial + at * a.head_dim + 4 * c) = sum;
+      *reinterpret_cast<float4*>(p.partial + at * head_dim + 4 * c) = sum;
       if (c == 0) p.state[at] = make_float2(top, total);
     }
     __syncthreads();
@@ -311,7 +318,11 @@ cudaError_t launch_split(const DecodeArgs& p, cudaStream_t stream) {
   const int64_t rows_hint = p.row_tiles;  // rows of the longest stream, until here
   q.row_tiles = static_cast<int>((rows_hint + P::Work::kRows - 1) / P::Work::kRows);
   const int64_t blocks = p.a.streams * q.row_tiles * p.runs * p.groups;
-  return launch(split_kernel<T, kHead>, blocks, P::kThreads, P::kShared, stream, q);
+  if constexpr (!P::kWide) {  // float32 is not bound by memory
+    if (p.aligned && p.a.head_dim == kHead)
+      return launch(split_kernel<T, kHead, true>, blocks, P::kThreads, P::kShared, stream, q);
+  }
+  return launch(split_kernel<T, kHead, false>, blocks, P::kThreads, P::kShared, stream, q);
 }
 
 }  // namespace

@@ -25,9 +25,10 @@ struct DecodeArgs {
   bool pairs;    // see RowTile
 };
 
-// Where a key's row of channels starts, in elements; k -1: the key is not read.
+// Where a key's rows of channels start; any valid place where the key is not read.
+template <typename T>
 struct RowAt {
-  int64_t k, v;
+  const T *k, *v;
 };
 
 template <typename T, int kHead>
@@ -43,17 +44,18 @@ struct Plan {
   static constexpr int kStages = kWide || kHead == 256 ? 2 : kHead == 128 ? 3 : 4;
   static constexpr int kThreads = kWarps * kWarp;
   static constexpr int kBlocks = kHead <= 64 && !kWide ? 3 : 2;  // a multiprocessor, by registers
-  static constexpr int kTileBytes = kTileKeys * kHead * static_cast<int>(sizeof(T));
+  static constexpr int kRowBytes = kHead * static_cast<int>(sizeof(T));
+  static constexpr int kTileBytes = kTileKeys * kRowBytes;
 
   static constexpr int kPipeline = kWarps * kStages * 2 * kTileBytes;
   static constexpr int kRowsAt = kPipeline + Work::kBlockBytes;
-  static constexpr int kEntriesAt = kRowsAt + kWarps * kTileKeys * sizeof(RowAt);
+  static constexpr int kEntriesAt = kRowsAt + kWarps * kTileKeys * sizeof(RowAt<T>);
   static constexpr int kWarpAt = kEntriesAt + kWarps * kStages * kTileKeys * 4;
   static constexpr int kCursorsAt = kWarpAt + kWarps * Work::kWarpBytes;
   static constexpr int kSumsAt = kCursorsAt + (kWarps + 1) * sizeof(Cursor);
   static constexpr int kShared = kSumsAt + kWarps * 4;
 
-  static constexpr int kResults = kWarps * Work::kRows * (kHead * 4 + 8);
+  static constexpr int kResults = kWarps * Work::kRows * (Work::kSumRow * 4 + 8);
   static_assert(kResults <= kPipeline, "the results take the pipeline's place");
   static_assert(kShared <= 99 * 1024, "");
 };
@@ -84,22 +86,24 @@ struct Lanes {
         chunk_step(kWarp % chunks) {}
 };
 
-// One warp's share of a run: fetches its keys' tiles in order, some ahead of their use.
-template <typename T, int kHead>
+// One warp's share of a run: fetches its keys' tiles in order, some ahead of their use. kWhole:
+// rows have kHead channels and stand at multiples of 16 bytes.
+template <typename T, int kHead, bool kWhole>
 struct Pipeline {
   using P = Plan<T, kHead>;
   const DecodeArgs& p;
   const int32_t* table;
   Visible visible;
   Rule rule;
-  int keys, low;  // logical keys; the first beside the sinks that some row sees
-  int from, to;   // places
-  int kv_head, lane;
-  char* tiles;   // [kStages, 2, kTileBytes]
-  RowAt* rows;   // [kTileKeys]
-  int* entries;  // [kStages, kTileKeys]: table entries, -1 where there is no key
+  int keys, low;   // logical keys; the first beside the sinks that some row sees
+  int from, to;    // places
+  const T *k, *v;  // of page 0, the first slot, this KV head
+  int lane;
+  char* tiles;     // [kStages, 2, kTileBytes]
+  RowAt<T>* rows;  // [kTileKeys]
+  int* entries;    // [kStages, kTileKeys]: table entries, -1 where there is no key
   Cursor opening, seam;
-  Lanes lanes;
+  Lanes lanes;  // not if kWhole
   Walker walker;
 
   __device__ __forceinline__ char* tile(int stage, int which) const {
@@ -119,36 +123,62 @@ struct Pipeline {
     const bool wanted = j < keys && (j < rule.sink_tokens || j >= low);
     int page, offset, entry;
     walker.locate(a, table, j, wanted, lane, &page, &offset, &entry);
+    const unsigned read = __ballot_sync(kAllLanes, page >= 0);  // of each key a bit
     __syncwarp();  // the rows of the tile before have been read
     if (lane < kTileKeys) {
-      RowAt at{-1, 0};
+      RowAt<T> at{k, v};
       if (page >= 0)
-        at = {page * a.k_page + offset * a.k_slot, page * a.v_page + offset * a.v_slot};
+        at = {k + (page * a.k_page + offset * a.k_slot), v + (page * a.v_page + offset * a.v_slot)};
       rows[lane] = at;
       entries[stage * kTileKeys + lane] = page >= 0 ? entry : -1;
     }
     __syncwarp();
-    if (p.aligned)
-      copy_tile(stage, [](char* to, const T* from, bool read) {
-        ptx::copy_async_16(to, from, read ? 16 : 0);
+    if constexpr (kWhole)
+      copy_whole(stage, read);
+    else if (p.aligned)
+      copy_tile(stage, read, [](char* to, const T* from, bool there) {
+        ptx::copy_async_16(to, from, there ? kChunk : 0);
       });
     else
-      copy_tile(stage, [](char* to, const T* from, bool read) {
-        *reinterpret_cast<uint4*>(to) = read ? gather_16(from) : make_uint4(0, 0, 0, 0);
+      copy_tile(stage, read, [](char* to, const T* from, bool there) {
+        *reinterpret_cast<uint4*>(to) = there ? gather_16(from) : make_uint4(0, 0, 0, 0);
       });
   }
 
+  // Each lane has one column of chunks. Which chunk of its row a lane's place is changes by bits
+  // that are known here (chunk_at), so that an address takes an addition.
+  __device__ __forceinline__ void copy_whole(int stage, unsigned read) const {
+    constexpr int kChunks = P::kRowBytes / kChunk, kRows = kWarp / kChunks;
+    constexpr int kTogether = 4;  // places that are read before the first copy
+    static_assert(kChunks <= kWarp && kTileKeys % (kRows * kTogether) == 0, "");
+    const int first = lane / kChunks, chunk = lane % kChunks;
+    const int at_chunk = (chunk ^ first) * kChunk, channel = chunk * (kChunk / sizeof(T));
+    char* const row = tile(stage, 0) + first * P::kRowBytes;
+    read = read >> first << 4;  // 16, the bytes of a copy, or 0
+#pragma unroll
+    for (int from = 0; from < kTileKeys; from += kRows * kTogether) {
+      RowAt<T> at[kTogether];
+#pragma unroll
+      for (int j = 0; j < kTogether; ++j) at[j] = rows[from + j * kRows + first];
+#pragma unroll
+      for (int j = 0; j < kTogether; ++j) {
+        const int key = from + j * kRows;
+        char* const to = row + (at_chunk ^ (key % 8 * kChunk)) + key * P::kRowBytes;
+        const int bytes = static_cast<int>(read >> key & kChunk);
+        ptx::copy_async_16(to, at[j].k + channel, bytes);
+        ptx::copy_async_16(to + P::kTileBytes, at[j].v + channel, bytes);
+      }
+    }
+  }
+
   template <typename Copy>
-  __device__ __forceinline__ void copy_tile(int stage, Copy&& copy) const {
+  __device__ __forceinline__ void copy_tile(int stage, unsigned read, Copy&& copy) const {
     constexpr int kElements = kChunk / sizeof(T);
     constexpr int kTogether = P::kWide ? 2 : 4;  // places that are read before the first copy
-    const AttentionArgs& a = p.a;
-    const T* const k = static_cast<const T*>(a.k_pages) + kv_head * a.k_kv;
-    const T* const v = static_cast<const T*>(a.v_pages) + kv_head * a.v_kv;
-    const int there = a.head_dim / kElements;
+    const int there = p.a.head_dim / kElements;
     int key = lanes.key, chunk = lanes.chunk;
     for (int i = 0; i < lanes.chunks / 2; i += kTogether) {
-      RowAt at[kTogether];
+      RowAt<T> at[kTogether];
       int keys[kTogether], at_chunk[kTogether];
 #pragma unroll
       for (int j = 0; j < kTogether; ++j) {
@@ -165,12 +195,10 @@ struct Pipeline {
 #pragma unroll
       for (int j = 0; j < kTogether; ++j) {
         if (i + j >= lanes.chunks / 2) break;
-        const bool read = at[j].k >= 0 && at_chunk[j] < there;
-        const int channel = at_chunk[j] * kElements;
-        copy(chunk_at<T, kHead>(tile(stage, 0), keys[j], at_chunk[j]),
-             read ? k + at[j].k + channel : k, read);
-        copy(chunk_at<T, kHead>(tile(stage, 1), keys[j], at_chunk[j]),
-             read ? v + at[j].v + channel : v, read);
+        const bool here = (read >> keys[j] & 1) != 0 && at_chunk[j] < there;
+        const int channel = here ? at_chunk[j] * kElements : 0;
+        copy(chunk_at<T, kHead>(tile(stage, 0), keys[j], at_chunk[j]), at[j].k + channel, here);
+        copy(chunk_at<T, kHead>(tile(stage, 1), keys[j], at_chunk[j]), at[j].v + channel, here);
       }
     }
   }

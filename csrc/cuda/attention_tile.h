@@ -28,6 +28,19 @@ __device__ __forceinline__ char* chunk_at(char* tile, int key, int chunk) {
   return tile + key * (kHead * static_cast<int>(sizeof(T))) + ((chunk ^ (key & 7)) * kChunk);
 }
 
+// The places of a lane's chunks in steps of 16 channels, of 16 bits each: `odd`: the second of a
+// step's two. As chunk_at, in parts that are known before and an addition for each step.
+template <int kHead>
+struct ChunkSteps {
+  int first;
+
+  __device__ __forceinline__ ChunkSteps(int key, int odd)
+      : first(key * (2 * kHead) + (odd ^ (key & 7)) * kChunk) {}
+  __device__ __forceinline__ const char* at(const char* tile, int step) const {
+    return tile + (first ^ (step % 4 * 2 * kChunk)) + step / 4 * (8 * kChunk);
+  }
+};
+
 // The maximum to subtract: 0 in rows that saw nothing, which would give -inf - -inf.
 __device__ __forceinline__ float above_nothing(float top) { return top == kNothing ? 0.0f : top; }
 
@@ -60,6 +73,7 @@ struct RowTile {
 template <typename T, int kHead>
 struct Fold {
   static constexpr int kRows = 16;
+  static constexpr int kSumRow = kHead + 8;  // floats of a row of results: no two on the same banks
   static constexpr int kSteps = kHead / 16;  // of the scores' product
   // The queries stay in registers, or in shared memory where the sums leave no room for them; there
   // each lane's part of a step stands together.
@@ -76,7 +90,8 @@ struct Fold {
   float top[2], total[2];  // total: of this lane's keys
   int position[2];
 
-  __device__ __forceinline__ void start(const RowTile& rows, char* block, char*, int lane) {
+  __device__ __forceinline__ void start(const RowTile& rows, char* block, char*, int head_dim,
+                                        int lane) {
     const uint16_t* at[2];
     bool live[2];
 #pragma unroll
@@ -92,17 +107,23 @@ struct Fold {
     const auto load_all = [&](const auto& two_at) {
       const auto load = [&](int k, int i) -> uint32_t {
         const int c = 16 * k + 2 * (lane % 4) + 8 * (i / 2);
-        return live[i % 2] && c < rows.a.head_dim ? two_at(at[i % 2] + c) : 0;
+        return c < head_dim ? two_at(at[i % 2] + c) : 0;
       };
       if constexpr (kInRegisters) {
 #pragma unroll
-        for (int k = 0; k < kSteps; ++k)
+        for (int i = 0; i < 2; ++i)
+          if (live[i]) {  // a branch for all of a row's channels
 #pragma unroll
-          for (int i = 0; i < 4; ++i) q[k][i] = load(k, i);
+            for (int k = 0; k < kSteps; ++k) q[k][i] = load(k, i), q[k][i + 2] = load(k, i + 2);
+          } else {
+#pragma unroll
+            for (int k = 0; k < kSteps; ++k) q[k][i] = q[k][i + 2] = 0;
+          }
       } else {
+        const auto found = [&](int k, int i) { return live[i % 2] ? load(k, i) : 0; };
         for (int k = threadIdx.x / kWarp; k < kSteps; k += blockDim.x / kWarp)
           reinterpret_cast<uint4*>(block)[k * kWarp + lane] =
-              make_uint4(load(k, 0), load(k, 1), load(k, 2), load(k, 3));
+              make_uint4(found(k, 0), found(k, 1), found(k, 2), found(k, 3));
       }
     };
     if (rows.pairs)
@@ -121,6 +142,8 @@ struct Fold {
                                        const Rule& rule, int j0, bool all_seen, float scale,
                                        int lane) {
     const int matrix = lane / 8, matrix_row = lane % 8;
+    const ChunkSteps<kHead> of_keys(matrix / 2 * 8 + matrix_row, matrix % 2);
+    const ChunkSteps<kHead> of_values(matrix % 2 * 8 + matrix_row, matrix / 2);
     float score[2][4] = {};
 #pragma unroll
     for (int from = 0; from < kSteps; from += kTogether) {
@@ -128,9 +151,7 @@ struct Fold {
       uint32_t b[kTogether][4];
 #pragma unroll
       for (int j = 0; j < kTogether; ++j)
-        if (16 * (from + j) < head_dim)
-          ptx::load_matrices(b[j], chunk_at<T, kHead>(keys, matrix / 2 * 8 + matrix_row,
-                                                      2 * (from + j) + matrix % 2));
+        if (16 * (from + j) < head_dim) ptx::load_matrices(b[j], of_keys.at(keys, from + j));
 #pragma unroll
       for (int j = 0; j < kTogether; ++j) {
         const int k = from + j;
@@ -144,16 +165,23 @@ struct Fold {
         ptx::multiply_add<T>(score[1], a, b[j][2], b[j][3]);
       }
     }
+#pragma unroll
+    for (int n = 0; n < 2; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) score[n][i] *= scale;
+    if (!all_seen) {  // a branch for all scores, not one for each
+#pragma unroll
+      for (int n = 0; n < 2; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+          if (!rule.sees(position[i / 2], j0 + 8 * n + 2 * (lane % 4) + i % 2))
+            score[n][i] = kNothing;
+    }
     float most[2] = {kNothing, kNothing};
 #pragma unroll
     for (int n = 0; n < 2; ++n)
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int j = j0 + 8 * n + 2 * (lane % 4) + i % 2;
-        score[n][i] *= scale;
-        if (!all_seen && !rule.sees(position[i / 2], j)) score[n][i] = kNothing;
-        most[i / 2] = fmaxf(most[i / 2], score[n][i]);
-      }
+      for (int i = 0; i < 4; ++i) most[i / 2] = fmaxf(most[i / 2], score[n][i]);
     float shrink[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
@@ -183,9 +211,7 @@ struct Fold {
 #pragma unroll
       for (int j = 0; j < kTogether; ++j)
         if (16 * (from + j) < head_dim)
-          ptx::load_matrices_transposed(
-              b[j],
-              chunk_at<T, kHead>(values, matrix % 2 * 8 + matrix_row, 2 * (from + j) + matrix / 2));
+          ptx::load_matrices_transposed(b[j], of_values.at(values, from + j));
 #pragma unroll
       for (int j = 0; j < kTogether; ++j) {
         if (16 * (from + j) >= head_dim) break;
@@ -200,7 +226,7 @@ struct Fold {
     }
   }
 
-  // This warp's results into shared memory: sums [kRows, kHead], states [kRows].
+  // This warp's results into shared memory: sums [kRows, kSumRow], states [kRows].
   __device__ __forceinline__ void finish(float* sums, float2* states, int head_dim, int lane) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
@@ -211,7 +237,7 @@ struct Fold {
 #pragma unroll
       for (int n = 0; n < kHead / 8; ++n) {
         if (8 * n >= head_dim) break;
-        float* to = sums + row * kHead + 8 * n + 2 * (lane % 4);
+        float* to = sums + row * kSumRow + 8 * n + 2 * (lane % 4);
         *reinterpret_cast<float2*>(to) = make_float2(sum[n][2 * i], sum[n][2 * i + 1]);
       }
     }
@@ -231,6 +257,7 @@ struct Fold {
 template <int kHead>
 struct Fold<float, kHead> {
   static constexpr int kRows = 8;
+  static constexpr int kSumRow = kHead;
   static constexpr int kBlockBytes = kRows * kHead * 4;               // the queries
   static constexpr int kWarpBytes = (kRows * kTileKeys + kRows) * 4;  // weights, factors
   static constexpr int kQuads = kHead <= 128 ? 1 : kHead / 128;       // of channels, a lane
@@ -241,11 +268,12 @@ struct Fold<float, kHead> {
   float top[4], total[4];
   int position[4];
 
-  __device__ __forceinline__ void start(const RowTile& rows, char* block, char* warp, int lane) {
+  __device__ __forceinline__ void start(const RowTile& rows, char* block, char* warp, int head_dim,
+                                        int lane) {
     float* queries = reinterpret_cast<float*>(block);
     for (int i = threadIdx.x; i < kRows * kHead; i += blockDim.x) {
       const int row = i / kHead, c = i % kHead;
-      const bool there = rows.live(row) && c < rows.a.head_dim;
+      const bool there = rows.live(row) && c < head_dim;
       queries[i] = there ? rows.at<float>(row)[c] : 0.0f;
     }
     q = reinterpret_cast<const float4*>(queries);
@@ -332,7 +360,8 @@ struct Fold<float, kHead> {
 #pragma unroll
       for (int n = 0; n < kQuads; ++n) {
         const int c = lane + kWarp * n;
-        if (4 * c < head_dim) *reinterpret_cast<float4*>(sums + row * kHead + 4 * c) = sum[row][n];
+        if (4 * c < head_dim)
+          *reinterpret_cast<float4*>(sums + row * kSumRow + 4 * c) = sum[row][n];
       }
   }
 };

@@ -35,6 +35,13 @@ __device__ __forceinline__ void copy_async_wait() {
   asm volatile("cp.async.wait_group %0;\n" ::"n"(kPending) : "memory");
 }
 
+// Leaves a pointer as it is, but in a register: the compiler would rather compute it anew each
+// time.
+template <typename T>
+__device__ __forceinline__ void keep(T*& x) {
+  asm volatile("" : "+l"(x));
+}
+
 // Has the line of an address brought into L2; nothing waits for it. The address must be valid.
 __device__ __forceinline__ void prefetch(const void* p) {
   asm volatile("prefetch.global.L2 [%0];\n" ::"l"(p));

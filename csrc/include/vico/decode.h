@@ -22,8 +22,9 @@ constexpr int64_t kPositionSlack = 2 * kGranule;
 struct Rule {
   int sink_tokens, window, window_start;
 
+  // No `&&`: on a GPU each would be a branch.
   VICO_INLINE bool sees(int i, int j) const {
-    return j <= i && (j < sink_tokens || (j > i - window && j >= window_start));
+    return (j <= i) & ((j < sink_tokens) | ((j > i - window) & (j >= window_start)));
   }
   // The first key that a query at first_query or later sees beside the sinks, `keys` if none.
   VICO_INLINE int lowest(int first_query, int keys) const {

@@ -21,6 +21,9 @@ void copy_async_wait() {
   emulator::wait_for_copies(kPending);
 }
 
+template <typename T>
+void keep(T*&) {}
+
 inline void prefetch(const void* p) { (void)*static_cast<const volatile char*>(p); }
 
 template <bool kTransposed>
