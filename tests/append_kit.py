@@ -16,6 +16,7 @@ class Call:
     def __init__(
         self, n=7, h=4, g=2, d=16, pages=5, page_size=3, dtype=torch.float32, device="cpu", *,
         kind="both", sub=2, source="rotated", raw=True, seed=0, sections=True, top=10_000_000,
+        in_order=False,
     ):  # fmt: skip
         if interpreter.ACTIVE and dtype == torch.bfloat16:
             pytest.skip("Triton's interpreter computes bf16 wrongly")
@@ -40,6 +41,8 @@ class Call:
         )
         generator = torch.Generator().manual_seed(seed + 7)
         order = torch.randperm(pages * page_size, generator=generator)[:n].int()
+        if in_order:  # as a stream's tokens come, block after block; one of the first comes late
+            order = torch.arange(n, dtype=torch.int32).roll(-1)
         order[n // 2] = -1
         self.slots = order.to(device)
         self.summary = (
@@ -48,7 +51,11 @@ class Call:
             else None
         )
         self.block_of_page = (
-            torch.tensor([(p * 2) % 5 - 1 for p in range(pages)], dtype=torch.int32, device=device)
+            torch.tensor(
+                [p * 3 // pages if in_order else (p * 2) % 5 - 1 for p in range(pages)],
+                dtype=torch.int32,
+                device=device,
+            )  # fmt: skip
             if kind
             else None
         )

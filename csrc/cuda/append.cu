@@ -108,22 +108,23 @@ struct Place {
   int page, offset, block;
 };
 
+// Reads something even where there is nothing: a branch would let no other place's reads begin. So
+// the call must have tokens, and the pool pages.
 __device__ __forceinline__ Place place_of_token(const AppendArgs& a, int64_t n) {
-  Place at{0, 0, -1};
-  if (n < 0 || n >= a.tokens) return at;
-  const int32_t slot = a.slots[n * a.slots_token];
-  if (slot < 0 || slot >= a.pages * a.page_size) return at;
+  const bool there = n >= 0 && n < a.tokens;
+  const int32_t slot = a.slots[(there ? n : 0) * a.slots_token];
+  const bool written = there & (slot >= 0) & (slot < a.pages * a.page_size);
   // Slots have 31 bits: a division of 64 takes as long as the read that it is for.
   const unsigned size = static_cast<unsigned>(min(a.page_size, int64_t{0x80000000}));
-  at.page = static_cast<int>(static_cast<unsigned>(slot) / size);
-  at.offset = static_cast<int>(static_cast<unsigned>(slot) % size);
-  const int block = a.block_of_page[at.page];
-  if (block >= 0 && block < a.blocks) at.block = block;
-  return at;
+  const unsigned at = written ? static_cast<unsigned>(slot) : 0;
+  const int page = static_cast<int>(at / size);
+  const int block = a.block_of_page[page];
+  const bool listed = written & (block >= 0) & (block < a.blocks);
+  return {page, static_cast<int>(at % size), listed ? block : -1};
 }
 
 constexpr int kSummaryWarps = 4;
-constexpr int kAhead = 16;  // keys whose reads are under way together
+constexpr int kScan = 4;  // tiles of 32 tokens whose places are read together
 
 // The bounds of one part of a block, in registers until the tokens leave the part.
 struct Bounds {
@@ -156,23 +157,26 @@ struct Bounds {
   }
 };
 
-// One warp per (token, KV head, 32 channels); the warp of a block's first token does that block's
-// whole update, tokens in order, so there is one writer and one order of additions. It reads each
-// stored key of the call once, many at a time: their reads are what it waits for. Most others find
-// their block among the 32 tokens before.
-template <typename T>
-__global__ void __launch_bounds__(kSummaryWarps* kWarp, 5) summarize_kernel(const AppendArgs a) {
-  const int64_t pieces = (a.head_dim + kWarp - 1) / kWarp, warps = a.kv_heads * pieces;
-  const int64_t item = int64_t{blockIdx.x} * kSummaryWarps + threadIdx.x / kWarp;
-  const int64_t n = item / warps, g = item % warps / pieces;
-  const int lane = threadIdx.x % kWarp;
-  const int channel = static_cast<int>(item % pieces) * kWarp + lane;
-  const bool active = channel < a.head_dim;
-  const int block = place_of_token(a, n).block;
-  if (block < 0) return;
-  for (int64_t stop = n; stop > 0; stop -= kWarp)
-    if (__any_sync(kAllLanes, place_of_token(a, stop - 1 - lane).block == block)) return;
+// Whether a token before `first` is one of the block.
+__device__ __forceinline__ bool seen_before(const AppendArgs& a, int64_t first, int block,
+                                            int lane) {
+  for (int64_t stop = first; stop > 0; stop -= kScan * kWarp) {
+    bool seen = false;
+#pragma unroll
+    for (int i = 0; i < kScan; ++i)
+      seen |= place_of_token(a, stop - 1 - i * kWarp - lane).block == block;
+    if (__any_sync(kAllLanes, seen)) return true;
+  }
+  return false;
+}
 
+// The whole update of a block whose first token is among the 32 from `first` on: tokens in order,
+// so there is one writer and one order of additions. It reads each stored key of the call once,
+// many at a time: their reads are what it waits for.
+template <typename T>
+__device__ __forceinline__ void summarize(const AppendArgs& a, int64_t first, int block, int64_t g,
+                                          int channel, int lane) {
+  const bool active = channel < a.head_dim;
   float sum = 0.0f;
   int count = 0;
   float* sum_out = nullptr;
@@ -183,38 +187,77 @@ __global__ void __launch_bounds__(kSummaryWarps* kWarp, 5) summarize_kernel(cons
   Bounds bounds{a, block, g, channel};
   const T* const keys = a.summary_raw ? static_cast<const T*>(a.k) + g * a.k_head + channel
                                       : static_cast<const T*>(a.k_pages) + g * a.k_kv + channel;
-  Place next = place_of_token(a, n + lane);
-  for (int64_t start = n; start < a.tokens; start += kWarp) {
-    const Place place = next;
-    next = place_of_token(a, start + kWarp + lane);
-    const int64_t mine = a.summary_raw ? (start + lane) * a.k_token
-                                       : place.page * a.k_page + place.offset * a.k_slot;
-    const int my_part =
-        a.kmin == nullptr ? 0 : static_cast<int>(place.offset * a.sub / a.page_size);
-    unsigned same = __ballot_sync(kAllLanes, place.block == block);
-    count += __popc(same);
-    while (same != 0) {
-      float key[kAhead];
-      unsigned left = same;
+  const int64_t stride = a.summary_raw ? a.k_token : a.k_slot;
+  for (int64_t start = first; start < a.tokens; start += kScan * kWarp) {
+    unsigned of_block[kScan], any = 0;
 #pragma unroll
-      for (int i = 0; i < kAhead; ++i) {
-        const int64_t at = __shfl_sync(kAllLanes, mine, left == 0 ? 0 : __ffs(left) - 1);
-        key[i] = left != 0 && active ? to_float(keys[at]) : 0.0f;
-        left &= left - 1;
-      }
+    for (int i = 0; i < kScan; ++i) {
+      const Place place = place_of_token(a, start + i * kWarp + lane);
+      of_block[i] = __ballot_sync(kAllLanes, place.block == block);
+      any |= of_block[i];
+    }
+    if (any == 0) continue;
+#pragma unroll 1
+    for (int tile = 0; tile < kScan; ++tile) {
+      unsigned same = of_block[0];
 #pragma unroll
-      for (int i = 0; i < kAhead; ++i) {
-        if (same == 0) break;
-        const int part = __shfl_sync(kAllLanes, my_part, __ffs(same) - 1);
-        same &= same - 1;
-        sum += key[i];
-        if (a.kmin != nullptr && active) bounds.take(part, key[i]);
+      for (int i = 1; i < kScan; ++i) same = tile == i ? of_block[i] : same;
+      if (same == 0) continue;
+      const int64_t n = start + tile * kWarp + lane;
+      const Place place = place_of_token(a, n);
+      const int64_t mine =
+          a.summary_raw ? n * a.k_token : place.page * a.k_page + place.offset * a.k_slot;
+      const int my_part =
+          a.kmin == nullptr ? 0 : static_cast<int>(place.offset * a.sub / a.page_size);
+      count += __popc(same);
+      while (same != 0) {
+        // Keys that stand one after another: one address for all.
+        const int leader = __ffs(same) - 1;
+        const int64_t at = __shfl_sync(kAllLanes, mine, leader);
+        const bool follows = mine == at + (lane - leader) * stride;
+        const unsigned row = (__ballot_sync(kAllLanes, follows) & same) >> leader;
+        const int run = row == kAllLanes ? kWarp : __ffs(~row) - 1;
+        same &= run == kWarp ? 0 : ~(((1u << run) - 1) << leader);
+        const T* const from = keys + at;
+        const int reads = active ? run : 0;
+        float key[kWarp];  // all reads are under way together
+#pragma unroll
+        for (int i = 0; i < kWarp; ++i) key[i] = i < reads ? to_float(from[i * stride]) : 0.0f;
+#pragma unroll
+        for (int i = 0; i < kWarp; ++i) sum = i < run ? sum + key[i] : sum;
+        if (a.kmin == nullptr) continue;
+#pragma unroll
+        for (int i = 0; i < kWarp; ++i) {
+          if (i >= run) break;
+          const int part = __shfl_sync(kAllLanes, my_part, leader + i);
+          if (active) bounds.take(part, key[i]);
+        }
       }
     }
   }
   if (sum_out != nullptr) *sum_out = sum;
   if (active) bounds.leave();
   if (a.count != nullptr && g == 0 && channel == 0) a.count[block] += count;
+}
+
+// One warp per (32 tokens, KV head, 32 channels): it updates the blocks whose first token of the
+// call is among its own. Most have none: the tokens before theirs are of the same block.
+template <typename T>
+__global__ void __launch_bounds__(kSummaryWarps* kWarp, 4) summarize_kernel(const AppendArgs a) {
+  const int64_t pieces = (a.head_dim + kWarp - 1) / kWarp, warps = a.kv_heads * pieces;
+  const int64_t item = int64_t{blockIdx.x} * kSummaryWarps + threadIdx.x / kWarp;
+  const int64_t first = item / warps * kWarp, g = item % warps / pieces;
+  if (first >= a.tokens) return;
+  const int lane = threadIdx.x % kWarp;
+  const int channel = static_cast<int>(item % pieces) * kWarp + lane;
+  const int mine = place_of_token(a, first + lane).block;
+  unsigned left = __ballot_sync(kAllLanes, mine >= 0);
+#pragma unroll 1
+  while (left != 0) {
+    const int block = __shfl_sync(kAllLanes, mine, __ffs(left) - 1);
+    left &= ~__ballot_sync(kAllLanes, mine == block);
+    if (!seen_before(a, first, block, lane)) summarize<T>(a, first, block, g, channel, lane);
+  }
 }
 
 bool aligned(const AppendArgs& a, int64_t width, int64_t bytes) {
@@ -238,8 +281,9 @@ cudaError_t append(const AppendArgs& a, cudaStream_t stream) {
                                                               : rope_append_kernel<T, 1>;
   const cudaError_t status = launch(kernel, a.tokens, kThreads, 0, stream, a);
   if (status != cudaSuccess || a.block_of_page == nullptr) return status;
+  if (a.tokens == 0 || a.pages * a.page_size == 0) return status;
   const int64_t pieces = (a.head_dim + kWarp - 1) / kWarp;
-  const int64_t warps = a.tokens * a.kv_heads * pieces;
+  const int64_t warps = (a.tokens + kWarp - 1) / kWarp * a.kv_heads * pieces;
   return launch(summarize_kernel<T>, (warps + kSummaryWarps - 1) / kSummaryWarps,
                 kSummaryWarps * kWarp, 0, stream, a);
 }

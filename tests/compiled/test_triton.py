@@ -46,7 +46,7 @@ def test_a_few_of_each_word():
 @pytest.mark.parametrize("capability", (80, 90))
 @pytest.mark.parametrize("word", WORDS)
 def test_all_of_a_word(word, capability):
-    for file in compiled.files_of(word):  # each run has its time limit
-        ran = compiled.run([file], capability, "-k", "triton-cpu", mode={})
+    for file in compiled.files_of(word):
+        ran = compiled.run([file], capability, "-k", "triton-cpu", mode={}, seconds=compiled.SLOW_S)
         if ran.outcomes:  # some files have no test of this backend
             compiled.must_pass(ran)

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 from kit import interpreter
 
+#: What all tests of a file may take; on a busy machine some take a quarter of an hour.
+SLOW_S = 7200
 #: Files that are not named after their word.
 _MORE = {"retrieve": ("select_pages",)}
 
@@ -17,11 +19,15 @@ def files_of(word: str) -> list[str]:
 
 
 def run(
-    targets: Sequence[str], capability: int, *options: str, mode: dict[str, str]
+    targets: Sequence[str],
+    capability: int,
+    *options: str,
+    mode: dict[str, str],
+    seconds: float | None = None,
 ) -> interpreter.Run:
-    """``mode``: more variables of the process."""
+    """``mode``: more variables of the process. ``seconds``: that it may take."""
     mode = {"VICO_PTX": str(capability), "TRITON_INTERPRET": "0"} | mode
-    return interpreter.run(list(targets), "-p", "ptx.plugin", *options, mode=mode)
+    return interpreter.run(list(targets), "-p", "ptx.plugin", *options, mode=mode, seconds=seconds)
 
 
 def must_pass(ran: interpreter.Run, wanted: Sequence[str] | None = None) -> None:

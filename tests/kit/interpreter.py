@@ -56,11 +56,18 @@ class Run:
             pytest.fail(got.text, pytrace=False)
 
 
-def run(targets: Sequence[str], *options: str, mode: dict[str, str] | None = None) -> Run:
+def run(
+    targets: Sequence[str],
+    *options: str,
+    mode: dict[str, str] | None = None,
+    seconds: float | None = None,
+) -> Run:
     """Runs the tests at ``targets`` (paths or node ids from the repository's root).
 
     ``mode``: environment variables of that process, the interpreter's by default.
+    ``seconds``: that it may take, by default nine minutes.
     """
+    seconds = _TIMEOUT_S if seconds is None else seconds
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.jsonl"
         report.touch()
@@ -84,14 +91,14 @@ def run(targets: Sequence[str], *options: str, mode: dict[str, str] | None = Non
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 text=True,
-                timeout=_TIMEOUT_S,
+                timeout=seconds,
             )
             # All passed, some failed, nothing selected: else pytest did not come to its end.
             cut = done.returncode not in (0, 1, 5)
             end = f"its process ended with {done.returncode}" if cut else None
             output = done.stdout
         except subprocess.TimeoutExpired as late:
-            end = f"its process was stopped after {_TIMEOUT_S} s"
+            end = f"its process was stopped after {seconds} s"
             output = late.output or ""
             output = output.decode(errors="replace") if isinstance(output, bytes) else output
         lines = [json.loads(line) for line in report.read_text().splitlines()]

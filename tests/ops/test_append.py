@@ -63,10 +63,16 @@ def test_matches_the_reference(where, dtype, d, sections):
 @pytest.mark.parametrize("where", BACKENDS)
 @pytest.mark.parametrize("source", ["rotated", "raw"])
 @pytest.mark.parametrize("kind", ["mean", "minmax", "both"])
-@pytest.mark.parametrize(("n", "pages"), ((11, 5), (90, 40)))  # few; more than a warp looks at
-def test_summaries_are_those_of_the_stored_keys(where, source, kind, n, pages):
+@pytest.mark.parametrize(
+    ("n", "pages", "in_order"),
+    ((11, 5, False), (90, 40, False), (400, 140, True)),  # few; more than a warp looks at
+)
+def test_summaries_are_those_of_the_stored_keys(where, source, kind, n, pages, in_order):
     backend, device = where
-    call = Call(n=n, pages=pages, dtype=torch.float16, device=device, source=source, kind=kind)
+    call = Call(
+        n=n, pages=pages, in_order=in_order, dtype=torch.float16, device=device, source=source,
+        kind=kind,
+    )  # fmt: skip
     call.run(backend)
     stored = (call.k_pages if source == "rotated" else call.raw_k_pages).cpu().float()
     sums = torch.zeros(3, 2, 16)
