@@ -10,8 +10,9 @@ give, a quarter of a warp at a time for 16 bytes a lane, half of one for 8. Both
 addresses, as a profiler on a GPU counts them; how long it takes does not. Not counted: atomics,
 local memory, and what `wgmma` reads.
 
-Instructions a sector tell what bounds a kernel that should be bound by memory: of the three that an
-H200 at 4 TB/s brings a multiprocessor in six cycles, each scheduler has eight cycles for one.
+Instructions a sector tell what bounds a kernel that should be bound by memory: at 4 TB/s an H200
+brings each multiprocessor a sector in two cycles, so each of its four schedulers has seven or
+eight instructions for one, if no warp ever waited.
 """
 
 from __future__ import annotations
