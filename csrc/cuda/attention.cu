@@ -334,10 +334,10 @@ int64_t attention_decode_workspace(const AttentionArgs& a) {
 
 const char* sink_window_attention_cuda(const AttentionArgs& a, void* workspace, int64_t rows_hint,
                                        void* stream) {
-  // Positions are int32 on the device.
+  // Positions are int32 on the device, and rows are counted a few tiles beyond the last.
   if (a.entries * a.page_size + a.queries + shared::kPositionSlack > shared::kMaxPosition ||
-      a.queries * a.heads > shared::kMaxPosition)
-    return "the table or the rows reach beyond 2^31 positions";
+      a.queries * a.heads > shared::kMaxPosition / 2)
+    return "the table reaches beyond 2^31 positions, or the rows are more than 2^30";
   const int64_t slots = a.entries * a.page_size;
   DecodeArgs p{};
   p.a = a;

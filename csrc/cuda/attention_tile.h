@@ -55,7 +55,7 @@ struct RowTile {
 
   __device__ __forceinline__ bool live(int row) const { return first + row < rows; }
   __device__ __forceinline__ int position(int row) const {
-    return live(row) ? before + (first + row) / per_group : -0x40000000;
+    return live(row) ? before + (first + row) / per_group : -1;  // before every key
   }
   __device__ __forceinline__ int64_t query(int row) const {
     return first_row + (first + row) / per_group;
