@@ -58,10 +58,9 @@ using Floats = std::vector<float, Aligned<float>>;
 
 struct Queries {
   int64_t tokens = 0;
-  Floats heads;      // [tokens, H, d]
-  Floats rows;       // [units, tokens, rows of a unit, segments, padded d]
-  Floats positives;  // the same for bounds; `rows` has the negative parts then
-  Floats norms;      // [units, tokens, rows of a unit]
+  Floats heads;  // [tokens, H, d]
+  Floats rows;   // [units, tokens, rows of a unit, segments, padded d]; of bounds as Parts has it
+  Floats norms;  // [units, tokens, rows of a unit]
   struct Output {
     int64_t row, token;
   };
@@ -71,9 +70,8 @@ struct Queries {
 
   void pack(const Plan& plan, Score score) {
     const int64_t wide = plan.shape.query_row(), all = plan.units * per_unit(plan);
-    rows.assign(all * wide, 0.0f);
     const bool split = score == Score::kBound;
-    if (split) positives.assign(all * wide, 0.0f);
+    rows.assign((split ? 2 : 1) * all * wide, 0.0f);
     norms.assign(all, 0.0f);
     outputs.resize(all);
     for (int64_t u = 0, at = 0; u < plan.units; ++u)
@@ -81,15 +79,36 @@ struct Queries {
         for (int64_t r = 0; r < plan.rows; ++r, ++at) {
           double squares = 0.0;
           for (int64_t s = 0; s < plan.shape.segments; ++s)
-            squares += pack_segment(plan, split, u, t, r, s, at * wide + s * padded(plan.d));
+            squares += pack_segment(plan, split, u, t, r, s);
           norms[at] = static_cast<float>(std::sqrt(squares));
           outputs[at] = {u * plan.rows + r, t};
         }
   }
 
  private:
-  double pack_segment(const Plan& plan, bool split, int64_t u, int64_t t, int64_t r, int64_t s,
-                      int64_t to) {
+  // Where bounds_of reads the negative and positive parts of a query row: for each group of
+  // in_fours and each register of channels the negative parts of its rows, then the positive ones.
+  struct Parts {
+    float* first;  // of the first channels
+    int64_t rows;  // of the group
+
+    Parts(float* unit, int64_t n, int64_t row, int64_t wide) {
+      const int64_t fours = n / 4 * 4, pairs = n / 2 * 2;
+      rows = row < fours ? 4 : row < pairs ? 2 : 1;
+      const int64_t in_group = row < fours ? row % 4 : row < pairs ? row - fours : 0;
+      first = unit + 2 * (row - in_group) * wide + in_group * kLanes;
+    }
+    void put(int64_t c, float negative, float positive) {
+      float* to = first + c / kLanes * kLanes * 2 * rows + c % kLanes;
+      to[0] = negative;
+      to[rows * kLanes] = positive;
+    }
+  };
+
+  double pack_segment(const Plan& plan, bool split, int64_t u, int64_t t, int64_t r, int64_t s) {
+    const int64_t n = per_unit(plan), wide = plan.shape.query_row(), from = s * padded(plan.d);
+    const int64_t row = t * plan.rows + r;
+    Parts parts(split ? &rows[2 * u * n * wide] : nullptr, n, row, wide);
     double squares = 0.0;
     for (int64_t c = 0; c < plan.d; ++c) {
       double below = 0.0, above = 0.0;
@@ -98,12 +117,10 @@ struct Queries {
         (q >= 0.0 ? above : below) += q;
         squares += q * q;
       }
-      if (split) {
-        rows[to + c] = static_cast<float>(below);
-        positives[to + c] = static_cast<float>(above);
-      } else {
-        rows[to + c] = static_cast<float>(below + above);
-      }
+      if (split)
+        parts.put(from + c, static_cast<float>(below), static_cast<float>(above));
+      else
+        rows[(u * n + row) * wide + from + c] = static_cast<float>(below + above);
     }
     return squares;
   }

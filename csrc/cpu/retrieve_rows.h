@@ -69,12 +69,15 @@ struct RowShape {
   int64_t query_row() const { return segments * padded(d); }
 };
 
-// Brings bytes nearer that are read a few thousand cycles later; the address may be any.
-template <size_t kBytes>
+// Brings bytes nearer that are read a few thousand cycles later, into the second level cache or
+// (kNear) the first; the address may be any.
+constexpr int kNear = 3;
+template <size_t kBytes, int kLocality = 2>
 VICO_INLINE void ask_for(const void* at) {
 #pragma GCC unroll 4
   for (size_t i = 0; i < kBytes; i += 64)
-    __builtin_prefetch(reinterpret_cast<const char*>(reinterpret_cast<uintptr_t>(at) + i), 0, 2);
+    __builtin_prefetch(reinterpret_cast<const char*>(reinterpret_cast<uintptr_t>(at) + i), 0,
+                       kLocality);
 }
 
 template <typename T>
@@ -174,61 +177,65 @@ class Crossed {
 #endif
 };
 
-// The same row of blocks `step` apart.
-template <typename T>
-struct BlockRows {
-  const T* at;
-  int64_t stride, step;  // between segments and blocks
+// Where the rows of key ranges lie and their bounds go, in elements.
+struct RangeLayout {
+  int64_t segments, d;
+  int64_t low_stride, high_stride;  // between segments
+  int64_t low_step, high_step;      // between blocks
+  int64_t out_step;                 // between the bounds of two blocks
 };
 
+constexpr int64_t kBlocksAhead = 8;  // that memory is asked for: measured, cold
+
 // out[b][i]: the largest dot product of a key between the low and the high row of block b with
-// query row i, for two blocks. Query rows come as their negative and their positive parts: two
-// products a channel take less than a comparison, a choice and a product. No number where the zero
-// of one part meets an infinite bound. `crossed`: whether a channel has its minimum above its
-// maximum. What lies `ahead` is asked for meanwhile.
-template <int N, typename T>
-void bounds_of_two(BlockRows<T> low, BlockRows<T> high, int64_t ahead, const RowShape& shape,
-                   const float* negative, const float* positive, bool (&crossed)[2],
-                   float (&out)[2][N]) {
-  const int64_t d = shape.d, wide = shape.query_row();
-  F first[N] = {}, second[N] = {};
-  Crossed seen[2];
-  for (int64_t s = 0; s < shape.segments; ++s, negative += padded(d), positive += padded(d)) {
-    const T *k0 = low.at + s * low.stride, *k1 = high.at + s * high.stride;
-    int64_t c = 0;
-    const auto add = [&](F low0, F high0, F low1, F high1) {
-      seen[0].look(low0, high0);
-      seen[1].look(low1, high1);
-#pragma GCC unroll 4
-      for (int i = 0; i < N; ++i) {
-        const F q = load<F>(negative + c + i * wide);
-        first[i] += q * low0;
-        second[i] += q * low1;
-      }
-#pragma GCC unroll 4
-      for (int i = 0; i < N; ++i) {
-        const F q = load<F>(positive + c + i * wide);
-        first[i] += q * high0;
-        second[i] += q * high1;
-      }
-    };
-    for (; c + kLanes <= d; c += kLanes) {
-      const T *a = k0 + c, *b = k1 + c;
-      if (c % kLineOf<T> == 0) {
-        ask_for<64>(a + ahead * low.step);
-        ask_for<64>(a + (ahead + 1) * low.step);
-        ask_for<64>(b + ahead * high.step);
-        ask_for<64>(b + (ahead + 1) * high.step);
-      }
-      add(load_lanes(a), load_lanes(b), load_lanes(a + low.step), load_lanes(b + high.step));
+// query row i, for B blocks. `query` has, for each register of channels, the negative parts of the
+// N rows and then the positive ones (Queries::Parts): two products a channel take less than a
+// comparison, a choice and a product. No number where the zero of one part meets an infinite bound.
+// Sets `crossed` of a block where a channel has its minimum above its maximum.
+//
+// A function of its own, with all arguments in registers: those that came by the stack were written
+// in halves and read back whole, which waited for the writes at each call (a third of the time).
+template <int B, int N, typename T>
+__attribute__((noinline)) void bounds_of(const T* low, const T* high, const float* query,
+                                         const RangeLayout& at, float* out, bool* crossed) {
+  F sums[B][N] = {};
+  Crossed seen[B];
+  const auto add = [&](const T* smallest, const T* largest, auto lanes_at) {
+    F minima[B], maxima[B];
+#pragma GCC unroll 2
+    for (int b = 0; b < B; ++b) {
+      minima[b] = lanes_at(smallest + b * at.low_step);
+      maxima[b] = lanes_at(largest + b * at.high_step);
+      seen[b].look(minima[b], maxima[b]);
     }
-    if (c < d)
-      add(load_up_to(k0 + c, d - c), load_up_to(k1 + c, d - c),
-          load_up_to(k0 + low.step + c, d - c), load_up_to(k1 + high.step + c, d - c));
+#pragma GCC unroll 4
+    for (int i = 0; i < N; ++i, query += kLanes)
+#pragma GCC unroll 2
+      for (int b = 0; b < B; ++b) sums[b][i] += load<F>(query) * minima[b];
+#pragma GCC unroll 4
+    for (int i = 0; i < N; ++i, query += kLanes)
+#pragma GCC unroll 2
+      for (int b = 0; b < B; ++b) sums[b][i] += load<F>(query) * maxima[b];
+  };
+  for (int64_t s = 0; s < at.segments; ++s) {
+    const T *smallest = low + s * at.low_stride, *largest = high + s * at.high_stride;
+    int64_t left = at.d;
+    for (; left >= kLanes; left -= kLanes, smallest += kLanes, largest += kLanes) {
+      if (left % kLineOf<T> == 0)
+#pragma GCC unroll 2
+        for (int b = 0; b < B; ++b) {
+          ask_for<64, kNear>(smallest + (kBlocksAhead + b) * at.low_step);
+          ask_for<64, kNear>(largest + (kBlocksAhead + b) * at.high_step);
+        }
+      add(smallest, largest, [](const T* row) { return load_lanes(row); });
+    }
+    if (left > 0) add(smallest, largest, [&](const T* row) { return load_up_to(row, left); });
   }
-  store_sums(first, out[0]);
-  store_sums(second, out[1]);
-  for (int b = 0; b < 2; ++b) crossed[b] = seen[b].any();
+#pragma GCC unroll 2
+  for (int b = 0; b < B; ++b) {
+    store_sums(sums[b], out + b * at.out_step);
+    crossed[b] |= seen[b].any();
+  }
 }
 
 // Calls pass(first, count as a constant) for all of n query rows, up to four at a time.

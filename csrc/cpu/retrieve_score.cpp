@@ -21,7 +21,6 @@ constexpr int64_t kLogitFloats = 1 << 23;  // of one pass, where softmax needs t
 constexpr int64_t kSmallWork = 1 << 15;    // multiplications that are not worth a second thread
 constexpr int64_t kTile = 16;              // blocks whose scores are written together
 constexpr int64_t kTilesAtOnce = 4;       // that a thread takes: what is asked for ahead is its own
-constexpr int64_t kBlocksAhead = 8;       // that memory is asked for: measured, cold
 constexpr int64_t kNearFloats = 1 << 13;  // query rows, with their positive parts 64 KiB
 constexpr float kInf = std::numeric_limits<float>::infinity();
 constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
@@ -57,13 +56,13 @@ RowView view(const Plan& plan, const void* base, int64_t at, int64_t stride, con
 
 // The bound as defined, head by head, for rows where a zero met an infinite bound.
 template <typename T>
-float exact_bound(const Plan& plan, const Queries& q, BlockRows<T> low, BlockRows<T> high,
-                  int64_t u, int64_t row, Buffers& buffers) {
+float exact_bound(const Plan& plan, const Queries& q, const RangeLayout& at, const T* low,
+                  const T* high, int64_t u, int64_t row, Buffers& buffers) {
   const int64_t t = row / plan.rows, r = row % plan.rows;
   float total = 0.0f;
   for (int64_t s = 0; s < plan.shape.segments; ++s) {
-    load_any(low.at + s * low.stride, buffers.low.data(), plan.d);
-    load_any(high.at + s * high.stride, buffers.high.data(), plan.d);
+    load_any(low + s * at.low_stride, buffers.low.data(), plan.d);
+    load_any(high + s * at.high_stride, buffers.high.data(), plan.d);
     for (int64_t i = 0; i < plan.merged; ++i) {
       const float* query = &q.heads[(t * plan.heads + plan.head(u, r, s, i)) * plan.d];
       for (int64_t c = 0; c < plan.d; ++c)
@@ -73,53 +72,56 @@ float exact_bound(const Plan& plan, const Queries& q, BlockRows<T> low, BlockRow
   return total;
 }
 
+bool all_finite(const float* x, int64_t n) {
+  int finite = 1;
+  for (int64_t i = 0; i < n; ++i) finite &= x[i] - x[i] == 0.0f;
+  return finite != 0;
+}
+
 // best[block, unit, token, row] of a tile: the bound, the largest over the parts of a block.
 template <typename T>
 void bound_tile(const ScoreArgs& a, const Plan& plan, const Queries& q, int64_t stream,
                 int64_t block, int64_t blocks, Buffers& buffers, float* best) {
   const int64_t n = q.per_unit(plan), all = plan.units * n, wide = plan.shape.query_row();
-  // Two blocks at a time follow the order of the memory. Many query rows stay in the nearest cache
-  // unit by unit only.
-  const int64_t together = all * wide <= kNearFloats ? 2 : blocks;
+  // With AVX2 two blocks at a time, in the order of the memory, where the query rows stay in the
+  // nearest cache meanwhile. Else unit by unit.
+  const int64_t together = kLanes == 8 && all * wide <= kNearFloats ? 2 : blocks;
+  const RangeLayout at{plan.shape.segments, plan.d,      a.sum_kv, a.max_kv,
+                       a.sum_block,         a.max_block, all};
   const bool parts = a.sub > 1;
   float* const found = parts ? buffers.part.data() : best;
   if (parts) std::fill(best, best + blocks * all, -kInf);
   bool any[kTile] = {};
   for (int64_t part = 0; part < a.sub; ++part) {
     bool empty[kTile] = {};
-    const T* low_at = static_cast<const T*>(a.summary) + stream * a.sum_stream +
-                      block * a.sum_block + part * a.sum_sub;
-    const T* high_at = static_cast<const T*>(a.summary_max) + stream * a.max_stream +
-                       block * a.max_block + part * a.max_sub;
-    const auto bound_pair = [&](int64_t b, int64_t u, int64_t i, auto count) {
-      const int64_t pair = std::min<int64_t>(2, blocks - b);
-      BlockRows<T> low{low_at + u * a.sum_kv + b * a.sum_block, a.sum_kv, a.sum_block};
-      BlockRows<T> high{high_at + u * a.max_kv + b * a.max_block, a.max_kv, a.max_block};
-      if (pair == 1) low.step = high.step = 0;  // the last one of an odd number goes twice
-      bool crossed[2];
-      float out[2][count];
-      bounds_of_two<count>(low, high, kBlocksAhead, plan.shape, &q.rows[(u * n + i) * wide],
-                           &q.positives[(u * n + i) * wide], crossed, out);
-      for (int64_t j = 0; j < pair; ++j, low.at += low.step, high.at += high.step) {
-        empty[b + j] |= crossed[j];
-        for (int k = 0; k < count; ++k) {
-          if (!crossed[j] && !std::isfinite(out[j][k]))
-            out[j][k] = exact_bound(plan, q, low, high, u, i + k, buffers);
-          found[(b + j) * all + u * n + i + k] = out[j][k];
-        }
-      }
-    };
+    const T* low = static_cast<const T*>(a.summary) + stream * a.sum_stream + block * a.sum_block +
+                   part * a.sum_sub;
+    const T* high = static_cast<const T*>(a.summary_max) + stream * a.max_stream +
+                    block * a.max_block + part * a.max_sub;
     for (int64_t first = 0; first < blocks; first += together)
       for (int64_t u = 0; u < plan.units; ++u)
         in_fours(n, [&](int64_t i, auto count) {
-          for (int64_t b = first; b < std::min(first + together, blocks); b += 2)
-            bound_pair(b, u, i, count);
+          const auto bound = [&](int64_t b, auto some) {
+            bounds_of<some, count>(
+                low + u * a.sum_kv + b * a.sum_block, high + u * a.max_kv + b * a.max_block,
+                &q.rows[2 * (u * n + i) * wide], at, &found[b * all + u * n + i], &empty[b]);
+          };
+          const int64_t end = std::min(first + together, blocks);
+          int64_t b = first;
+          for (; b + 2 <= end; b += 2) bound(b, std::integral_constant<int, 2>{});
+          if (b < end) bound(b, std::integral_constant<int, 1>{});
         });
     for (int64_t b = 0; b < blocks; ++b) {
       if (empty[b]) continue;
       any[b] = true;
-      for (int64_t i = b * all; parts && i < (b + 1) * all; ++i)
-        best[i] = bound_max(best[i], found[i]);
+      float* const row = found + b * all;
+      const bool done = all_finite(row, all);
+      for (int64_t i = 0; !done && i < all; ++i)
+        if (!std::isfinite(row[i]))
+          row[i] = exact_bound(plan, q, at, low + i / n * a.sum_kv + b * a.sum_block,
+                               high + i / n * a.max_kv + b * a.max_block, i / n, i % n, buffers);
+      for (int64_t i = 0; parts && i < all; ++i)
+        best[b * all + i] = bound_max(best[b * all + i], row[i]);
     }
   }
   for (int64_t b = 0; b < blocks; ++b)
