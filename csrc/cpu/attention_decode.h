@@ -1,5 +1,5 @@
-// Up to eight query rows of each KV head against a range of logical keys, with AVX2: keys that are
-// not rotated, and all values, are read where they lie.
+// Up to eight query rows of each KV head against a range of logical keys, with AVX2 or AVX-512:
+// keys that are not rotated, and all values, are read where they lie.
 //
 // Tiles are small, and memory is asked for the values of a tile while its keys are scored and for
 // the next keys while they are summed, all heads of a token at once. More or earlier would be gone
@@ -9,7 +9,7 @@
 
 #include "cpu/attention_few.h"
 
-#if defined(__AVX2__) && !defined(__AVX512F__)
+#if defined(__AVX2__)
 #include "cpu/attention_rows.h"
 
 namespace vico {
@@ -35,26 +35,41 @@ void pack_few(const T* q, int64_t q_token, int64_t q_head, const Work& w, float*
   }
 }
 
-// The rows of a tile for all KV heads: those of a token in one piece where they lie side by side.
+// The rows of a tile for all KV heads: those of a token in one piece where they lie side by side,
+// or (AheadOfSteps) each for itself, the last one as often as a tile of `keys` keys asks.
 template <typename T>
 struct HeadRows {
-  Ahead list;
+  FewAhead list;
 
-  HeadRows(const T* const* first, int n, int64_t unit, int units, int d) {
-    const bool adjacent = units == 1 || unit == d;
+  HeadRows(const T* const* first, int n, int64_t unit, int units, int d, int keys) {
+    const bool adjacent = !kSteadily && (units == 1 || unit == d);
     const int pieces = adjacent ? 1 : units;
+    int count = 0;
     for (int j = 0; j < n; ++j)
       for (int u = 0; u < pieces; ++u)
-        rows_[j * pieces + u] = reinterpret_cast<const char*>(first[j] + u * unit);
-    list.rows = rows_;
-    list.count = n * pieces;
+        rows_[count++] = reinterpret_cast<const char*>(first[j] + u * unit);
     list.bytes = (adjacent ? units * d : d) * static_cast<int>(sizeof(T));
+    take(&list, count, keys * units);
   }
   HeadRows(const HeadRows&) = delete;
   HeadRows& operator=(const HeadRows&) = delete;
 
+  void pace(int asks) { pace(&list, asks); }
+
  private:
-  const char* rows_[kDecodeKeys * (kGroupRows / kFewRows)];
+  const char* rows_[kDecodeKeys * (kGroupRows / kFewRows) + 1];
+
+  void take(Ahead* ahead, int count, int) {
+    ahead->rows = rows_;
+    ahead->count = count;
+  }
+  void take(AheadOfSteps* ahead, int count, int most) {
+    const char* last = count > 0 ? rows_[count - 1] : reinterpret_cast<const char*>(zero_row());
+    while (count <= most) rows_[count++] = last;
+    ahead->row = rows_;
+  }
+  static void pace(Ahead* ahead, int asks) { ahead->pace(asks); }
+  static void pace(AheadOfSteps*, int) {}
 };
 
 // What attend() does for `units` KV heads whose rows lie one after another in scratch.q (packed),
@@ -78,8 +93,8 @@ void attend_few(const Work& w, int units, Source& source, const Scratch& scratch
       else
         return now.k[j] + at;
     };
-    HeadRows<T> values(now.v, now.n, source.v_unit, units, d);
-    values.list.pace(units * Few<Key>::asks_of_score(keys, w.rows));
+    HeadRows<T> values(now.v, now.n, source.v_unit, units, d, keys);
+    values.pace(units * Few<Key>::asks_of_score(keys, w.rows));
     for (int u = 0; u < units; ++u) {
       float* const scores = scratch.scores + u * kFewRows * keys;
       const RowState state = all.from(u * kFewRows);
@@ -89,11 +104,11 @@ void attend_few(const Work& w, int units, Source& source, const Scratch& scratch
                             : reinterpret_cast<const Key*>(zero_row());
       Few<Key>::score(scratch.q + int64_t{u} * kFewRows * d, w.rows, rows, keys, d, scores,
                       &values.list);
-      soften<kFewRows, 1>(scores, keys, w.scale, seen == Seen::kSome ? &mask : nullptr, state);
+      Few<Key>::soften(scores, keys, w.scale, seen == Seen::kSome ? &mask : nullptr, state);
     }
     HeadRows<T> following(next == nullptr ? now.k : next->k, next == nullptr ? 0 : next->n,
-                          source.k_unit, units, d);
-    following.list.pace(units * Few<T>::asks_of_weigh(keys, w.rows, d));
+                          source.k_unit, units, d, keys);
+    following.pace(units * Few<T>::asks_of_weigh(keys, w.rows, d));
     for (int u = 0; u < units; ++u) {
       const T* rows[kDecodeKeys];
       for (int j = 0; j < keys; ++j)

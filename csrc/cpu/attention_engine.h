@@ -25,7 +25,7 @@ struct OnVectors {
       : m(memory, d), pairs(kHasPairs<T> && !rotates), rotates(rotates) {}
   // Rows of one KV head, as rows `at` and on.
   void pack(const T* q, int64_t q_token, int64_t q_head, const Work& w, int64_t at) const {
-#if defined(__AVX2__) && !defined(__AVX512F__)
+#if defined(__AVX2__)
     if (takes_few<T>(w.rows, w.d)) {
       float* const packed = m.q + at * w.d;
       return rotates ? pack_few<float>(q, q_token, q_head, w, packed)
@@ -36,7 +36,7 @@ struct OnVectors {
   }
   template <typename Source>
   void run(const Work& w, int units, Source& source) const {
-#if defined(__AVX2__) && !defined(__AVX512F__)
+#if defined(__AVX2__)
     if (takes_few<T>(w.rows, w.d))
       return rotates ? attend_few<T, float>(w, units, source, m)
                      : attend_few<T, T>(w, units, source, m);

@@ -1,81 +1,259 @@
-// Tiles of keys against up to eight query rows, with AVX2, as they lie in memory.
+// Tiles of keys against up to eight query rows, with AVX2 and AVX-512, as they lie in memory.
 //
 // Both scores and sums have the head dim in the lanes: with the rows in them each element of a key
 // would be loaded once for each product, while four rows and three keys take seven loads for twelve
-// products. fp16 and bf16 become fp32 in registers, which a core does beside its multiplications.
+// products. fp16 and bf16 become fp32 in registers, which a core does beside its multiplications;
+// where a core multiplies pairs of bf16, keys are taken as they are and values in pairs of keys.
 #pragma once
 
-#if defined(__AVX2__) && !defined(__AVX512F__)
+#if defined(__AVX2__)
 #include <immintrin.h>
 
 #include "cpu/attention_tile.h"
 #include "cpu/lane_sums.h"
+#include "cpu/lanes.h"
 #include "cpu/rows.h"
 
 namespace vico {
 namespace VICO_ISA {
 
 constexpr int kFewRows = 8;
+constexpr int kRowsOfPass = kLanes == 16 ? 8 : 4;  // that have sums in registers at once, at most
+
+// Rows that are read next, in the order of their addresses, asked for beside each step of the head
+// dim as fast as this step reads. (Bursts between passes, as Ahead has them for AVX2, leave a core
+// with AVX-512 waiting: it has as much to read as to multiply.)
+struct AheadOfSteps {
+  const char* const* row = nullptr;  // enough of them: the last one may be repeated
+  int bytes = 0, at = 0;             // of a row, and where in it
+};
+constexpr bool kSteadily = kLanes == 16;
+using FewAhead = std::conditional_t<kSteadily, AheadOfSteps, Ahead>;
+
+VICO_INLINE void ask_between_passes(Ahead* ahead) { ahead->ask(); }
+VICO_INLINE void ask_between_passes(AheadOfSteps*) {}
+template <int LINES>
+VICO_INLINE void ask_beside_step(Ahead*) {}
+template <int LINES>
+VICO_INLINE void ask_beside_step(AheadOfSteps* ahead) {
+#pragma GCC unroll 8
+  for (int i = 0; i < LINES; ++i) __builtin_prefetch(*ahead->row + ahead->at + 64 * i, 0, 3);
+  ahead->at += 64 * LINES;
+  if (ahead->at >= ahead->bytes) ahead->at = 0, ++ahead->row;
+}
+
+using Register = Lanes<kLanes>::F;
 
 // Elements of a row as registers of fp32. Of bf16 the even ones and then the odd ones, at one
 // instruction a register; in order they would take two.
-VICO_INLINE void read_step(const float* at, __m256 (&out)[1]) { out[0] = _mm256_loadu_ps(at); }
-VICO_INLINE void read_step(const Half* at, __m256 (&out)[1]) {
-  out[0] = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at)));
-}
-VICO_INLINE void read_step(const BFloat16* at, __m256 (&out)[2]) {
-  const __m256i pairs = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at));
-  out[0] = _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16));
-  out[1] = _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32(~0xffff)));
+VICO_INLINE void read_step(const float* at, Register (&out)[1]) { out[0] = load_lanes(at); }
+VICO_INLINE void read_step(const Half* at, Register (&out)[1]) { out[0] = load_lanes(at); }
+VICO_INLINE void read_step(const BFloat16* at, Register (&out)[2]) {
+  using Bits = Lanes<kLanes>::U;
+  const Bits pairs = load<Bits>(at);
+  out[0] = (Register)(pairs << 16);
+  out[1] = (Register)(pairs & ~0xffffu);
 }
 
-// Rows of keys and values of type T; q and o have the columns in the order of read_step.
+// 32 bits in all lanes, whatever they mean.
+VICO_INLINE Register everywhere(const float* at) {
+#if defined(__AVX512F__)
+  int32_t bits;
+  std::memcpy(&bits, at, sizeof(bits));
+  return (Register)_mm512_set1_epi32(bits);
+#else
+  return (Register)_mm256_broadcast_ss(at);
+#endif
+}
+
+// Two registers of pieces of 16 bytes, taken from them in turn.
+VICO_INLINE void in_turn(Register even, Register odd, float* out) {
+#if defined(__AVX512F__)
+  const __m512i first = _mm512_set_epi64(11, 10, 3, 2, 9, 8, 1, 0);
+  const __m512i second = _mm512_set_epi64(15, 14, 7, 6, 13, 12, 5, 4);
+  const auto a = (__m512d)even, b = (__m512d)odd;
+  _mm512_storeu_ps(out, (__m512)_mm512_permutex2var_pd(a, first, b));
+  _mm512_storeu_ps(out + 16, (__m512)_mm512_permutex2var_pd(a, second, b));
+#else
+  const auto a = (__m256)even, b = (__m256)odd;
+  _mm256_storeu_ps(out, _mm256_permute2f128_ps(a, b, 0x20));
+  _mm256_storeu_ps(out + 8, _mm256_permute2f128_ps(a, b, 0x31));
+#endif
+}
+
+// Rows of keys and values that are multiplied as fp32; q and o have the columns in the order of
+// read_step.
 template <typename T>
-struct Few {
-  static constexpr bool kInOrder = !std::is_same_v<T, BFloat16>;
-  static constexpr int kParts = kInOrder ? 1 : 2;  // registers of a step
-  static constexpr int kStep = 8 * kParts;         // elements of one; the head dim has whole ones
-  static constexpr int kKeys = kInOrder ? 3 : 2;   // of a pass with four rows
-  static constexpr int kSteps = kInOrder ? 3 : 1;  // of columns, likewise
+struct Widened {
+  static constexpr int kParts = std::is_same_v<T, BFloat16> ? 2 : 1;
+  static constexpr int kStep = kLanes * kParts;  // elements of one; the head dim has whole ones
+  static constexpr int kKeyParts = kParts, kValueParts = kParts;  // registers of a step
+  static constexpr int kKeysOfValue = 1;
+
+  static VICO_INLINE void key(const T* at, Register (&out)[kParts]) { read_step(at, out); }
+  static VICO_INLINE Register add(Register sum, Register x, Register y) { return sum + x * y; }
 
   // A row of q or of zeros.
   static void pack(const T* row, int d, float* out) {
     for (int c = 0; c < d; c += kStep) {
-      __m256 parts[kParts];
+      Register parts[kParts];
       read_step(row + c, parts);
-      for (int p = 0; p < kParts; ++p) _mm256_storeu_ps(out + c + 8 * p, parts[p]);
+      for (int p = 0; p < kParts; ++p) store(out + c + kLanes * p, parts[p]);
     }
   }
 
   // Columns of a row of o in order.
   static void order(float* row, int d) {
-    if (kInOrder) return;
+    if (kParts == 1) return;
     for (int c = 0; c < d; c += kStep) {
-      const __m256 even = _mm256_loadu_ps(row + c), odd = _mm256_loadu_ps(row + c + 8);
-      const __m256 low = _mm256_unpacklo_ps(even, odd), high = _mm256_unpackhi_ps(even, odd);
-      _mm256_storeu_ps(row + c, _mm256_permute2f128_ps(low, high, 0x20));
-      _mm256_storeu_ps(row + c + 8, _mm256_permute2f128_ps(low, high, 0x31));
+      const auto even = load<Register>(row + c), odd = load<Register>(row + c + kLanes);
+#if defined(__AVX512F__)
+      in_turn((Register)_mm512_unpacklo_ps((__m512)even, (__m512)odd),
+              (Register)_mm512_unpackhi_ps((__m512)even, (__m512)odd), row + c);
+#else
+      in_turn((Register)_mm256_unpacklo_ps((__m256)even, (__m256)odd),
+              (Register)_mm256_unpackhi_ps((__m256)even, (__m256)odd), row + c);
+#endif
     }
   }
 
-  static constexpr int keys_of_pass(int rows) { return rows > 2 ? kKeys : rows == 2 ? 4 : 8; }
+  // The weights p[key][kFewRows] as `weight` takes them.
+  static void prepare(float*, int) {}
+  static VICO_INLINE Register weight(const float* p, int j, int row) {
+    return everywhere(p + j * kFewRows + row);
+  }
+  static VICO_INLINE void values(const T* const* v, int j, int at, Register (&out)[kParts]) {
+    read_step(v[j] + at, out);
+  }
+};
 
-  // How often score and weigh ask memory, at least.
+#if defined(__AVX512BF16__)
+// Rows of bf16 whose products are added in pairs: of neighbouring columns in scores, of
+// neighbouring keys in sums. q has the bits of its rows; o has the columns in the order of
+// `values`.
+struct Paired {
+  static constexpr int kStep = 32;
+  static constexpr int kKeyParts = 1, kValueParts = 2;
+  static constexpr int kKeysOfValue = 2;
+
+  static VICO_INLINE void key(const BFloat16* at, Register (&out)[1]) {
+    out[0] = load<Register>(at);
+  }
+  static VICO_INLINE Register add(Register sum, Register x, Register y) {
+    return (Register)_mm512_dpbf16_ps((__m512)sum, reinterpret_cast<const __m512bh&>(x),
+                                      reinterpret_cast<const __m512bh&>(y));
+  }
+  static void pack(const BFloat16* row, int d, float* out) { std::memcpy(out, row, 2 * d); }
+  static void order(float* row, int d) {
+    for (int c = 0; c < d; c += kStep)
+      in_turn(load<Register>(row + c), load<Register>(row + c + 16), row + c);
+  }
+  static void prepare(float* p, int keys) {
+    for (int j = 0; j < keys; j += 2)
+      pair_rows(p + j * kFewRows, p + (j + 1) * kFewRows,
+                reinterpret_cast<uint32_t*>(p + j / 2 * kFewRows), kFewRows);
+  }
+  static VICO_INLINE Register weight(const float* p, int j, int row) {
+    return everywhere(p + j / 2 * kFewRows + row);
+  }
+  static VICO_INLINE void values(const BFloat16* const* v, int j, int at, Register (&out)[2]) {
+    const auto one = load<__m512i>(v[j] + at), next = load<__m512i>(v[j + 1] + at);
+    out[0] = (Register)_mm512_unpacklo_epi16(one, next);
+    out[1] = (Register)_mm512_unpackhi_epi16(one, next);
+  }
+};
+#endif
+
+template <typename T>
+struct ProductsOf {
+  using type = Widened<T>;
+};
+#if defined(__AVX512BF16__)
+template <>
+struct ProductsOf<BFloat16> {
+  using type = Paired;
+};
+#endif
+
+// soften() for kFewRows rows, as many keys at once as a register has room for.
+template <bool MASKED>
+VICO_INLINE void soften_few(float* s, int keys, float scale, const RowMask* mask,
+                            const RowState& state) {
+#if !defined(__AVX512F__)
+  vico::VICO_ISA::soften<kFewRows, 1, MASKED>(s, keys, scale, mask, state);
+#else
+  using I = Lanes<16>::I;
+  using U = Lanes<16>::U;
+  const auto twice = [](const auto* at) {
+    return (Register)_mm512_broadcast_f32x8(_mm256_loadu_ps(reinterpret_cast<const float*>(at)));
+  };
+  const auto other_key = [](Register x) {
+    return (Register)_mm512_shuffle_f32x4((__m512)x, (__m512)x, 0x4e);
+  };
+  const auto keep = [](float* to, Register x) {
+    _mm256_storeu_ps(to, _mm512_castps512_ps256((__m512)x));
+  };
+  const Register before = twice(state.top);
+  const I key = {0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1};
+  I first{}, last{};
+  if (MASKED) first = (I)twice(mask->first), last = (I)twice(mask->last);
+  Register top = before;
+  for (int j = 0; j < keys; j += 2) {
+    Register x = load<Register>(s + j * kFewRows) * scale;
+    if (MASKED) {
+      const I at = key + j;
+      x = (last >= at) & ((at < mask->sinks) | (first <= at)) ? x : kNegInf + Register{};
+    }
+    store(s + j * kFewRows, x);
+    top = x > top ? x : top;
+  }
+  const Register others = other_key(top);
+  top = others > top ? others : top;
+  keep(state.top, top);
+  const Register base = top == kNegInf ? Register{} : top;  // see soften()
+  const Register rescale = exp_nonpositive<Register, U>(before - base);
+  Register sum{};
+  for (int j = 0; j < keys; j += 2) {
+    const auto p = exp_nonpositive<Register, U>(load<Register>(s + j * kFewRows) - base);
+    store(s + j * kFewRows, p);
+    sum += p;
+  }
+  keep(state.sum, twice(state.sum) * rescale + (sum + other_key(sum)));
+  keep(state.rescale, rescale);
+#endif
+}
+
+template <typename T>
+struct Few {
+  using Products = typename ProductsOf<T>::type;
+  static constexpr int kStep = Products::kStep;
+  static constexpr int kKeyParts = Products::kKeyParts, kValueParts = Products::kValueParts;
+  // Keys of a pass of scores with all its rows; steps of columns of a pass of sums, likewise.
+  static constexpr int kKeys = kLanes == 16 || kKeyParts == 2 ? 2 : 3;
+  static constexpr int kSteps = kValueParts == 2 ? 1 : kLanes == 16 ? 2 : 3;
+
+  static void pack(const T* row, int d, float* out) { Products::pack(row, d, out); }
+  static void order(float* row, int d) { Products::order(row, d); }
+
+  static constexpr int keys_of_pass(int rows) {
+    if (rows > kRowsOfPass / 2) return kKeys;
+    return rows > 1 ? 4 : 8;
+  }
+
+  // How often score and weigh call Ahead::ask, at least.
   static int asks_of_score(int keys, int rows) {
-    return keys / keys_of_pass(rows) * (rows > 4 ? 2 : 1);
+    return keys / keys_of_pass(rows) * (rows > kRowsOfPass ? 2 : 1);
   }
   static int asks_of_weigh(int keys, int rows, int d) {
-    return (d / kStep + kSteps - 1) / kSteps * (keys / kKeysAtOnce) * ((rows + 3) / 4);
+    return (d / kStep + kSteps - 1) / kSteps * (keys / kKeysAtOnce) *
+           ((rows + kRowsOfPass - 1) / kRowsOfPass);
   }
 
-  // s[key][kFewRows] of q [kFewRows][d]; zeros beyond the last four, two or one of the rows. The
-  // keys are a multiple of kKeysAtOnce.
+  // s[key][kFewRows] of q [kFewRows][d]; zeros beyond the last eight, four, two or one of the rows.
+  // The keys are a multiple of kKeysAtOnce.
   static VICO_INLINE void score(const float* q, int rows, const T* const* k, int keys, int d,
-                                float* s, Ahead* ahead) {
-    if (rows > 4) {
-      score_rows<8>(q, k, keys, d, s, ahead);
-      return;
-    }
+                                float* s, FewAhead* ahead) {
+    if (rows > 4) return score_rows<8>(q, k, keys, d, s, ahead);
     for (int j = 0; j < keys; ++j) _mm256_storeu_ps(s + j * kFewRows, _mm256_setzero_ps());
     if (rows > 2)
       score_rows<4>(q, k, keys, d, s, ahead);
@@ -85,60 +263,84 @@ struct Few {
       score_rows<1>(q, k, keys, d, s, ahead);
   }
 
-  // o[row] = o[row] * rescale[row] + sum over keys of p[key][row] * v[key].
-  static VICO_INLINE void weigh(const float* p, int rows, const T* const* v, int keys, int d,
-                                const float* rescale, float* o, Ahead* ahead) {
-    for (int r = 0; r < rows; r += 4)
-      if (rows - r > 2)
-        weigh_rows<4>(p + r, v, keys, d, rescale + r, o + r * d, ahead);
+  // The scores of a tile to weights, see soften().
+  static VICO_INLINE void soften(float* s, int keys, float scale, const RowMask* mask,
+                                 const RowState& state) {
+    if (mask != nullptr)
+      soften_few<true>(s, keys, scale, mask, state);
+    else
+      soften_few<false>(s, keys, scale, mask, state);
+  }
+
+  // o[row] = o[row] * rescale[row] + sum over keys of p[key][row] * v[key]. Overwrites p.
+  static VICO_INLINE void weigh(float* p, int rows, const T* const* v, int keys, int d,
+                                const float* rescale, float* o, FewAhead* ahead) {
+    Products::prepare(p, keys);
+    for (int r = 0; r < rows; r += kRowsOfPass) {
+      const auto run = [&](auto count) {
+        weigh_rows<count>(p + r, v, keys, d, rescale + r, o + r * d, ahead);
+      };
+      if (kRowsOfPass == 8 && rows - r > 4)
+        run(std::integral_constant<int, kRowsOfPass>{});
+      else if (rows - r > 2)
+        run(std::integral_constant<int, 4>{});
       else
-        weigh_rows<2>(p + r, v, keys, d, rescale + r, o + r * d, ahead);
+        run(std::integral_constant<int, 2>{});
+    }
   }
 
  private:
-  // Sums are reduced four at a time, of four rows or of fewer rows and several keys.
+  static constexpr int lines_of(int elements) { return (elements * sizeof(T) + 63) / 64; }
+
   template <int ROWS, int KEYS>
   static __attribute__((noinline)) void score_keys(const float* q, const T* const* k, int d,
-                                                   float* s) {
-    __m256 acc[KEYS][ROWS] = {};
+                                                   float* s, FewAhead* ahead) {
+    Register acc[KEYS][ROWS] = {};
+    const float* column = q;
     for (int c = 0; c < d; c += kStep) {
-      __m256 key[KEYS][kParts];
+      ask_beside_step<lines_of(KEYS * kStep)>(ahead);
+      Register key[KEYS][kKeyParts];
 #pragma GCC unroll 8
-      for (int j = 0; j < KEYS; ++j) read_step(k[j] + c, key[j]);
+      for (int j = 0; j < KEYS; ++j) Products::key(k[j] + c, key[j]);
 #pragma GCC unroll 2
-      for (int p = 0; p < kParts; ++p)
-#pragma GCC unroll 4
-        for (int r = 0; r < ROWS; ++r) {
-          const __m256 row = _mm256_loadu_ps(q + r * d + c + 8 * p);
+      for (int p = 0; p < kKeyParts; ++p, column += kLanes)
 #pragma GCC unroll 8
-          for (int j = 0; j < KEYS; ++j) acc[j][r] = _mm256_fmadd_ps(row, key[j][p], acc[j][r]);
+        for (int r = 0; r < ROWS; ++r) {
+          auto row = load<Register>(column + r * d);
+#if defined(__AVX512F__)
+          asm("" : "+v"(row));  // or it is loaded again for each key
+#endif
+#pragma GCC unroll 8
+          for (int j = 0; j < KEYS; ++j) acc[j][r] = Products::add(acc[j][r], row, key[j][p]);
         }
     }
-    constexpr int kKeysOfSum = 4 / ROWS;
+    // Reduced four or sixteen at a time, of several rows or of fewer rows and several keys.
+    constexpr int kAtOnce = kLanes == 16 && KEYS * ROWS == 16 ? 16 : 4;
+    constexpr int kRun = ROWS < kAtOnce ? ROWS : kAtOnce;
 #pragma GCC unroll 8
-    for (int j = 0; j < KEYS; j += kKeysOfSum) {
-      Lanes<8>::F four[4];
+    for (int first = 0; first < KEYS * ROWS; first += kAtOnce) {
+      Register some[kAtOnce];
+#pragma GCC unroll 16
+      for (int i = 0; i < kAtOnce; ++i) some[i] = acc[(first + i) / ROWS][(first + i) % ROWS];
+      float sums[kAtOnce];
+      sums_of(some, sums);
 #pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i)
-        four[i] = reinterpret_cast<const Lanes<8>::F&>(acc[j + i / ROWS][i % ROWS]);
-      float sums[4];
-      sums_of(four, sums);
-#pragma GCC unroll 4
-      for (int i = 0; i < kKeysOfSum; ++i)
-        std::memcpy(s + (j + i) * kFewRows, sums + i * ROWS, ROWS * sizeof(float));
+      for (int i = 0; i < kAtOnce; i += kRun)
+        std::memcpy(s + (first + i) / ROWS * kFewRows + (first + i) % ROWS, sums + i,
+                    kRun * sizeof(float));
     }
   }
 
   template <int ROWS>
   static VICO_INLINE void score_rows(const float* q, const T* const* k, int keys, int d, float* s,
-                                     Ahead* ahead) {
-    constexpr int kGroup = ROWS > 4 ? 4 : ROWS;
+                                     FewAhead* ahead) {
+    constexpr int kGroup = ROWS > kRowsOfPass ? kRowsOfPass : ROWS;
     constexpr int kMost = keys_of_pass(ROWS);
     const auto pass = [&](auto count, int j) {
 #pragma GCC unroll 1
       for (int r = 0; r < ROWS; r += kGroup) {
-        ahead->ask();
-        score_keys<kGroup, count>(q + r * d, k + j, d, s + j * kFewRows + r);
+        ask_between_passes(ahead);
+        score_keys<kGroup, count>(q + r * d, k + j, d, s + j * kFewRows + r, ahead);
       }
     };
     int j = 0;
@@ -150,42 +352,41 @@ struct Few {
   template <int ROWS, int STEPS>
   static __attribute__((noinline)) void weigh_columns(const float* p, const T* const* v, int keys,
                                                       int at, const float* rescale, float* o, int d,
-                                                      Ahead* ahead) {
-    constexpr int kRegisters = STEPS * kParts;
-    __m256 acc[ROWS][kRegisters] = {};
+                                                      FewAhead* ahead) {
+    constexpr int kRegisters = STEPS * kValueParts;
+    Register acc[ROWS][kRegisters] = {};
 #pragma GCC unroll 1
     for (int first = 0; first < keys; first += kKeysAtOnce) {
-      ahead->ask();
+      ask_between_passes(ahead);
 #pragma GCC unroll 8
-      for (int i = 0; i < kKeysAtOnce; ++i) {
+      for (int i = 0; i < kKeysAtOnce; i += Products::kKeysOfValue) {
+        ask_beside_step<lines_of(STEPS * kStep * Products::kKeysOfValue)>(ahead);
         const int j = first + i;
-        __m256 value[STEPS][kParts];
+        Register value[STEPS][kValueParts];
 #pragma GCC unroll 4
-        for (int n = 0; n < STEPS; ++n) read_step(v[j] + at + n * kStep, value[n]);
-#pragma GCC unroll 4
+        for (int n = 0; n < STEPS; ++n) Products::values(v, j, at + n * kStep, value[n]);
+#pragma GCC unroll 8
         for (int r = 0; r < ROWS; ++r) {
-          const __m256 weight = _mm256_broadcast_ss(p + j * kFewRows + r);
+          const Register weight = Products::weight(p, j, r);
 #pragma GCC unroll 4
           for (int n = 0; n < kRegisters; ++n)
-            acc[r][n] = _mm256_fmadd_ps(weight, value[n / kParts][n % kParts], acc[r][n]);
+            acc[r][n] = Products::add(acc[r][n], weight, value[n / kValueParts][n % kValueParts]);
         }
       }
     }
-#pragma GCC unroll 4
-    for (int r = 0; r < ROWS; ++r) {
-      const __m256 factor = _mm256_broadcast_ss(rescale + r);
+#pragma GCC unroll 8
+    for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 4
       for (int n = 0; n < kRegisters; ++n) {
-        float* sums = o + r * d + at + 8 * n;
-        _mm256_storeu_ps(sums, _mm256_fmadd_ps(_mm256_loadu_ps(sums), factor, acc[r][n]));
+        float* sums = o + r * d + at + kLanes * n;
+        store(sums, load<Register>(sums) * rescale[r] + acc[r][n]);
       }
-    }
   }
 
   // As many columns at once as leave room; of three steps at once never a single one is left.
   template <int ROWS>
   static VICO_INLINE void weigh_rows(const float* p, const T* const* v, int keys, int d,
-                                     const float* rescale, float* o, Ahead* ahead) {
+                                     const float* rescale, float* o, FewAhead* ahead) {
     using std::integral_constant;
     int at = 0;
     const auto columns = [&](auto steps, int count) {
@@ -194,10 +395,10 @@ struct Few {
     };
     const int n = d / kStep;
     if constexpr (kSteps == 1) return columns(integral_constant<int, 1>{}, n);
-    const int twos = n == 1 ? 0 : (3 - n % 3) % 3;
+    const int twos = kSteps == 2 ? n / 2 : n == 1 ? 0 : (3 - n % 3) % 3;
     columns(integral_constant<int, 2>{}, twos);
-    columns(integral_constant<int, kSteps>{}, n / 3 - twos / 2);
-    columns(integral_constant<int, 1>{}, n == 1);
+    if constexpr (kSteps == 3) columns(integral_constant<int, 3>{}, n / 3 - twos / 2);
+    columns(integral_constant<int, 1>{}, kSteps == 2 ? n % 2 : n == 1);
   }
 };
 

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <memory>
+#include <new>
 
 #include "cpu/attention_tile.h"
 #include "vico/rotary.h"
@@ -37,23 +38,34 @@ struct Work {
 struct Memory {
   static constexpr int64_t kKept = 1 << 22;
   explicit Memory(int64_t floats) {
-    static thread_local std::unique_ptr<float[]> kept;
+    static thread_local Floats kept;
     static thread_local int64_t size = 0;
     if (floats > kKept) {
-      own.reset(new float[floats]);
+      own = make(floats);
       at = own.get();
       return;
     }
     if (floats > size) {
       kept.reset();
       size = 0;  // should the next line throw
-      kept.reset(new float[floats]);
+      kept = make(floats);
       size = floats;
     }
     at = kept.get();
   }
-  std::unique_ptr<float[]> own;
   float* at;
+
+ private:
+  // Registers' worths of it do not stand across cache lines.
+  static constexpr std::align_val_t kAlignment{64};
+  struct Free {
+    void operator()(float* at) const { ::operator delete(at, kAlignment); }
+  };
+  using Floats = std::unique_ptr<float[], Free>;
+  static Floats make(int64_t floats) {
+    return Floats(static_cast<float*>(::operator new(floats * sizeof(float), kAlignment)));
+  }
+  Floats own;
 };
 
 // Sines and cosines of the table entries whose keys are rotated: of several, for a tile meets the

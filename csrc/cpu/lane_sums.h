@@ -33,6 +33,29 @@ VICO_INLINE void sums_of(const Lanes<kLanes>::F (&v)[4], float* out) {
 }
 #endif
 
+#if defined(__AVX512F__)
+// The sums of sixteen, with fewer shuffles for each: neighbours are added while two vectors become
+// one, then quads likewise.
+VICO_INLINE void sums_of(const Lanes<kLanes>::F (&v)[16], float* out) {
+  __m512 a[8], b[4];
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) {
+    const auto x = (__m512)v[2 * i], y = (__m512)v[2 * i + 1];
+    a[i] = _mm512_add_ps(_mm512_unpacklo_ps(x, y), _mm512_unpackhi_ps(x, y));
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    const __m512d x = _mm512_castps_pd(a[2 * i]), y = _mm512_castps_pd(a[2 * i + 1]);
+    b[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(x, y)),
+                         _mm512_castpd_ps(_mm512_unpackhi_pd(x, y)));
+  }
+  const auto quads = [](__m512 x, __m512 y) {
+    return _mm512_add_ps(_mm512_shuffle_f32x4(x, y, 0x88), _mm512_shuffle_f32x4(x, y, 0xdd));
+  };
+  _mm512_storeu_ps(out, quads(quads(b[0], b[1]), quads(b[2], b[3])));
+}
+#endif
+
 VICO_INLINE float sum_of(Lanes<kLanes>::F v) {
   float out[4];
   sums_of({v, v, v, v}, out);
