@@ -1,11 +1,13 @@
-"""Large pools on the CPU ask for large pages."""
+"""Large pools and outputs on the CPU ask for large pages."""
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
+import vicostream_kernels as vk
 from vicostream_kernels import _huge_pages
 from vicostream_kernels._huge_pages import LEAST_PART, empty_pool
 from vicostream_kernels.cache import PagedKVCache
@@ -57,3 +59,55 @@ def test_the_cache_asks_for_its_pools(sizes: list[int]) -> None:
     for many, asked in ((pages // 2, []), (pages, [2 * LEAST_PART] * 2)):
         PagedKVCache(layers=2, pages=many, **kind).close()
         assert sizes == asked
+
+
+def _append() -> torch.Tensor:
+    tokens, pages = torch.randn(8, 2, 16), torch.zeros(1, 8, 2, 16)
+    ids = torch.arange(8, dtype=torch.int32)
+    return vk.rope_append(
+        tokens,
+        tokens,
+        tokens,
+        ids.expand(3, 8),
+        torch.ones(8),
+        None,
+        pages,
+        pages.clone(),
+        ids,
+        backend="cpu",
+    )
+
+
+def _prune() -> torch.Tensor:
+    rule = vk.PruneRule(threshold=0.25)
+    return vk.prune_tokens(
+        torch.randn(2, 8, 16), torch.zeros(3, 2, 8, dtype=torch.int32), rule, backend="cpu"
+    ).tokens
+
+
+def _preprocess() -> torch.Tensor:
+    frames = torch.zeros(2, 56, 56, 3, dtype=torch.uint8)
+    kind = {"min_pixels": 1, "max_pixels": 10_000, "mean": [0.5] * 3, "std": [0.5] * 3}
+    return vk.preprocess_frames(frames, **kind, backend="cpu")[0]
+
+
+def _gather() -> torch.Tensor:
+    return vk.gather_rows(
+        torch.randn(1, 8, 64), torch.zeros(1, 4, dtype=torch.int32), backend="cpu"
+    )
+
+
+def _merge() -> torch.Tensor:
+    rows, index = torch.randn(1, 4, 64), torch.arange(4, dtype=torch.int32)[None]
+    return vk.merge_rows(torch.randn(1, 8, 64), rows, index, backend="cpu")
+
+
+@pytest.mark.parametrize("run", [_append, _prune, _preprocess, _gather, _merge])
+def test_only_large_outputs_ask(
+    run: Callable[[], torch.Tensor], sizes: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = run().nbytes
+    assert sizes == []
+    monkeypatch.setattr(_huge_pages, "LEAST_OUTPUT", size - 1)
+    run()
+    assert sizes == [size]

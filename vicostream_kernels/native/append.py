@@ -7,11 +7,13 @@ from typing import Any
 
 import torch
 
+from vicostream_kernels._huge_pages import in_large_pages
 from vicostream_kernels.backends import native
 from vicostream_kernels.native._stream import current_stream
 
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _NONE = (0, 0, 0)
+_OUTPUT = 9  # among the arguments: q_out
 
 
 @lru_cache(maxsize=1024)
@@ -78,6 +80,7 @@ def _prepare(
 def rope_append_cpu(*args: Any) -> None:
     """See ``vicostream_kernels.rope_append``; runs on ``torch.get_num_threads()`` threads."""
     layout, addresses, _kept = _prepare(*args)
+    in_large_pages(args[_OUTPUT])
     native()[0].rope_append_cpu(layout, addresses, torch.get_num_threads())
 
 

@@ -7,6 +7,7 @@ from functools import lru_cache
 
 import torch
 
+from vicostream_kernels._huge_pages import in_large_pages
 from vicostream_kernels.backends import native
 from vicostream_kernels.reference.preprocess import resize_on_cpu, scale_and_shift
 
@@ -37,7 +38,7 @@ def preprocess_frames_cpu(
     table = _table(tuple(mean), tuple(std), dtype)
     count = levels.shape[0]
     rows = -(-count // temporal) * (height // patch) * (width // patch)
-    out = torch.empty((rows, 3 * temporal * patch * patch), dtype=dtype)
+    out = in_large_pages(torch.empty((rows, 3 * temporal * patch * patch), dtype=dtype))
     native()[0].pack_patches_cpu(
         (count, height, width, patch, merge, temporal, *levels.stride(), dtype.itemsize),
         (levels.data_ptr(), table.data_ptr(), out.data_ptr()),

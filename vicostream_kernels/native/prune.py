@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from vicostream_kernels._huge_pages import in_large_pages
 from vicostream_kernels.backends import native
 from vicostream_kernels.ops._prune_rule import METRICS, REFERENCES, PruneRule
 
@@ -134,6 +135,7 @@ def _run_for(
 
     def run(*tensors: torch.Tensor | None) -> None:
         """In the order of PruneArgs."""
+        in_large_pages(tensors[2])
         addresses = [0 if x is None else x.data_ptr() for x in tensors]
         if quotas is not None:
             addresses[-1] = quotas.data_ptr()

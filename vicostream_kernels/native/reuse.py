@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from vicostream_kernels._huge_pages import in_large_pages
 from vicostream_kernels.backends import native
 
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -80,7 +81,7 @@ def _gather_run(x: torch.Tensor, index: torch.Tensor) -> Callable[..., torch.Ten
     dtype, shape, gather = _DTYPES[x.dtype], (frames, rows, width), native()[0].gather_rows_cpu
 
     def run(x, index):
-        out = x.new_empty(shape)
+        out = in_large_pages(x.new_empty(shape))
         addresses = (x.data_ptr(), index.data_ptr(), out.data_ptr())
         gather(dtype, sizes, addresses, torch.get_num_threads())
         return out
@@ -111,7 +112,7 @@ def _merge_run(base, rows, index, residual) -> Callable[..., torch.Tensor]:
     dtype, shape, merge = _DTYPES[base.dtype], (frames, places, width), native()[0].merge_rows_cpu
 
     def run(base, rows, index, residual):
-        out = base.new_empty(shape)
+        out = in_large_pages(base.new_empty(shape))
         addresses = (
             base.data_ptr(), rows.data_ptr(), index.data_ptr(),
             0 if residual is None else residual.data_ptr(), out.data_ptr(),
