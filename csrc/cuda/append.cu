@@ -170,6 +170,41 @@ __device__ __forceinline__ bool seen_before(const AppendArgs& a, int64_t first, 
   return false;
 }
 
+// Adds the keys of those of 32 tokens that `same` names to a channel's sum and bounds, in order;
+// `n` is the lane's token. `keys` has the channel, and the head.
+template <typename T>
+__device__ __forceinline__ void fold(const AppendArgs& a, const T* keys, bool active, int64_t n,
+                                     int lane, unsigned same, float* sum, Bounds* bounds) {
+  const int64_t stride = a.summary_raw ? a.k_token : a.k_slot;
+  const Place place = place_of_token(a, n);
+  const int64_t mine =
+      a.summary_raw ? n * a.k_token : place.page * a.k_page + place.offset * a.k_slot;
+  const int my_part = a.kmin == nullptr ? 0 : static_cast<int>(place.offset * a.sub / a.page_size);
+  while (same != 0) {
+    // Keys that stand one after another: one address for all.
+    const int leader = __ffs(same) - 1;
+    const int64_t at = __shfl_sync(kAllLanes, mine, leader);
+    const bool follows = mine == at + (lane - leader) * stride;
+    const unsigned row = (__ballot_sync(kAllLanes, follows) & same) >> leader;
+    const int run = row == kAllLanes ? kWarp : __ffs(~row) - 1;
+    same &= run == kWarp ? 0 : ~(((1u << run) - 1) << leader);
+    const T* const from = keys + at;
+    const int reads = active ? run : 0;
+    float key[kWarp];  // all reads are under way together
+#pragma unroll
+    for (int i = 0; i < kWarp; ++i) key[i] = i < reads ? to_float(from[i * stride]) : 0.0f;
+#pragma unroll
+    for (int i = 0; i < kWarp; ++i) *sum = i < run ? *sum + key[i] : *sum;
+    if (a.kmin == nullptr) continue;
+#pragma unroll
+    for (int i = 0; i < kWarp; ++i) {
+      if (i >= run) break;
+      const int part = __shfl_sync(kAllLanes, my_part, leader + i);
+      if (active) bounds->take(part, key[i]);
+    }
+  }
+}
+
 // The whole update of a block whose first token is among the 32 from `first` on: tokens in order,
 // so there is one writer and one order of additions. It reads each stored key of the call once,
 // many at a time: their reads are what it waits for.
@@ -187,7 +222,6 @@ __device__ __forceinline__ void summarize(const AppendArgs& a, int64_t first, in
   Bounds bounds{a, block, g, channel};
   const T* const keys = a.summary_raw ? static_cast<const T*>(a.k) + g * a.k_head + channel
                                       : static_cast<const T*>(a.k_pages) + g * a.k_kv + channel;
-  const int64_t stride = a.summary_raw ? a.k_token : a.k_slot;
   for (int64_t start = first; start < a.tokens; start += kScan * kWarp) {
     unsigned of_block[kScan], any = 0;
 #pragma unroll
@@ -203,36 +237,8 @@ __device__ __forceinline__ void summarize(const AppendArgs& a, int64_t first, in
 #pragma unroll
       for (int i = 1; i < kScan; ++i) same = tile == i ? of_block[i] : same;
       if (same == 0) continue;
-      const int64_t n = start + tile * kWarp + lane;
-      const Place place = place_of_token(a, n);
-      const int64_t mine =
-          a.summary_raw ? n * a.k_token : place.page * a.k_page + place.offset * a.k_slot;
-      const int my_part =
-          a.kmin == nullptr ? 0 : static_cast<int>(place.offset * a.sub / a.page_size);
       count += __popc(same);
-      while (same != 0) {
-        // Keys that stand one after another: one address for all.
-        const int leader = __ffs(same) - 1;
-        const int64_t at = __shfl_sync(kAllLanes, mine, leader);
-        const bool follows = mine == at + (lane - leader) * stride;
-        const unsigned row = (__ballot_sync(kAllLanes, follows) & same) >> leader;
-        const int run = row == kAllLanes ? kWarp : __ffs(~row) - 1;
-        same &= run == kWarp ? 0 : ~(((1u << run) - 1) << leader);
-        const T* const from = keys + at;
-        const int reads = active ? run : 0;
-        float key[kWarp];  // all reads are under way together
-#pragma unroll
-        for (int i = 0; i < kWarp; ++i) key[i] = i < reads ? to_float(from[i * stride]) : 0.0f;
-#pragma unroll
-        for (int i = 0; i < kWarp; ++i) sum = i < run ? sum + key[i] : sum;
-        if (a.kmin == nullptr) continue;
-#pragma unroll
-        for (int i = 0; i < kWarp; ++i) {
-          if (i >= run) break;
-          const int part = __shfl_sync(kAllLanes, my_part, leader + i);
-          if (active) bounds.take(part, key[i]);
-        }
-      }
+      fold(a, keys, active, start + tile * kWarp + lane, lane, same, &sum, &bounds);
     }
   }
   if (sum_out != nullptr) *sum_out = sum;
