@@ -36,12 +36,12 @@ void pack_few(const T* q, int64_t q_token, int64_t q_head, const Work& w, float*
 }
 
 // The rows of a tile for all KV heads: those of a token in one piece where they lie side by side,
-// or (AheadOfSteps) each for itself, the last one as often as a tile of `keys` keys asks.
+// or (AheadOfSteps) each for itself.
 template <typename T>
 struct HeadRows {
-  FewAhead list;
+  FewAhead<T> list;
 
-  HeadRows(const T* const* first, int n, int64_t unit, int units, int d, int keys) {
+  HeadRows(const T* const* first, int n, int64_t unit, int units, int d) {
     const bool adjacent = !kSteadily && (units == 1 || unit == d);
     const int pieces = adjacent ? 1 : units;
     int count = 0;
@@ -49,27 +49,20 @@ struct HeadRows {
       for (int u = 0; u < pieces; ++u)
         rows_[count++] = reinterpret_cast<const char*>(first[j] + u * unit);
     list.bytes = (adjacent ? units * d : d) * static_cast<int>(sizeof(T));
-    take(&list, count, keys * units);
+    if constexpr (kSteadily) {
+      if (count == 0) rows_[count++] = reinterpret_cast<const char*>(zero_row());
+      list.row = rows_;
+      list.last = rows_ + count - 1;
+    } else {
+      list.rows = rows_;
+      list.count = count;
+    }
   }
   HeadRows(const HeadRows&) = delete;
   HeadRows& operator=(const HeadRows&) = delete;
 
-  void pace(int asks) { pace(&list, asks); }
-
  private:
-  const char* rows_[kDecodeKeys * (kGroupRows / kFewRows) + 1];
-
-  void take(Ahead* ahead, int count, int) {
-    ahead->rows = rows_;
-    ahead->count = count;
-  }
-  void take(AheadOfSteps* ahead, int count, int most) {
-    const char* last = count > 0 ? rows_[count - 1] : reinterpret_cast<const char*>(zero_row());
-    while (count <= most) rows_[count++] = last;
-    ahead->row = rows_;
-  }
-  static void pace(Ahead* ahead, int asks) { ahead->pace(asks); }
-  static void pace(AheadOfSteps*, int) {}
+  const char* rows_[kDecodeKeys * (kGroupRows / kFewRows)];
 };
 
 // What attend() does for `units` KV heads whose rows lie one after another in scratch.q (packed),
@@ -93,8 +86,8 @@ void attend_few(const Work& w, int units, Source& source, const Scratch& scratch
       else
         return now.k[j] + at;
     };
-    HeadRows<T> values(now.v, now.n, source.v_unit, units, d, keys);
-    values.pace(units * Few<Key>::asks_of_score(keys, w.rows));
+    HeadRows<T> values(now.v, now.n, source.v_unit, units, d);
+    if constexpr (!kSteadily) values.list.pace(units * Few<Key>::asks_of_score(keys, w.rows));
     for (int u = 0; u < units; ++u) {
       float* const scores = scratch.scores + u * kFewRows * keys;
       const RowState state = all.from(u * kFewRows);
@@ -107,8 +100,8 @@ void attend_few(const Work& w, int units, Source& source, const Scratch& scratch
       Few<Key>::soften(scores, keys, w.scale, seen == Seen::kSome ? &mask : nullptr, state);
     }
     HeadRows<T> following(next == nullptr ? now.k : next->k, next == nullptr ? 0 : next->n,
-                          source.k_unit, units, d, keys);
-    following.pace(units * Few<T>::asks_of_weigh(keys, w.rows, d));
+                          source.k_unit, units, d);
+    if constexpr (!kSteadily) following.list.pace(units * Few<T>::asks_of_weigh(keys, w.rows, d));
     for (int u = 0; u < units; ++u) {
       const T* rows[kDecodeKeys];
       for (int j = 0; j < keys; ++j)

@@ -1,9 +1,10 @@
 // Tiles of keys against up to eight query rows, with AVX2 and AVX-512, as they lie in memory.
 //
 // Both scores and sums have the head dim in the lanes: with the rows in them each element of a key
-// would be loaded once for each product, while four rows and three keys take seven loads for twelve
-// products. fp16 and bf16 become fp32 in registers, which a core does beside its multiplications;
-// where a core multiplies pairs of bf16, keys are taken as they are and values in pairs of keys.
+// would be loaded once for each product, while four rows and three keys (AVX2) take seven loads for
+// twelve products, eight rows and two keys (AVX-512) ten for sixteen. fp16 and bf16 become fp32 in
+// registers, which a core does beside its multiplications; where a core multiplies pairs of bf16,
+// keys are taken as they are and values in pairs of keys.
 #pragma once
 
 #if defined(__AVX2__)
@@ -20,27 +21,27 @@ namespace VICO_ISA {
 constexpr int kFewRows = 8;
 constexpr int kRowsOfPass = kLanes == 16 ? 8 : 4;  // that have sums in registers at once, at most
 
-// Rows that are read next, in the order of their addresses, asked for beside each step of the head
-// dim as fast as this step reads. (Bursts between passes, as Ahead has them for AVX2, leave a core
-// with AVX-512 waiting: it has as much to read as to multiply.)
+// Rows of T that are read next, in the order of their addresses, asked for beside each step of the
+// head dim, about as fast as these steps read theirs. (Bursts between passes, as Ahead has them for
+// AVX2, leave a core with AVX-512 waiting: it has as much to read as to multiply.)
+template <typename T>
 struct AheadOfSteps {
-  const char* const* row = nullptr;  // enough of them: the last one may be repeated
-  int bytes = 0, at = 0;             // of a row, and where in it
+  const char* const* row = nullptr;
+  const char* const* last = nullptr;  // asked for again by whoever goes on
+  int bytes = 0, at = 0;              // of a row, and where in it
+
+  template <int ELEMENTS>
+  VICO_INLINE void ask() {
+    constexpr int kLines = (ELEMENTS * sizeof(T) + 63) / 64;
+#pragma GCC unroll 8
+    for (int i = 0; i < kLines; ++i) __builtin_prefetch(*row + at + 64 * i, 0, 3);
+    at += 64 * kLines;
+    if (at >= bytes) at = 0, row += row != last;
+  }
 };
 constexpr bool kSteadily = kLanes == 16;
-using FewAhead = std::conditional_t<kSteadily, AheadOfSteps, Ahead>;
-
-VICO_INLINE void ask_between_passes(Ahead* ahead) { ahead->ask(); }
-VICO_INLINE void ask_between_passes(AheadOfSteps*) {}
-template <int LINES>
-VICO_INLINE void ask_beside_step(Ahead*) {}
-template <int LINES>
-VICO_INLINE void ask_beside_step(AheadOfSteps* ahead) {
-#pragma GCC unroll 8
-  for (int i = 0; i < LINES; ++i) __builtin_prefetch(*ahead->row + ahead->at + 64 * i, 0, 3);
-  ahead->at += 64 * LINES;
-  if (ahead->at >= ahead->bytes) ahead->at = 0, ++ahead->row;
-}
+template <typename T>
+using FewAhead = std::conditional_t<kSteadily, AheadOfSteps<T>, Ahead>;
 
 using Register = Lanes<kLanes>::F;
 
@@ -129,8 +130,8 @@ struct Widened {
 
 #if defined(__AVX512BF16__)
 // Rows of bf16 whose products are added in pairs: of neighbouring columns in scores, of
-// neighbouring keys in sums. q has the bits of its rows; o has the columns in the order of
-// `values`.
+// neighbouring keys in sums, whose weights are rounded to bf16. q has the bits of its rows; o has
+// the columns in the order of `values`.
 struct Paired {
   static constexpr int kStep = 32;
   static constexpr int kKeyParts = 1, kValueParts = 2;
@@ -251,8 +252,9 @@ struct Few {
 
   // s[key][kFewRows] of q [kFewRows][d]; zeros beyond the last eight, four, two or one of the rows.
   // The keys are a multiple of kKeysAtOnce.
+  template <typename More>
   static VICO_INLINE void score(const float* q, int rows, const T* const* k, int keys, int d,
-                                float* s, FewAhead* ahead) {
+                                float* s, More* ahead) {
     if (rows > 4) return score_rows<8>(q, k, keys, d, s, ahead);
     for (int j = 0; j < keys; ++j) _mm256_storeu_ps(s + j * kFewRows, _mm256_setzero_ps());
     if (rows > 2)
@@ -273,8 +275,9 @@ struct Few {
   }
 
   // o[row] = o[row] * rescale[row] + sum over keys of p[key][row] * v[key]. Overwrites p.
+  template <typename More>
   static VICO_INLINE void weigh(float* p, int rows, const T* const* v, int keys, int d,
-                                const float* rescale, float* o, FewAhead* ahead) {
+                                const float* rescale, float* o, More* ahead) {
     Products::prepare(p, keys);
     for (int r = 0; r < rows; r += kRowsOfPass) {
       const auto run = [&](auto count) {
@@ -290,15 +293,13 @@ struct Few {
   }
 
  private:
-  static constexpr int lines_of(int elements) { return (elements * sizeof(T) + 63) / 64; }
-
-  template <int ROWS, int KEYS>
+  template <int ROWS, int KEYS, typename More>
   static __attribute__((noinline)) void score_keys(const float* q, const T* const* k, int d,
-                                                   float* s, FewAhead* ahead) {
+                                                   float* s, More* ahead) {
     Register acc[KEYS][ROWS] = {};
     const float* column = q;
     for (int c = 0; c < d; c += kStep) {
-      ask_beside_step<lines_of(KEYS * kStep)>(ahead);
+      if constexpr (kSteadily) ahead->template ask<KEYS * kStep>();
       Register key[KEYS][kKeyParts];
 #pragma GCC unroll 8
       for (int j = 0; j < KEYS; ++j) Products::key(k[j] + c, key[j]);
@@ -331,15 +332,15 @@ struct Few {
     }
   }
 
-  template <int ROWS>
+  template <int ROWS, typename More>
   static VICO_INLINE void score_rows(const float* q, const T* const* k, int keys, int d, float* s,
-                                     FewAhead* ahead) {
+                                     More* ahead) {
     constexpr int kGroup = ROWS > kRowsOfPass ? kRowsOfPass : ROWS;
     constexpr int kMost = keys_of_pass(ROWS);
     const auto pass = [&](auto count, int j) {
 #pragma GCC unroll 1
       for (int r = 0; r < ROWS; r += kGroup) {
-        ask_between_passes(ahead);
+        if constexpr (!kSteadily) ahead->ask();
         score_keys<kGroup, count>(q + r * d, k + j, d, s + j * kFewRows + r, ahead);
       }
     };
@@ -349,18 +350,18 @@ struct Few {
       for (; j < keys; ++j) pass(std::integral_constant<int, 1>{}, j);
   }
 
-  template <int ROWS, int STEPS>
+  template <int ROWS, int STEPS, typename More>
   static __attribute__((noinline)) void weigh_columns(const float* p, const T* const* v, int keys,
                                                       int at, const float* rescale, float* o, int d,
-                                                      FewAhead* ahead) {
+                                                      More* ahead) {
     constexpr int kRegisters = STEPS * kValueParts;
     Register acc[ROWS][kRegisters] = {};
 #pragma GCC unroll 1
     for (int first = 0; first < keys; first += kKeysAtOnce) {
-      ask_between_passes(ahead);
+      if constexpr (!kSteadily) ahead->ask();
 #pragma GCC unroll 8
       for (int i = 0; i < kKeysAtOnce; i += Products::kKeysOfValue) {
-        ask_beside_step<lines_of(STEPS * kStep * Products::kKeysOfValue)>(ahead);
+        if constexpr (kSteadily) ahead->template ask<STEPS * kStep * Products::kKeysOfValue>();
         const int j = first + i;
         Register value[STEPS][kValueParts];
 #pragma GCC unroll 4
@@ -384,9 +385,9 @@ struct Few {
   }
 
   // As many columns at once as leave room; of three steps at once never a single one is left.
-  template <int ROWS>
+  template <int ROWS, typename More>
   static VICO_INLINE void weigh_rows(const float* p, const T* const* v, int keys, int d,
-                                     const float* rescale, float* o, FewAhead* ahead) {
+                                     const float* rescale, float* o, More* ahead) {
     using std::integral_constant;
     int at = 0;
     const auto columns = [&](auto steps, int count) {

@@ -2,7 +2,7 @@
 //
 // Scores have the query rows in the lanes: each element of a key is loaded once as a scalar and
 // meets every row, nothing is reduced across lanes, and the softmax runs over whole registers. (Few
-// rows with AVX2, and in decode with AVX-512, have the head dim in the lanes: attention_few.h.)
+// rows have the head dim in the lanes: attention_few.h; with AVX-512 not the last of many rows.)
 // The weighted sum has the head dim in the lanes and the rows in registers.
 #pragma once
 

@@ -221,7 +221,7 @@ __attribute__((noinline)) void bounds_of(const T* low, const T* high, const floa
     const T *smallest = low + s * at.low_stride, *largest = high + s * at.high_stride;
     int64_t left = at.d;
     for (; left >= kLanes; left -= kLanes, smallest += kLanes, largest += kLanes) {
-      if (left % kLineOf<T> == 0)
+      if ((at.d - left) % kLineOf<T> == 0)
 #pragma GCC unroll 2
         for (int b = 0; b < B; ++b) {
           ask_for<64, kNear>(smallest + (kBlocksAhead + b) * at.low_step);
