@@ -97,7 +97,7 @@ void attend_few(const Work& w, int units, Source& source, const Scratch& scratch
                             : reinterpret_cast<const Key*>(zero_row());
       Few<Key>::score(scratch.q + int64_t{u} * kFewRows * d, w.rows, rows, keys, d, scores,
                       &values.list);
-      Few<Key>::soften(scores, keys, w.scale, seen == Seen::kSome ? &mask : nullptr, state);
+      soften_few(scores, keys, w.scale, seen == Seen::kSome ? &mask : nullptr, state);
     }
     HeadRows<T> following(next == nullptr ? now.k : next->k, next == nullptr ? 0 : next->n,
                           source.k_unit, units, d);

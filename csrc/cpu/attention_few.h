@@ -176,13 +176,11 @@ struct ProductsOf<BFloat16> {
 };
 #endif
 
-// soften() for kFewRows rows, as many keys at once as a register has room for.
+#if defined(__AVX512F__)
+// soften() for eight rows, two keys at once.
 template <bool MASKED>
-VICO_INLINE void soften_few(float* s, int keys, float scale, const RowMask* mask,
-                            const RowState& state) {
-#if !defined(__AVX512F__)
-  vico::VICO_ISA::soften<kFewRows, 1, MASKED>(s, keys, scale, mask, state);
-#else
+VICO_INLINE void soften_pairs(float* s, int keys, float scale, const RowMask* mask,
+                              const RowState& state) {
   using I = Lanes<16>::I;
   using U = Lanes<16>::U;
   const auto twice = [](const auto* at) {
@@ -221,6 +219,19 @@ VICO_INLINE void soften_few(float* s, int keys, float scale, const RowMask* mask
   }
   keep(state.sum, twice(state.sum) * rescale + (sum + other_key(sum)));
   keep(state.rescale, rescale);
+}
+#endif
+
+// soften() for kFewRows rows.
+VICO_INLINE void soften_few(float* s, int keys, float scale, const RowMask* mask,
+                            const RowState& state) {
+#if !defined(__AVX512F__)
+  soften<kFewRows, 1>(s, keys, scale, mask, state);
+#else
+  if (mask != nullptr)
+    soften_pairs<true>(s, keys, scale, mask, state);
+  else
+    soften_pairs<false>(s, keys, scale, nullptr, state);
 #endif
 }
 
@@ -263,15 +274,6 @@ struct Few {
       score_rows<2>(q, k, keys, d, s, ahead);
     else
       score_rows<1>(q, k, keys, d, s, ahead);
-  }
-
-  // The scores of a tile to weights, see soften().
-  static VICO_INLINE void soften(float* s, int keys, float scale, const RowMask* mask,
-                                 const RowState& state) {
-    if (mask != nullptr)
-      soften_few<true>(s, keys, scale, mask, state);
-    else
-      soften_few<false>(s, keys, scale, mask, state);
   }
 
   // o[row] = o[row] * rescale[row] + sum over keys of p[key][row] * v[key]. Overwrites p.

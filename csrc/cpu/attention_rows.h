@@ -29,7 +29,7 @@ inline void attend_few_tile(TileRows& t, const float* q, int rows, const RowMask
   const int keys = (t.n + kKeysAtOnce - 1) / kKeysAtOnce * kKeysAtOnce;
   t.next_k.pace(Few<float>::asks_of_score(keys, rows));
   Few<float>::score(q, rows, t.k, keys, d, scores, &t.next_k);
-  soften<kFewRows, 1>(scores, keys, scale, mask, state);
+  soften_few(scores, keys, scale, mask, state);
   t.next_v.pace(Few<float>::asks_of_weigh(keys, rows, d));
   Few<float>::weigh(scores, rows, t.v, keys, d, state.rescale, o, &t.next_v);
 }

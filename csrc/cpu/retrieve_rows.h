@@ -194,7 +194,7 @@ constexpr int64_t kBlocksAhead = 8;  // that memory is asked for: measured, cold
 // Sets `crossed` of a block where a channel has its minimum above its maximum.
 //
 // A function of its own, with all arguments in registers: those that came by the stack were written
-// in halves and read back whole, which waited for the writes at each call (a third of the time).
+// in halves and read back whole, which waited for the writes at each call.
 template <int B, int N, typename T>
 __attribute__((noinline)) void bounds_of(const T* low, const T* high, const float* query,
                                          const RangeLayout& at, float* out, bool* crossed) {
