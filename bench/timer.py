@@ -25,6 +25,8 @@ _SHORTEST_NS = 100_000
 _MOST_CALLS = 64
 _MOST_SETS = 256
 _FALLBACK_LLC = 32 << 20
+#: The largest freed block after which glibc keeps what is freed, up to this size.
+_LARGEST_KEPT = (32 << 20) - (64 << 10)
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,15 @@ def no_garbage_collection():
             gc.enable()
 
 
+def keep_freed_memory() -> None:
+    """Has the C library hand out freed memory again, as in a process that has run a model.
+
+    Until a process has freed a block this large, glibc may return each output of a few megabytes to
+    the system; the next call then waits a millisecond for the same pages, or does not, by chance.
+    """
+    np.empty(_LARGEST_KEPT, np.uint8)
+
+
 def rotation(
     inputs: Inputs, moved_bytes: int, cache_bytes: int, memory_bytes: int
 ) -> list[Inputs] | None:
@@ -154,6 +165,7 @@ def measure_cpu(
             sets, sweep, method = [inputs, clone(inputs)], Sweeper(cache_bytes), "cold: swept"
         else:
             sets, method = rotated, f"cold: {len(rotated)} input sets"
+    keep_freed_memory()
     with no_garbage_collection():
         return Samples(_measure_cpu(runs, sets, sweep, cold, budget), method)
 

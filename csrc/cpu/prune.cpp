@@ -110,14 +110,14 @@ void compact(const PruneArgs& a, const std::vector<Segment>& segments, const Jud
           if (row < count) {
             copy_row(row_at(row), s.row(t, n), bytes, streamed);
           } else {
-            clear_row(row_at(row), bytes, true);  // nobody reads it
+            clear_row(row_at(row), bytes, streamed);
           }
         }
       }
     }
     const Share beyond = share_of(a.capacity - a.total, thread, threads);
     for (int64_t row = beyond.begin; row < beyond.end; ++row)
-      clear_row(row_at(a.total + row), bytes, true);
+      clear_row(row_at(a.total + row), bytes, streamed);
     end_stream();
   }
 }

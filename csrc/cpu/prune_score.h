@@ -20,19 +20,20 @@ struct Other {
 };
 
 template <typename T, typename V, typename Channels>
-float compare(PruneMetric metric, const T* token, float squares, const Other<V>& other,
-              int64_t width, float compared, Channels channels) {
+float compare(PruneMetric metric, const T* token, const T* next, float squares,
+              const Other<V>& other, int64_t width, float compared, Channels channels) {
   const V* values = other.values;
   switch (metric) {
     case PruneMetric::kCosine:
-      return cosine_of(dot_of(token, values, width, channels), squares, other.squares);
+      return cosine_of(dot_of(token, values, width, next, channels), squares, other.squares);
     case PruneMetric::kL1:
-      return absolute_distance(token, values, width, channels) / compared;
+      return absolute_distance(token, values, width, next, channels) / compared;
     case PruneMetric::kL2:
-      return std::sqrt(square_distance(token, 1.0f, values, 1.0f, width, channels) / compared);
+      return std::sqrt(square_distance(token, 1.0f, values, 1.0f, width, next, channels) /
+                       compared);
     default:
-      return gaussian_of(
-          square_distance(token, inverse_norm(squares), values, other.scale, width, channels));
+      return gaussian_of(square_distance(token, inverse_norm(squares), values, other.scale, width,
+                                         next, channels));
   }
 }
 
@@ -74,7 +75,7 @@ class Scorer {
     const bool unit_now = unit_means && !some_channels_;
     each_group(raw.groups, [&](int64_t t, int64_t g, int64_t first, int64_t last) {
       for (int64_t n = first; n < last; ++n)
-        set_squares(s_.at(t, n), squares_of(s_.token<T>(t, n), a_.width));
+        set_squares(s_.at(t, n), squares(s_.token<T>(t, n), AllChannels{}));
       if (raw_means)
         sum_group<T>(s_, t, first, last, judged_, nullptr, a_.width, AllChannels{},
                      &raw.group(t, g));
@@ -94,7 +95,7 @@ class Scorer {
       const SomeChannels channels{mask_.data()};
       each_group(raw.groups, [&](int64_t t, int64_t g, int64_t first, int64_t last) {
         for (int64_t n = first; n < last; ++n)
-          channel_squares_[s_.at(t, n)] = squares_of(s_.token<T>(t, n), a_.width, channels);
+          channel_squares_[s_.at(t, n)] = squares(s_.token<T>(t, n), channels);
         if (unit_means)
           sum_group<T>(s_, t, first, last, judged_, channel_squares_.data(), a_.width, channels,
                        &unit.group(t, g));
@@ -123,9 +124,15 @@ class Scorer {
     for (int64_t t = 0; t < s_.steps; ++t) sums->join_step(t);
   }
 
-  void set_squares(int64_t at, float squares) {
-    judged_.squares[at] = squares;
-    if (!std::isfinite(squares)) judged_.marks[at] |= kBroken;
+  // Of a row that no other one follows, or one that the processor sees coming.
+  template <typename V, typename Channels>
+  float squares(const V* row, Channels channels) const {
+    return squares_of(row, a_.width, row, channels);
+  }
+
+  void set_squares(int64_t at, float sum) {
+    judged_.squares[at] = sum;
+    if (!std::isfinite(sum)) judged_.marks[at] |= kBroken;
   }
 
   // One vector for each step (or one for all), ready to be compared with.
@@ -141,8 +148,8 @@ class Scorer {
   }
 
   float squares_of_anchor(const float* values) const {
-    return some_channels_ ? squares_of(values, a_.width, SomeChannels{mask_.data()})
-                          : squares_of(values, a_.width);
+    return some_channels_ ? squares(values, SomeChannels{mask_.data()})
+                          : squares(values, AllChannels{});
   }
 
   void frame_anchors(int k, SegmentSums& sums) {
@@ -191,10 +198,10 @@ class Scorer {
       anchors_[k].values = seen;
       for (size_t t = 0; t < anchors_[k].squares.size(); ++t) {
         float* values = anchors_[k].values.data() + t * padded_width(a_.width);
-        const float squares = squares_of_anchor(values);
-        anchors_[k].squares[t] = squares;
+        const float sum = squares_of_anchor(values);
+        anchors_[k].squares[t] = sum;
         if (rule_.term[k].metric != PruneMetric::kGaussian) continue;
-        const float scale = inverse_norm(squares);
+        const float scale = inverse_norm(sum);
         for (int64_t i = 0; i < a_.width; ++i) values[i] *= scale;
       }
     }
@@ -215,8 +222,8 @@ class Scorer {
                    Channels channels) const {
     if (state == nullptr) return {nullptr, NAN, NAN};
     const T* values = static_cast<const T*>(state) + s_.number * row + n * place;
-    const float squares = squares_of(values, a_.width, channels);
-    return {values, squares, inverse_norm(squares)};
+    const float sum = squares(values, channels);
+    return {values, sum, inverse_norm(sum)};
   }
 
   template <typename Channels>
@@ -232,9 +239,9 @@ class Scorer {
     for (int64_t t = 0; t < s_.steps; ++t) {
       const int64_t at = s_.at(t, n);
       const T* token = s_.token<T>(t, n);
-      if (t + 1 < s_.steps || n + 1 < s_.places)
-        prefetch_row(t + 1 < s_.steps ? s_.token<T>(t + 1, n) : s_.token<T>(0, n + 1),
-                     a_.width * sizeof(T));
+      const T* next = t + 1 < s_.steps    ? s_.token<T>(t + 1, n)
+                      : n + 1 < s_.places ? s_.token<T>(0, n + 1)
+                                          : token;
       float score = a_.external_score == nullptr ? 0.0f : a_.external_score[at] * rule_.external;
       bool squares_known = squares_known_ || rule_.terms == 0;
       for (int k = 0; k < rule_.terms; ++k) {
@@ -244,23 +251,23 @@ class Scorer {
                                                                                 : kept;
         float value;
         if (term.reference >= PruneReference::kFrameMean) {
-          value = against_anchor(k, t, token, compared_squares_[at], channels);
+          value = against_anchor(k, t, token, next, compared_squares_[at], channels);
         } else if (other.values == nullptr) {
           value = NAN;
         } else if (!squares_known && term.metric == PruneMetric::kCosine) {
-          const SquaresAndDot sums = squares_and_dot(token, other.values, a_.width);
+          const SquaresAndDot sums = squares_and_dot(token, other.values, a_.width, next);
           set_squares(at, sums.squares);
           squares_known = true;
           value = cosine_of(sums.dot, sums.squares, other.squares);
         } else {
-          if (!squares_known) set_squares(at, squares_of(token, a_.width));
+          if (!squares_known) set_squares(at, squares_of(token, a_.width, next));
           squares_known = true;
-          value = compare(term.metric, token, compared_squares_[at], other, a_.width,
+          value = compare(term.metric, token, next, compared_squares_[at], other, a_.width,
                           static_cast<float>(rule_.channels), channels);
         }
         score += value * term.weight;
       }
-      if (!squares_known) set_squares(at, squares_of(token, a_.width));
+      if (!squares_known) set_squares(at, squares_of(token, a_.width, next));
       judged_.score[at] = score;
       const Other<T> now{token, compared_squares_[at],
                          scaled_ ? inverse_norm(compared_squares_[at]) : 1.0f};
@@ -272,11 +279,12 @@ class Scorer {
   }
 
   template <typename Channels>
-  float against_anchor(int k, int64_t t, const T* token, float squares, Channels channels) const {
+  float against_anchor(int k, int64_t t, const T* token, const T* next, float squares,
+                       Channels channels) const {
     const Anchors& anchors = anchors_[k];
     const Other<float> other{anchors.values.data() + t * anchors.stride,
                              anchors.squares[anchors.stride == 0 ? 0 : t], 1.0f};
-    return compare(rule_.term[k].metric, token, squares, other, a_.width,
+    return compare(rule_.term[k].metric, token, next, squares, other, a_.width,
                    static_cast<float>(rule_.channels), channels);
   }
 

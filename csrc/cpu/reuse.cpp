@@ -1,7 +1,8 @@
 // select_changed, gather_rows, merge_rows on the CPU: compiled once per instruction set.
 //
 // Bound by memory. select_changed reads features and references once (a shared reference row serves
-// all frames while it is in cache); merge_rows reads only the rows that it writes.
+// all frames while it is in cache); merge_rows reads only the rows that it writes, a shared base
+// row for all frames at once.
 
 #include "vico/reuse.h"
 
@@ -19,35 +20,46 @@ namespace VICO_ISA {
 namespace {
 
 template <typename T>
-float likeness(const T* a, const T* b, float b_squares, const ChangedArgs& s) {
+float likeness(const T* a, const T* next, const T* b, float b_squares, const ChangedArgs& s) {
   const int64_t n = s.width;
   switch (s.metric) {
     case Likeness::kL1:
-      return -(absolute_distance(a, b, n) / static_cast<float>(n));
+      return -(absolute_distance(a, b, n, next) / static_cast<float>(n));
     case Likeness::kL2:
-      return -std::sqrt(square_distance(a, 1.0f, b, 1.0f, n) / static_cast<float>(n));
+      return -std::sqrt(square_distance(a, 1.0f, b, 1.0f, n, next) / static_cast<float>(n));
     case Likeness::kDot:
-      return dot_of(a, b, n);
+      return dot_of(a, b, n, next);
     case Likeness::kCosine:
       break;
   }
-  const SquaresAndDot sums = squares_and_dot(a, b, n);
+  const SquaresAndDot sums = squares_and_dot(a, b, n, next);
   return cosine_of(sums.dot, sums.squares, b_squares);
 }
 
+// Places whose reference rows stay in the first level cache (their bytes) while one frame after
+// another is compared with them: a run of rows for memory, which is read faster than rows apart.
+constexpr int64_t kRunBytes = 20 << 10;
+constexpr int64_t kMostPlaces = 64;
+
 template <typename T>
-void compare_place(const ChangedArgs& s, int64_t place) {
-  const T* feature = static_cast<const T*>(s.feature) + place * s.feature_row;
-  const T* reference = static_cast<const T*>(s.reference) + place * s.reference_row;
-  float squares = 0.0f;
+void compare_run(const ChangedArgs& s, int64_t begin, int64_t end) {
+  const auto row = [&s](int64_t f, int64_t place) {
+    return static_cast<const T*>(s.feature) + f * s.feature_frame + place * s.feature_row;
+  };
+  float squares[kMostPlaces];
   for (int64_t f = 0; f < s.frames; ++f) {
-    const T* other = reference + f * s.reference_frame;
-    const T* next =
-        f + 1 < s.frames ? feature + (f + 1) * s.feature_frame : feature + s.feature_row;
-    if (f + 1 < s.frames || place + 1 < s.places) prefetch_row(next, s.width * sizeof(T));
-    if (s.metric == Likeness::kCosine && (f == 0 || s.reference_frame != 0))
-      squares = squares_of(other, s.width);
-    s.similarity[f * s.places + place] = likeness(feature + f * s.feature_frame, other, squares, s);
+    for (int64_t place = begin; place < end; ++place) {
+      const T* other =
+          static_cast<const T*>(s.reference) + f * s.reference_frame + place * s.reference_row;
+      float* sum = &squares[place - begin];
+      if (s.metric == Likeness::kCosine && (f == 0 || s.reference_frame != 0))
+        *sum = squares_of(other, s.width, other);
+      const T* next = place + 1 < end    ? row(f, place + 1)
+                      : f + 1 < s.frames ? row(f + 1, begin)
+                      : end < s.places   ? row(0, end)
+                                         : row(f, place);
+      s.similarity[f * s.places + place] = likeness(row(f, place), next, other, *sum, s);
+    }
   }
 }
 
@@ -86,10 +98,13 @@ void list_frame(const ChangedArgs& s, int64_t f) {
 template <typename T>
 void select(const ChangedArgs& s, int n_threads) {
   const int workers = worthwhile_threads(s.frames * s.places * s.width, n_threads);
+  const int64_t bytes = s.width * int64_t{sizeof(T)};
+  const int64_t run = std::min(kMostPlaces, std::max<int64_t>(1, kRunBytes / bytes));
 #pragma omp parallel num_threads(workers)
   {
 #pragma omp for schedule(static)
-    for (int64_t place = 0; place < s.places; ++place) compare_place<T>(s, place);
+    for (int64_t begin = 0; begin < s.places; begin += run)
+      compare_run<T>(s, begin, std::min(begin + run, s.places));
 #pragma omp for schedule(static)
     for (int64_t f = 0; f < s.frames; ++f) list_frame(s, f);
   }
@@ -155,11 +170,12 @@ void merge(const MergeRowsArgs& m, int n_threads) {
   {
 #pragma omp for schedule(static) nowait
     for (int64_t i = 0; i < total; ++i) {
-      const int64_t f = i / m.places, place = i % m.places;
+      const int64_t f = i % m.frames, place = i / m.frames, at = f * m.places + place;
       const T* source =
-          row_of[i] >= 0 ? static_cast<const T*>(m.rows) + f * m.rows_frame + row_of[i] * m.rows_row
-                         : static_cast<const T*>(m.base) + f * m.base_frame + place * m.base_row;
-      T* out = static_cast<T*>(m.out) + i * m.width;
+          row_of[at] >= 0
+              ? static_cast<const T*>(m.rows) + f * m.rows_frame + row_of[at] * m.rows_row
+              : static_cast<const T*>(m.base) + f * m.base_frame + place * m.base_row;
+      T* out = static_cast<T*>(m.out) + at * m.width;
       if (m.residual == nullptr) {
         copy_row(out, source, bytes, streamed);
         continue;

@@ -59,13 +59,19 @@ VICO_INLINE Floats rounded(Floats v) {
 }
 
 // K sums over a row of n: `add(i, left, total)` adds elements i to min(i + kLanes, n) to K totals.
-template <int K, typename Add>
-VICO_INLINE void row_sums(int64_t n, float* out, Add&& add) {
+// `next`, the row read after this one (or this one), is asked for beside the additions: a row
+// begins pages that the processor's own prefetcher is late for, and asked for in one burst it keeps
+// the core waiting.
+template <int K, typename T, typename Add>
+VICO_INLINE void row_sums(int64_t n, const T* next, float* out, Add&& add) {
   constexpr int kChains = 4;  // hides the latency of the additions
   Floats total[kChains][K];
   std::memset(total, 0, sizeof(total));
   int64_t i = 0;
   for (; i + kChains * kLanes <= n; i += kChains * kLanes) {
+#pragma GCC unroll 4
+    for (int64_t at = 0; at < kChains * kLanes; at += 64 / int64_t{sizeof(T)})
+      __builtin_prefetch(next + i + at, 0, 3);
 #pragma GCC unroll 4
     for (int chain = 0; chain < kChains; ++chain)
       add(i + chain * kLanes, int64_t{kLanes}, total[chain]);
@@ -87,9 +93,9 @@ struct SomeChannels {
 };
 
 template <typename A, typename Channels = AllChannels>
-VICO_NOINLINE float squares_of(const A* a, int64_t n, Channels channels = {}) {
+VICO_NOINLINE float squares_of(const A* a, int64_t n, const A* next, Channels channels = {}) {
   float sum;
-  row_sums<1>(n, &sum, [&](int64_t i, int64_t left, Floats* total) {
+  row_sums<1>(n, next, &sum, [&](int64_t i, int64_t left, Floats* total) {
     const Floats v = channels(load_lanes(a + i, left), i);
     total[0] += v * v;
   });
@@ -97,9 +103,10 @@ VICO_NOINLINE float squares_of(const A* a, int64_t n, Channels channels = {}) {
 }
 
 template <typename A, typename B, typename Channels = AllChannels>
-VICO_NOINLINE float dot_of(const A* a, const B* b, int64_t n, Channels channels = {}) {
+VICO_NOINLINE float dot_of(const A* a, const B* b, int64_t n, const A* next,
+                           Channels channels = {}) {
   float sum;
-  row_sums<1>(n, &sum, [&](int64_t i, int64_t left, Floats* total) {
+  row_sums<1>(n, next, &sum, [&](int64_t i, int64_t left, Floats* total) {
     total[0] += channels(load_lanes(a + i, left), i) * channels(load_lanes(b + i, left), i);
   });
   return sum;
@@ -110,9 +117,9 @@ struct SquaresAndDot {
 };
 
 template <typename T>
-VICO_NOINLINE SquaresAndDot squares_and_dot(const T* a, const T* b, int64_t n) {
+VICO_NOINLINE SquaresAndDot squares_and_dot(const T* a, const T* b, int64_t n, const T* next) {
   float sum[2];
-  row_sums<2>(n, sum, [&](int64_t i, int64_t left, Floats* total) {
+  row_sums<2>(n, next, sum, [&](int64_t i, int64_t left, Floats* total) {
     const Floats v = load_lanes(a + i, left), w = load_lanes(b + i, left);
     total[0] += v * v;
     total[1] += v * w;
@@ -122,9 +129,10 @@ VICO_NOINLINE SquaresAndDot squares_and_dot(const T* a, const T* b, int64_t n) {
 
 // sum |a - b|
 template <typename A, typename B, typename Channels = AllChannels>
-VICO_NOINLINE float absolute_distance(const A* a, const B* b, int64_t n, Channels channels = {}) {
+VICO_NOINLINE float absolute_distance(const A* a, const B* b, int64_t n, const A* next,
+                                      Channels channels = {}) {
   float sum;
-  row_sums<1>(n, &sum, [&](int64_t i, int64_t left, Floats* total) {
+  row_sums<1>(n, next, &sum, [&](int64_t i, int64_t left, Floats* total) {
     total[0] += absolute(channels(load_lanes(a + i, left) - load_lanes(b + i, left), i));
   });
   return sum;
@@ -133,9 +141,9 @@ VICO_NOINLINE float absolute_distance(const A* a, const B* b, int64_t n, Channel
 // sum (a * a_scale - b * b_scale)^2
 template <typename A, typename B, typename Channels = AllChannels>
 VICO_NOINLINE float square_distance(const A* a, float a_scale, const B* b, float b_scale, int64_t n,
-                                    Channels channels = {}) {
+                                    const A* next, Channels channels = {}) {
   float sum;
-  row_sums<1>(n, &sum, [&](int64_t i, int64_t left, Floats* total) {
+  row_sums<1>(n, next, &sum, [&](int64_t i, int64_t left, Floats* total) {
     const Floats v = rounded(load_lanes(a + i, left) * a_scale);
     const Floats w = rounded(load_lanes(b + i, left) * b_scale);
     const Floats difference = channels(v - w, i);

@@ -1,4 +1,4 @@
-// What the caches cannot guess: rows that will be read next, and writes that need not go there.
+// Writes that need not go through the caches.
 #pragma once
 
 #include <cstdint>
@@ -13,18 +13,12 @@
 namespace vico {
 namespace VICO_ISA {
 
-// Fetches a row into the second level cache while another one is worked on: each row begins a run
-// of pages of its own, which the processor's own prefetcher is late for.
-VICO_INLINE void prefetch_row(const void* row, int64_t bytes) {
-  for (int64_t i = 0; i < bytes; i += 64)
-    __builtin_prefetch(static_cast<const char*>(row) + i, 0, 2);
-}
-
 constexpr int64_t kStreamAlignment = 64;
 
 // An output of this size is written around the cache: a plain store reads the line first, which
-// costs more than the next op saves by finding the end of the output there (1.6 x at 11 MB).
-constexpr int64_t kStreamedBytes = 4 << 20;
+// costs more than the next op saves by finding the end of the output there (1.6 x at 11 MB). A
+// smaller one is given memory that was an output just before, which the cache still has.
+constexpr int64_t kStreamedBytes = 8 << 20;
 
 VICO_INLINE bool can_stream(const void* row, int64_t bytes) {
 #if defined(__x86_64__)

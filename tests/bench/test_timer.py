@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import gc
 import itertools
+import platform
+import subprocess
+import sys
 import time
 
 import pytest
@@ -125,3 +128,27 @@ def test_every_provider_gets_one_sample_a_round(cold):
         runs, {"x": torch.zeros(64)}, 256, cold=cold, budget=SHORT, cache_bytes=1024
     ).nanoseconds
     assert len({len(samples) for samples in taken.values()}) == 1
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a habit of glibc's")
+def test_freed_outputs_stay_with_the_process():
+    code = """
+import resource
+import numpy as np
+from vicostream_kernels.bench.timer import keep_freed_memory
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(5):
+        outputs = [np.ones(6 << 20, np.uint8) for _ in range(5)]
+        del outputs
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+first = faults()
+keep_freed_memory()
+faults()
+print(first, faults())
+"""
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    given_back, kept = map(int, out.stdout.split())
+    assert given_back > 10_000 and kept < 100
