@@ -185,19 +185,26 @@ struct RangeLayout {
   int64_t out_step;                 // between the bounds of two blocks
 };
 
-constexpr int64_t kBlocksAhead = 8;  // that memory is asked for: measured, cold
+// Where rows that are read later begin.
+template <typename T>
+struct RangesAhead {
+  const T *low, *high;
+};
 
 // out[b][i]: the largest dot product of a key between the low and the high row of block b with
 // query row i, for B blocks. `query` has, for each register of channels, the negative parts of the
 // N rows and then the positive ones (Queries::Parts): two products a channel take less than a
 // comparison, a choice and a product. No number where the zero of one part meets an infinite bound.
-// Sets `crossed` of a block where a channel has its minimum above its maximum.
+// Sets `crossed` of a block where a channel has its minimum above its maximum. As many lines as are
+// read are asked for meanwhile, from `ahead` on.
 //
 // A function of its own, with all arguments in registers: those that came by the stack were written
 // in halves and read back whole, which waited for the writes at each call.
 template <int B, int N, typename T>
 __attribute__((noinline)) void bounds_of(const T* low, const T* high, const float* query,
-                                         const RangeLayout& at, float* out, bool* crossed) {
+                                         const RangeLayout& at, float* out, bool* crossed,
+                                         const RangesAhead<T>& ahead) {
+  const T *low_ahead = ahead.low, *high_ahead = ahead.high;
   F sums[B][N] = {};
   Crossed seen[B];
   const auto add = [&](const T* smallest, const T* largest, auto lanes_at) {
@@ -221,12 +228,13 @@ __attribute__((noinline)) void bounds_of(const T* low, const T* high, const floa
     const T *smallest = low + s * at.low_stride, *largest = high + s * at.high_stride;
     int64_t left = at.d;
     for (; left >= kLanes; left -= kLanes, smallest += kLanes, largest += kLanes) {
-      if ((at.d - left) % kLineOf<T> == 0)
+      if ((at.d - left) % kLineOf<T> == 0) {
 #pragma GCC unroll 2
-        for (int b = 0; b < B; ++b) {
-          ask_for<64, kNear>(smallest + (kBlocksAhead + b) * at.low_step);
-          ask_for<64, kNear>(largest + (kBlocksAhead + b) * at.high_step);
+        for (int b = 0; b < B; ++b, low_ahead += kLineOf<T>, high_ahead += kLineOf<T>) {
+          ask_for<64, kNear>(low_ahead);
+          ask_for<64, kNear>(high_ahead);
         }
+      }
       add(smallest, largest, [](const T* row) { return load_lanes(row); });
     }
     if (left > 0) add(smallest, largest, [&](const T* row) { return load_up_to(row, left); });

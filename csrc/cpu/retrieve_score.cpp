@@ -78,6 +78,22 @@ bool all_finite(const float* x, int64_t n) {
   return finite != 0;
 }
 
+// Goes through the rows of a tile that will be read next, in the order of the memory, which is not
+// the order that they are read in: asked for like that, they come a fifth sooner.
+template <typename T>
+struct RowsAhead {
+  const T *low, *high;  // of its first block
+  int64_t units, unit, low_at, high_at;
+
+  // As many as a call reads that has `blocks` rows.
+  RangesAhead<T> take(const ScoreArgs& a, int blocks) {
+    const RangesAhead<T> rows{low + low_at + unit * a.sum_kv, high + high_at + unit * a.max_kv};
+    for (unit += blocks; unit >= units; unit -= units)
+      low_at += a.sum_block, high_at += a.max_block;
+    return rows;
+  }
+};
+
 // best[block, unit, token, row] of a tile: the bound, the largest over the parts of a block.
 template <typename T>
 void bound_tile(const ScoreArgs& a, const Plan& plan, const Queries& q, int64_t stream,
@@ -98,19 +114,31 @@ void bound_tile(const ScoreArgs& a, const Plan& plan, const Queries& q, int64_t 
                    part * a.sum_sub;
     const T* high = static_cast<const T*>(a.summary_max) + stream * a.max_stream +
                     block * a.max_block + part * a.max_sub;
+    // The next part of these blocks, or the first one of the blocks behind.
+    const bool more = part + 1 < a.sub;
+    RowsAhead<T> rows{low + (more ? a.sum_sub : kTile * a.sum_block - part * a.sum_sub),
+                      high + (more ? a.max_sub : kTile * a.max_block - part * a.max_sub),
+                      plan.units,
+                      0,
+                      0,
+                      0};
     for (int64_t first = 0; first < blocks; first += together)
-      for (int64_t u = 0; u < plan.units; ++u)
+      for (int64_t u = 0; u < plan.units; ++u) {
+        const RowsAhead<T> begun = rows;
         in_fours(n, [&](int64_t i, auto count) {
+          rows = begun;  // the same for all query rows
           const auto bound = [&](int64_t b, auto some) {
-            bounds_of<some, count>(
-                low + u * a.sum_kv + b * a.sum_block, high + u * a.max_kv + b * a.max_block,
-                &q.rows[2 * (u * n + i) * wide], at, &found[b * all + u * n + i], &empty[b]);
+            bounds_of<some, count>(low + u * a.sum_kv + b * a.sum_block,
+                                   high + u * a.max_kv + b * a.max_block,
+                                   &q.rows[2 * (u * n + i) * wide], at, &found[b * all + u * n + i],
+                                   &empty[b], rows.take(a, some));
           };
           const int64_t end = std::min(first + together, blocks);
           int64_t b = first;
           for (; b + 2 <= end; b += 2) bound(b, std::integral_constant<int, 2>{});
           if (b < end) bound(b, std::integral_constant<int, 1>{});
         });
+      }
     for (int64_t b = 0; b < blocks; ++b) {
       if (empty[b]) continue;
       any[b] = true;
