@@ -246,7 +246,7 @@ def _row(
         return row
     taken = samples.nanoseconds[provider.name]
     times = timing(taken)
-    ratio: Ratio = paired_ratio(samples.nanoseconds[baseline], taken)
+    ratio: Ratio = paired_ratio(samples.paired[baseline], samples.paired[provider.name])
     row.method, row.samples = samples.method, times.samples
     row.p20_us, row.p50_us, row.p80_us = times.p20, times.p50, times.p80
     row.gb_s = case.bytes / times.p50 / 1e3

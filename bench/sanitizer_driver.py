@@ -1,7 +1,7 @@
 """Runs every native CUDA kernel once at a small size, for compute-sanitizer to watch.
 
 ``python -m vicostream_kernels.bench.sanitizer_driver``: the smoke cases of the registry with the
-``cuda`` backend. Inputs are made and outputs judged on the CPU, so that no kernel but ours runs.
+``cuda`` backend, and those of `native_cases`. Inputs are made and outputs judged on the CPU, so that no kernel but ours runs.
 Exit code 0: ran and right; 1: wrong or failed; 3: there is nothing to run, with the reason.
 
 A kernel that loses the device ends the runs of its op; the other ops go on in another process.
@@ -21,10 +21,15 @@ from vicostream_kernels.bench import registry
 from vicostream_kernels.bench.check import judge
 from vicostream_kernels.bench.inputs import map_tensors, to_truth
 from vicostream_kernels.bench.lost_device import first_line, why_lost
+from vicostream_kernels.bench.native_cases import native_cases
 from vicostream_kernels.bench.registry import Case, Provider
 
 NOTHING_TO_RUN = 3
 _PROVIDER = "ours:cuda"
+
+
+def all_cases() -> list[Case]:
+    return [*registry.load().values(), *native_cases()]
 
 
 def work(cases: Sequence[Case], device: torch.device) -> list[tuple[Case, Provider]]:
@@ -85,7 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("sanitizer_driver: torch finds no CUDA device")
         return NOTHING_TO_RUN
     device = torch.device("cuda")
-    todo = work(list(registry.load().values()), device)
+    todo = work(all_cases(), device)
     todo = [(case, provider) for case, provider in todo if ops is None or case.op in ops]
     if not todo:
         reasons = {op: backends.why_not(op, "cuda", "cuda") for op in backends.OPS}

@@ -51,10 +51,18 @@ QUICK = Budget(seconds=0.4, least_rounds=8, most_rounds=100)
 
 @dataclass(frozen=True)
 class Samples:
-    """Nanoseconds per call of each provider, one entry a round, and how they were taken."""
+    """Nanoseconds per call of each provider, one entry a round, and how they were taken.
+
+    ``compared``: the same for ratios, where not all of ``nanoseconds`` were taken in one way.
+    """
 
     nanoseconds: dict[str, list[float]]
     method: str
+    compared: dict[str, list[float]] | None = None
+
+    @property
+    def paired(self) -> dict[str, list[float]]:
+        return self.nanoseconds if self.compared is None else self.compared
 
 
 def turns(names: Sequence[str]) -> Iterator[tuple[str, ...]]:

@@ -97,30 +97,35 @@ def measure_cuda(
     clock: Clock,
     graphs: bool = True,
 ) -> Samples:
-    """Times each run on the device, all by the same method.
+    """Times each run on the device.
 
     Cold: other data fills the L2 before each call, outside the timed window. Warm: a graph of 16
     calls, the time divided by 16. ``graphs=False`` times the calls as a host issues them: what an
-    eager user sees, launch gaps included. Where any run can't be captured, all are timed by events
-    and ``method`` says which one it was.
+    eager user sees, launch gaps included. A run that can't be captured (it waits for the device) is
+    timed like that too, and so are all once more, for their ratios; ``method`` says which it was.
     """
-    count = 1 if cold or not graphs else _UNROLL
-    calls: dict[str, Callable[[], Any]] = {}
-    why = "" if graphs else "asked for"
-    if graphs:
-        for name, run in runs.items():
-            try:
-                calls[name] = clock.graph(_repeat(run, clone(inputs), count))
-            except Exception as error:  # capture fails in many ways; the reason goes into the row
-                why = f"{name} can't be captured: {type(error).__name__}"
-                clock.synchronize()
-                break
-    if why:
-        count = 1
-        calls = {name: _repeat(run, clone(inputs), 1) for name, run in runs.items()}
-    method = f"{'cold' if cold else 'warm'}: " + (f"events, {why}" if why else "graph replay")
+    state = "cold" if cold else "warm"
+    count = 1 if cold else _UNROLL
+    replays: dict[str, Callable[[], Any]] = {}
+    refused: list[str] = [] if graphs else list(runs)
+    for name in runs if graphs else ():
+        try:
+            replays[name] = clock.graph(_repeat(runs[name], clone(inputs), count))
+        except Exception as error:  # capture fails in many ways; the reason goes into the row
+            refused.append(f"{name} can't be captured: {type(error).__name__}")
+            clock.synchronize()
     with no_garbage_collection():
-        return Samples(_measure(calls, count, cold, budget, clock), method)
+        replayed = _measure(replays, count, cold, budget, clock)
+        if not refused:
+            return Samples(replayed, f"{state}: graph replay")
+        replays.clear()  # a graph keeps what its calls took
+        calls = {name: _repeat(run, clone(inputs), 1) for name, run in runs.items()}
+        issued = _measure(calls, 1, cold, budget, clock)
+    why = ", ".join(refused) if graphs else "asked for"
+    if not replayed:
+        return Samples(issued, f"{state}: events, {why}")
+    method = f"{state}: graph replay; ratios by events, {why}"
+    return Samples({**issued, **replayed}, method, issued)
 
 
 def _repeat(run: Run, inputs: Inputs, count: int) -> Callable[[], Any]:
@@ -134,6 +139,8 @@ def _repeat(run: Run, inputs: Inputs, count: int) -> Callable[[], Any]:
 def _measure(
     calls: Mapping[str, Callable[[], Any]], count: int, cold: bool, budget: Budget, clock: Clock
 ) -> dict[str, list[float]]:
+    if not calls:
+        return {}
     for call in calls.values():
         for _ in range(3):
             call()

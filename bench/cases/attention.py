@@ -99,9 +99,9 @@ def _turned(
     k: torch.Tensor, page_shift: torch.Tensor, inv_freq: torch.Tensor, mrope_section: list[int]
 ) -> torch.Tensor:
     """Keys [S, pages, B, G, d] rotated on by what each page has moved."""
-    axes = torch.arange(3, device=k.device).repeat_interleave(
-        torch.tensor(mrope_section, device=k.device), output_size=inv_freq.shape[0]
-    )
+    # Without a list that is copied to the device: who copies can't be captured.
+    axes = [torch.full((n,), axis, device=k.device) for axis, n in enumerate(mrope_section)]
+    axes = torch.cat(axes)
     angles = (page_shift[..., axes].double() * inv_freq)[:, :, None, None]
     sine, cosine = angles.sin().float(), angles.cos().float()
     one, other = k.float().chunk(2, dim=-1)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import gc
+import math
 import weakref
 from contextlib import contextmanager
 
 import pytest
 import torch
 
-from vicostream_kernels.bench.stats import timing
+from vicostream_kernels.bench.stats import paired_ratio, timing
 from vicostream_kernels.bench.timer import Budget
 from vicostream_kernels.bench.timer_cuda import CudaClock, measure_cuda
 
@@ -19,10 +20,11 @@ BUDGET = Budget(seconds=0.0, least_rounds=4, most_rounds=4)
 class FakeClock:
     """Counts 1 ms per call, 5 ms per flush; writes down what was asked."""
 
-    def __init__(self, fails: bool = False) -> None:
+    def __init__(self, captures: float = math.inf, issuing: float = 0.0) -> None:
         self.log: list[str] = []
         self.now = 0.0
-        self.fails = fails
+        self.captures = captures  # those after so many fail
+        self.issuing = issuing  # of a run's milliseconds, what a replay spares the host
 
     def event(self):
         clock = self
@@ -46,10 +48,15 @@ class FakeClock:
         self.log.append("synchronize")
 
     def graph(self, run):
-        if self.fails:
+        if self.log.count("capture") >= self.captures:
             raise RuntimeError("operation not permitted when stream is capturing")
         self.log.append("capture")
-        return run
+
+        def replay():
+            self.now -= self.issuing
+            run()
+
+        return replay
 
 
 def runs_on(clock: FakeClock, **milliseconds: float):
@@ -94,10 +101,23 @@ def test_warm_graphs_unroll_and_divide():
     assert clock.log[first + 1 : clock.log.index("record", first + 1)] == ["a"] * 16
 
 
-def test_where_one_run_can_not_be_captured_all_use_events():
-    taken = measured(FakeClock(fails=True), cold=True, a=1.0, b=2.0)
-    assert taken.method == "cold: events, a can't be captured: RuntimeError"
+def test_where_no_run_can_be_captured_all_use_events():
+    taken = measured(FakeClock(captures=0), cold=True, a=1.0, b=2.0)
+    why = "can't be captured: RuntimeError"
+    assert taken.method == f"cold: events, a {why}, b {why}"
     assert timing(taken.nanoseconds["b"]).p50 == pytest.approx(2000)
+
+
+@pytest.mark.parametrize("cold", [True, False])
+def test_a_run_that_can_not_be_captured_costs_the_others_their_ratios_by_graph_alone(cold):
+    taken = measured(FakeClock(captures=1, issuing=0.5), cold=cold, a=1.0, b=2.0)
+    assert taken.method.endswith(
+        ": graph replay; ratios by events, b can't be captured: RuntimeError"
+    )
+    replay = 1000 - 500 / (1 if cold else 16)
+    assert timing(taken.nanoseconds["a"]).p50 == pytest.approx(replay)
+    assert timing(taken.nanoseconds["b"]).p50 == pytest.approx(2000)
+    assert paired_ratio(taken.paired["b"], taken.paired["a"]).median == pytest.approx(2.0)
 
 
 def test_eager_calls_on_request():

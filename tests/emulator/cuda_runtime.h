@@ -157,6 +157,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
                                const Arguments&... arguments) {
   if (!emulator::may_use(reinterpret_cast<const void*>(kernel), config->dynamicSmemBytes))
     return cudaErrorInvalidValue;
+  emulator::note_launch(reinterpret_cast<const void*>(kernel));
   if (emulator::launcher) {
     const auto run = [&](const Parameters&... given) {
       return emulator::take({reinterpret_cast<const void*>(kernel),

@@ -4,6 +4,7 @@
 #include <csetjmp>
 #include <map>
 #include <random>
+#include <set>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -57,6 +58,7 @@ Fiber* current;
 jmp_buf scheduler;
 const std::function<void()>* body;
 int64_t launched = 0;
+std::set<const void*> kernels;  // that were launched
 std::string error;
 std::mt19937 order(1);
 std::map<const void*, size_t> allowed;
@@ -364,6 +366,8 @@ bool may_use(const void* kernel, size_t shared) {
 void allow(const void* kernel, size_t shared) { allowed[kernel] = shared; }
 
 int64_t launches() { return launched; }
+void note_launch(const void* kernel) { kernels.insert(kernel); }
+std::vector<const void*> launched_kernels() { return {kernels.begin(), kernels.end()}; }
 void set_seed(unsigned seed) { order.seed(seed); }
 
 }  // namespace emulator

@@ -90,5 +90,7 @@ bool may_use(const void* kernel, size_t shared);
 void allow(const void* kernel, size_t shared);
 void set_seed(unsigned seed);
 int64_t launches();  // so far
+void note_launch(const void* kernel);
+std::vector<const void*> launched_kernels();  // so far
 
 }  // namespace emulator

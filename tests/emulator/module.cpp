@@ -2,8 +2,10 @@
 #include "module.h"
 
 #include <dlfcn.h>
+#include <pybind11/stl.h>
 
 #include <string>
+#include <vector>
 
 #include "emulator.h"
 
@@ -35,6 +37,14 @@ uintptr_t loaded_at() {
   return reinterpret_cast<uintptr_t>(info.dli_fbase);
 }
 
+// The addresses of the kernels that were launched so far.
+std::vector<uintptr_t> launched_kernels() {
+  std::vector<uintptr_t> found;
+  for (const void* kernel : emulator::launched_kernels())
+    found.push_back(reinterpret_cast<uintptr_t>(kernel));
+  return found;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_emulated, m) {
@@ -43,6 +53,7 @@ PYBIND11_MODULE(_emulated, m) {
   m.def("launches", &emulator::launches);
   m.def("set_launcher", &set_launcher);
   m.def("loaded_at", &loaded_at);
+  m.def("launched_kernels", &launched_kernels);
   vico::bind_append(m);
   vico::bind_attention(m);
   vico::bind_retrieve(m);
