@@ -204,6 +204,9 @@ def _write(inputs: Inputs, backend: str) -> Outputs:
 # --- retrieve ------------------------------------------------------------------------------------
 
 
+_MEAN_DOT = {"score": "dot", "pool": "mean", "scope": "stream"}
+
+
 def _retrieve() -> Iterator[Case]:
     for dtype in _DTYPES:
         for kind in ("mean", "minmax"):
@@ -217,7 +220,7 @@ def _retrieve() -> Iterator[Case]:
         for score, pool, scope in (
             ("dot", "max", "query_head"),
             ("cosine", "mean", "kv_head"),
-            ("dot", "mean", "stream"),
+            tuple(_MEAN_DOT.values()),
             ("bound", "max", "query_head"),
         ):
             yield _case(
@@ -233,7 +236,7 @@ def _retrieve() -> Iterator[Case]:
         "retrieve/native-large",
         "topk_blocks",
         torch.float32,
-        partial(_make_topk, dtype=torch.float32, score="dot", pool="mean", scope="stream", nb=40_000),
+        partial(_make_topk, dtype=torch.float32, **_MEAN_DOT, nb=40_000),
         _topk,
     )
     yield _case("retrieve/native-pages", "select_pages", torch.float32, _make_pages, _list_pages)

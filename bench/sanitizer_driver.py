@@ -1,7 +1,8 @@
 """Runs every native CUDA kernel once at a small size, for compute-sanitizer to watch.
 
 ``python -m vicostream_kernels.bench.sanitizer_driver``: the smoke cases of the registry with the
-``cuda`` backend, and those of `native_cases`. Inputs are made and outputs judged on the CPU, so that no kernel but ours runs.
+``cuda`` backend, and those of `native_cases`. Inputs are made and outputs judged on the CPU, so
+that no kernel but ours runs.
 Exit code 0: ran and right; 1: wrong or failed; 3: there is nothing to run, with the reason.
 
 A kernel that loses the device ends the runs of its op; the other ops go on in another process.

@@ -271,6 +271,36 @@ def test_a_failed_growth_leaves_the_cache_as_it_was(monkeypatch):
     assert stream.page_table([block]).tolist() == [block.pages]
 
 
+@pytest.mark.parametrize("on_full", ["evict_oldest", "error"])
+def test_a_device_without_memory_for_larger_pools_keeps_what_it_has(monkeypatch, on_full):
+    """16 pages become 20 where 32 do not fit; then there is no memory for more."""
+    cache = make_cache(grow=True, on_full=on_full)
+    stream = cache.open()
+    new_pool, asked = cache._new_pool, []
+
+    def with_little_memory(pages):
+        asked.append(pages)
+        if pages > 20:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return new_pool(pages)
+
+    monkeypatch.setattr(cache, "_new_pool", with_little_memory)
+    first, *_ = [add(stream, 16) for _ in range(5)]
+    assert cache.total_pages == 20 and asked == [32, 20, 20]
+    if on_full == "error":
+        before = state(cache)
+        with pytest.raises(OutOfPages, match="more memory: there was none for more than 20 pages"):
+            add(stream, 16)
+        assert state(cache) == before
+    else:
+        add(stream, 16)
+        assert first.state == "evicted" and cache.total_pages == 20
+    tries = len(asked)
+    with pytest.raises(OutOfPages, match="there was none for more than 20 pages"):
+        stream.reserve(100)
+    assert len(asked) == tries
+
+
 # -- the allocator itself ------------------------------------------------------------------------
 
 

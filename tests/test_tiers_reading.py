@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import threading
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -234,6 +235,9 @@ class Device(Transfer):
     def wait(self):
         pass
 
+    def settle(self):
+        self.settled = True
+
 
 @pytest.mark.parametrize("host", [0, 6 * PAGE])
 def test_records_of_their_own_come_up_in_one_copy(tmp_path, host):
@@ -251,3 +255,45 @@ def test_records_of_their_own_come_up_in_one_copy(tmp_path, host):
             stream.fetch(blocks)
         assert device.came[1:] == [1] and blocks[0].tier != "disk"
         check(stream, blocks[:1])
+    assert device.settled, "pools may be somebody else's memory after the close"
+
+
+class Queue:
+    """Stands in for ``torch.cuda`` in `Transfer`: copies are made at once, events say how far."""
+
+    def __init__(self, monkeypatch, pools, wanted) -> None:
+        self.pools, self.wanted, self.complete = pools, wanted, []
+        for name, value in {
+            "stream": lambda stream: nullcontext(),
+            "current_stream": lambda device: None,
+            "Event": lambda: self,
+        }.items():
+            monkeypatch.setattr(torch.cuda, name, value)
+
+    def wait_stream(self, stream):
+        pass
+
+    def record(self, stream):
+        """The layers that are there."""
+        there = [
+            all(torch.equal(p[layer], w[layer]) for p, w in zip(self.pools, self.wanted))
+            for layer in range(len(self.pools[0]))
+        ]
+        self.complete.append(there.count(True))
+
+
+@pytest.mark.parametrize("layers", [1, 2, 6])
+def test_on_a_gpu_layers_arrive_one_after_another(monkeypatch, layers):
+    shape = (layers, 9, 4, 2, 8)  # nine pages of four
+    pools, wanted = ([torch.zeros(shape) for _ in range(2)] for _ in range(2))
+    runs = [[(0, 3)], [(8, 4), (20, 2)], [(13, 1)]]
+    records = [torch.randn(layers, 2, n, 2, 8) for n in (3, 6, 1)]
+    arriving = list(zip(runs, records))
+    transfer = Transfer(torch.device("cpu"))
+    transfer.up(wanted, arriving)
+    transfer._copying = queue = Queue(monkeypatch, pools, wanted)
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: None)
+    slots = torch.tensor([s for each in runs for first, n in each for s in range(first, first + n)])
+    transfer._queue(pools, arriving, slots)
+    assert queue.complete == list(range(1, layers + 1))
+    assert all(torch.equal(p, w) for p, w in zip(pools, wanted))

@@ -284,6 +284,7 @@ class Residency:
             self.below.used(block._copy.group)
 
     def close(self) -> None:
+        self.transfer.settle()  # the pools may be somebody else's memory next
         self._resident.clear()
         self.below.close()
 

@@ -99,21 +99,22 @@ class Transfer:
         self._copying.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._copying):
             layers, _, _, heads, width = arriving[0][1].shape
-            shape = (layers, len(pools), len(slots), heads, width)
-            staged = torch.empty(shape, dtype=pools[0].dtype, device=self._device)
-            events = []
-            for layer in range(layers):
-                at = 0
-                for _, record in arriving:
-                    n = record.shape[2]
-                    for p in range(len(pools)):
-                        staged[layer, p, at : at + n].copy_(record[layer, p], non_blocking=True)
-                    at += n
-                for p, pool in enumerate(pools):
-                    _tokens(pool, layer).index_copy_(0, slots, staged[layer, p])
-                event = torch.cuda.Event()
-                event.record(self._copying)
-                events.append(event)
+            events, first = [], 0
+            while first < layers:
+                # One layer, two, four: the first is soon there, and a record is a few copies.
+                some = slice(first, min(2 * first + 1, layers))
+                shape = (some.stop - first, len(pools), len(slots), heads, width)
+                staged = torch.empty(shape, dtype=pools[0].dtype, device=self._device)
+                parts = staged.split([record.shape[2] for _, record in arriving], dim=2)
+                for part, (_, record) in zip(parts, arriving):
+                    part.copy_(record[some], non_blocking=True)
+                for layer, tokens in enumerate(staged, first):
+                    for pool, new in zip(pools, tokens):
+                        _tokens(pool, layer).index_copy_(0, slots, new)
+                    event = torch.cuda.Event()
+                    event.record(self._copying)
+                    events.append(event)
+                first = some.stop
         slots.record_stream(self._copying)
         self._arrivals.append(events)
 

@@ -65,8 +65,9 @@ class PagedKVCache:
         raw_keys: keep a second pool of keys before rotation.
         on_full: "error", or "evict_oldest": committed unpinned chunks go, the oldest of the asking
             stream first, then the oldest of the other open streams.
-        grow: double the pools when they are exhausted, up to ``max_pages``, before ``on_full``
-            applies. The pool attributes are new tensors then: read them after reserve.
+        grow: double the pools when they are exhausted, up to ``max_pages`` or what the device has
+            memory for, before ``on_full`` applies. The pool attributes are new tensors then: read
+            them after reserve.
         max_pages: with ``grow``; default: as many as int32 slots can name.
         tiers: budgets in bytes for what lives in memory and below it. ``pages`` is at most what
             the memory budget allows then, ``grow`` must be off, and a full pool sends the chunks
@@ -123,6 +124,7 @@ class PagedKVCache:
         self.device = self._fill.device
         self._pools = {name: self._new_pool(pages) for name in self._names}
         self._residency = None if tiers is None else Residency(self, tiers)
+        self._no_memory = False  # for larger pools, when they were asked for
         self.closed = False
 
     # -- pools -----------------------------------------------------------------------------------
@@ -318,8 +320,8 @@ class PagedKVCache:
                     break
         if short > 0:
             raise OutOfPages(self._why_full(n, stream, asked))
-        if target > total:
-            self._extend(target)
+        if target > total and not self._grow_to(target, total + n - self.free_pages):
+            return self._make_room(n, stream, asked)  # with what there is
         for victim in victims:
             victim._stream._evict(victim)
 
@@ -327,6 +329,19 @@ class PagedKVCache:
         others = (s.chunks.oldest_first() for s in self._streams if s is not stream)
         runs = (stream.chunks.oldest_first(), heapq.merge(*others, key=lambda b: b._order))
         return (b for run in runs for b in run if not b.pinned and not b._holds)
+
+    def _grow_to(self, total: int, least: int) -> bool:
+        """Whether there is memory for more pages, if not for ``total`` then for a quarter more and
+        ``least``. Where there is none, the cache has its largest size from then on."""
+        old = self.total_pages
+        for target in sorted({total, min(total, max(least, old + old // 4))}, reverse=True):
+            try:
+                self._extend(target)
+                return True
+            except torch.OutOfMemoryError:  # the old pools are needed beside the new ones
+                continue
+        self.max_pages, self._no_memory = old, True
+        return False
 
     def _extend(self, total: int) -> None:
         old = self.total_pages
@@ -396,6 +411,8 @@ class PagedKVCache:
                 held[why] += len(block.pages)
         holders = ", ".join(f"{count} {why}" for why, count in held.items() if count) or "none"
         helps = []
+        if self._no_memory:
+            helps.append(f"more memory: there was none for more than {self.max_pages} pages")
         if n > self.max_pages:
             helps.append(f"a cache of at least {n} pages")
             if self.tiers is not None:
@@ -411,7 +428,7 @@ class PagedKVCache:
                 helps.append("free() of texts that are done")
             if self.tiers is not None:
                 helps.append("a larger memory budget (engine.history_bytes)")
-            else:
+            elif not self._no_memory:
                 helps.append(
                     "a larger max_pages (engine.max_pages)"
                     if self.grow
