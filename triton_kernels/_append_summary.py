@@ -64,7 +64,10 @@ def _fold(
     return total, low, high
 
 
-@triton.jit(do_not_specialize=["tokens", "parts"])
+@triton.jit(
+    do_not_specialize=["tokens", "parts"],
+    do_not_specialize_on_alignment=["count_ptr"],  # a layer's row of a table that grows
+)
 def summary_kernel(
     keys_ptr,  # what the key offsets count from: the pages, or k for a summary of raw keys
     rows_ptr,

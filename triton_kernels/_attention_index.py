@@ -77,7 +77,8 @@ def _entries(table_ptr, stride_l, page_fill_ptr, e, length, pages, PAGE_SIZE: tl
         "table_stride_x",
         "shift_stride_s",
         "shift_stride_x",
-    ]
+    ],
+    do_not_specialize_on_alignment=["table_ptr"],  # may be a view that moves on
 )
 def index_kernel(
     table_ptr,

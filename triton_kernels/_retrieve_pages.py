@@ -51,7 +51,9 @@ def _page_at(
         "heads", "length", "tiles", "sinks", "chosen", "recent", "blocks", "width",
         # Lengths of rows, which grow with the history and differ from choice to choice.
         "index_stride_s", "index_stride_r", "pages_stride_s", "sinks_stride_s", "recent_stride_s",
-    ]
+    ],
+    # Views of tables whose first row moves on.
+    do_not_specialize_on_alignment=["index_ptr", "pages_ptr", "sinks_ptr", "recent_ptr"],
 )  # fmt: skip
 def pages_kernel(
     index_ptr,

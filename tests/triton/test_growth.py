@@ -32,6 +32,12 @@ def empty(*shape, dtype=torch.int32):
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
+def moved(*shape):
+    """A view that begins where its length puts it: at any multiple of four bytes."""
+    whole = empty(shape[0], shape[1] % 4 + shape[1], *shape[2:])
+    return whole[:, shape[1] % 4 :]
+
+
 def same_for_all(call) -> None:
     """``call(length)`` launches the same compiled kernels, whatever the length."""
     launches = (record_launches(partial(call, length)) for length in LENGTHS)
@@ -67,8 +73,10 @@ def test_append_of_any_number_of_tokens():
     def call(n):
         q, k = empty(n, h, d, dtype=BF16), empty(n, g, d, dtype=BF16)
         append.rope_append(
-            q, k, k, empty(3, n), empty(d // 2, dtype=FP32), [16, 24, 24], *pools, empty(n), q
-        )
+            q, k, k, empty(3, n), empty(d // 2, dtype=FP32), [16, 24, 24], *pools, empty(n), q,
+            sum=empty(n + 64, g, d, dtype=FP32), count=moved(1, n + 64)[0],
+            block_of_page=empty(pages),
+        )  # fmt: skip
 
     same_for_all(call)
 
@@ -82,14 +90,15 @@ def test_retrieval_from_a_history_that_grows(rule):
     keys = empty(3000, 64, 4, 128, dtype=BF16)
 
     def call(n):
-        table, sizes = empty(1, n, 2), None if rule.get("k") else empty(1, n)
-        sums, counts = retrieve.summarize_blocks(keys, table, empty(3000), "mean", 1)
+        table, sizes = moved(1, n, 1), None if rule.get("k") else empty(1, n)
+        sums, _ = retrieve.summarize_blocks(keys, table, empty(3000), "mean", 1)
+        counts = moved(1, n)
         query = empty(1, 28, 128, dtype=BF16)
         index, _, _ = retrieve.topk_blocks(
             query, sums, None, counts, None, None, None, sizes, "dot", "mean", "stream", None,
             **selection,
         )  # fmt: skip
-        retrieve.select_pages(index, table, empty(1, 3), empty(1, n))
+        retrieve.select_pages(index, table, empty(1, 3), moved(1, n))
 
     same_for_all(call)
 
