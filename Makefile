@@ -10,8 +10,9 @@
 
 PYTHON ?= python3
 VENV ?= .venv
-# Pinned so that every machine tests the same thing; on a machine with an NVIDIA GPU set
-# TORCH="torch==2.13.0" or any build of 2.6 or newer that fits the driver.
+# Pinned so that every machine tests the same thing: on Linux PyPI's build, which has CUDA. For the
+# CPU alone, or where the driver wants another CUDA, name a build of 2.6 or newer (and
+# PIP_EXTRA_INDEX_URL where it lies), as in TORCH="torch==2.13.0+cpu".
 TORCH ?= torch==2.13.0
 # What the interpreter and the cross-compile gates were tested with. Builds of torch with CUDA bring
 # their own Triton, which is then left alone.

@@ -121,9 +121,10 @@ def _signature(name: str, value: Any) -> str:
             parts.append("*")
             starred = True
         default = parameter.default
-        parts.append(
-            parameter.name if default is parameter.empty else f"{parameter.name}={default!r}"
-        )
+        stars = {parameter.VAR_POSITIONAL: "*", parameter.VAR_KEYWORD: "**"}.get(parameter.kind, "")
+        starred |= stars == "*"
+        named = stars + parameter.name
+        parts.append(named if default is parameter.empty else f"{named}={default!r}")
     one_line = f"{name}({', '.join(parts)})"
     if len(one_line) <= 96:
         return one_line

@@ -218,7 +218,11 @@ def info_lines(facts: dict[str, Any]) -> list[str]:
     ]
     for kind, rows in facts["ops"].items():
         names = list(rows[0]["backends"]) if rows else []
-        lines += ["", f"on {kind} tensors (* is what auto takes)"]
+        none = f"; there are none here: {facts['cuda_missing']}" if kind == "cuda" else ""
+        lines += [
+            "",
+            f"on {kind} tensors (* is what auto takes){none if not facts['devices'] else ''}",
+        ]
         lines.append(f"{'word':<12}{'op':<24}" + "".join(f"{name:<12}" for name in names))
         reasons: dict[str, list[str]] = {}
         for row in rows:

@@ -245,7 +245,7 @@ def test_bytes_may_be_typed_with_a_unit(typed, value):
     [
         ("full-history", {"engine.history_bytes": "1GiB"}, "none can leave memory"),
         ("vicostream", {"engine.history_bytes": "12parsecs"}, "give none or a whole number"),
-        ("vicostream", {"engine.disk_bytes": "1GiB"}, "set history_bytes"),
+        ("vicostream", {"engine.disk_bytes": "1GiB"}, "set engine.history_bytes"),
         ("quest", {"engine.history_bytes": "1GiB", "engine.window_chunks": 4}, "fit in memory"),
     ],
 )

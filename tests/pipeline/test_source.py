@@ -366,8 +366,13 @@ def test_no_error_tells_the_password(monkeypatch):
         assert "s3cret" not in str(caught.value) and "***@camera" in str(caught.value)
 
 
-def test_standard_input_is_a_video_too(tmp_path):
-    path = write_video(tmp_path / "a.ts", pictures(12))
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    (("ts", "standard input 12 []\n"), ("mp4", "with -movflags +faststart\n")),
+)
+def test_standard_input_is_a_video_too(tmp_path, kind, said):
+    noise = np.random.default_rng(0).integers(0, 255, (12, 160, 240, 3), dtype=np.uint8)
+    path = write_video(tmp_path / f"a.{kind}", noise)  # more than FFmpeg can go back in a pipe
     code = (
         "from vicostream_kernels.pipeline.source import VideoSource\n"
         "source = VideoSource('-')\n"
@@ -377,7 +382,7 @@ def test_standard_input_is_a_video_too(tmp_path):
         done = subprocess.run(
             [sys.executable, "-c", code], stdin=file, capture_output=True, text=True, timeout=120
         )
-    assert done.stdout == "standard input 12 []\n", done.stderr
+    assert (done.stdout + done.stderr).endswith(said), done.stderr
 
 
 def test_a_path_means_what_the_system_means(tmp_path):

@@ -89,12 +89,12 @@ def _replace(
 ) -> Any:
     current = current or _DEFAULTS.get(section)
     if current is None:
+        wanted = next(iter(values))
         having = [name for name, other in presets.items() if getattr(other, section) is not None]
+        able = [name for name in having if hasattr(getattr(presets[name], section), wanted)]
         source = "prune" if section == "scorer" else section  # a score is of use to its rule only
-        advice = f": first take a preset's with {source}={having[0]}" if having else ""
-        raise InvalidValue(
-            f"{section}.{next(iter(values))}: {method.name!r} has no {section} step{advice}"
-        )
+        advice = f": first take a preset's with {source}={(able or having)[0]}" if having else ""
+        raise InvalidValue(f"{section}.{wanted}: {method.name!r} has no {section} step{advice}")
     hints = typing.get_type_hints(type(current))
     known = [f.name for f in dataclasses.fields(current)]
     parsed = {}
@@ -138,7 +138,8 @@ def _parse(key: str, value: Any, hint: Any) -> Any:
         fits, parsed = _as(value, option)
         if fits:
             return parsed
-    raise InvalidValue(f"{key}={value!r}: give {_allowed(hint)}")
+    sizes = ", such as 256MiB or 2GB" if key.endswith("_bytes") else ""
+    raise InvalidValue(f"{key}={value!r}: give {_allowed(hint)}{sizes}")
 
 
 def _alternatives(hint: Any) -> list[Any]:

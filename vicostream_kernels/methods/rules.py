@@ -289,7 +289,9 @@ class EngineRule:
             if value and value < 0:
                 raise ValueError(f"{name}={value} must not be negative")
             if value and self.history_bytes is None:
-                raise ValueError(f"{name}={value} needs a budget for memory: set history_bytes")
+                raise ValueError(
+                    f"{name}={value} needs a budget for memory: set engine.history_bytes"
+                )
         if self.seconds_per_step is not None and not 0 <= self.seconds_per_step < float("inf"):
             raise ValueError(f"seconds_per_step={self.seconds_per_step} must be finite seconds")
 

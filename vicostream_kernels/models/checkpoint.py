@@ -69,6 +69,10 @@ def load_checkpoint(
     device that is not here.
     """
     device = usable_device(device)  # before gigabytes are read
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ValueError(
+            f"dtype={dtype!r}: give torch.float32, torch.bfloat16, torch.float16 or None"
+        )
     name = str(name_or_path)
     embedded = named.FOLDERS.get(name)
     if embedded is None and name in named.NAMES:
@@ -117,7 +121,7 @@ def _looks_like_hub_name(name: str) -> bool:
 def _check_folder(path: Path) -> dict[str, Any]:
     if not path.exists():
         raise ModelNotFound(
-            f"model {str(path)!r} does not exist: give one of {', '.join(named.NAMES)}, a folder "
+            f"model {str(path)!r}: no such folder, give one of {', '.join(named.NAMES)}, a folder "
             "with a Qwen2.5-VL checkpoint, or a hub name such as Qwen/Qwen2.5-VL-3B-Instruct"
         )
     if not path.is_dir():

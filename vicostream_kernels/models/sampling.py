@@ -56,6 +56,12 @@ class Sampler:
         device: where the logits lie.
         overrides: fields of the configuration to change, e.g. ``temperature=0.7``.
 
+    Example::
+
+        from vicostream_kernels.models import Sampler
+        drawn = Sampler(engine.runner.generation_config, do_sample=True, temperature=0.7)
+        answer = stream.ask("What happened?", sampler=drawn)
+
     Raises ``ValueError`` for an unknown field (with the nearest name), for a value that
     transformers refuses, and for a feature that single-sequence decoding here does not have.
     """

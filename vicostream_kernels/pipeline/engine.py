@@ -94,7 +94,10 @@ class StreamEngine:
             model: a named model, a folder with a Hugging Face checkpoint, or a hub name.
             preset: one of ``methods.names()``.
             overrides: dotted keys as ``methods.get`` takes them: ``{"prune.threshold": 0.15}``.
-            device, dtype, backend: as ``load_model`` takes them.
+            device: where the weights and the cache go, as ``"cuda"``.
+            dtype: of weights and activations, as ``torch.bfloat16``; None is float32 on the CPU
+                and the checkpoint's own elsewhere.
+            backend: of our ops: "auto", "cuda", "triton", "cpu" or "reference".
 
         Raises ``ValueError`` with one line that says what would serve: an unknown preset or key, a
         checkpoint that cannot be used.

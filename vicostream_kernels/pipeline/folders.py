@@ -20,7 +20,8 @@ def writable_folder(folder: str | os.PathLike[str], option: str) -> Path:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"{option} {folder}: {error.strerror or error}") from error
+        why = "it is a file, give a folder" if path.is_file() else error.strerror or error
+        raise InputError(f"{option} {folder}: {why}") from error
     try:
         # Rights alone do not tell: root has them all, also where nothing can be written.
         with tempfile.TemporaryFile(dir=path):

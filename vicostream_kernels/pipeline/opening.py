@@ -17,10 +17,9 @@ _NETWORK_TIMEOUT_S = 20.0
 _NOT_VIDEO = {"tty", "ansi", "bin", "idf", "xbin", "adf"}
 
 
-def open_video(video: str, enough: Callable[[], bool]) -> tuple[Any, Callable[[], None]]:
-    """A PyAV container of a file, a URL, a pipe, or standard input (``-``), and what is to be
-    called where reading ends: it raises what interrupted it. A pipe ends early once it is
-    ``enough``.
+def open_video(video: str, enough: Callable[[], bool]) -> tuple[Any, Piped | None]:
+    """A PyAV container of a file, a URL, a pipe, or standard input (``-``), and the pipe, whose
+    ``check`` is to be called where reading ends. A pipe ends early once it is ``enough``.
 
     Raises :class:`InputError` where there is no video to read, :class:`PipelineError` where the
     network fails or PyAV is not there.
@@ -33,7 +32,7 @@ def open_video(video: str, enough: Callable[[], bool]) -> tuple[Any, Callable[[]
         ) from error
     name, url = shown_name(video), _URL.match(video)
     place = _place(video, enough)
-    check = place.check if isinstance(place, Piped) else _nothing
+    pipe = place if isinstance(place, Piped) else None
     try:
         container = av.open(place, timeout=(_NETWORK_TIMEOUT_S,) * 2 if url else None)
     except (av.error.FileNotFoundError, av.error.HTTPClientError) as error:
@@ -42,7 +41,8 @@ def open_video(video: str, enough: Callable[[], bool]) -> tuple[Any, Callable[[]
         protocol = url[1] if url else video
         raise InputError(f"{name}: this FFmpeg build knows no protocol {protocol!r}") from error
     except av.error.InvalidDataError as error:
-        check()
+        if pipe is not None:
+            pipe.check()
         raise InputError(
             f"{name}: not a video that FFmpeg can read ({reason(error)}); "
             "is it complete, and of the type that its name says?"
@@ -56,11 +56,7 @@ def open_video(video: str, enough: Callable[[], bool]) -> tuple[Any, Callable[[]
     if container.format.name in _NOT_VIDEO:
         container.close()
         raise InputError(f"{name}: a text file, not a video")
-    return container, check
-
-
-def _nothing() -> None:
-    pass
+    return container, pipe
 
 
 def reason(error: BaseException) -> str:

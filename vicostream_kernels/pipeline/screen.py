@@ -156,7 +156,7 @@ def summary_lines(report: dict[str, Any]) -> list[tuple[str, str]]:
     """(title, text) for each line of the summary."""
     frames, fps, tokens, kv = report["frames"], report["fps"], report["tokens"], report["kv"]
     chunks, stages, live = report["chunks"], report["stages_ms"], report["live"]
-    video_s = chunks[-1]["end_s"] - chunks[0]["start_s"] if chunks else 0.0
+    video_s = chunks[-1]["end_s"] if chunks else 0.0  # of the session, as all else here
     lines = [
         (
             "frames",

@@ -92,7 +92,7 @@ class VideoSource:
         self.in_use = False
         self._damaged = 0  # places that are not noted yet
         self._last_s = self._end_s = 0.0  # of the newest frame; of all packets
-        self._container, self._check_pipe = open_video(video, enough)
+        self._container, self._pipe = open_video(video, enough)
         try:
             self._stream = _video_stream(self._container, shown_name(video))
             self._stream.thread_type = "AUTO"
@@ -159,7 +159,8 @@ class VideoSource:
             last = av.Packet()
             last.time_base = self._stream.time_base
             yield last
-        self._check_pipe()
+        if self._pipe is not None:
+            self._pipe.check()
 
     def _note(self, where: str, what: str) -> None:
         if len(self.troubles) < _MAX_TROUBLES:
@@ -177,6 +178,11 @@ class VideoSource:
     def _check_end(self) -> None:
         if not self.frames_read:
             why = f" ({self.troubles[0].what})" if self.troubles else ""
+            if self._pipe is not None and "mp4" in self._container.format.name:
+                why += (
+                    "; an MP4 whose index stands at its end cannot come through a pipe: give the "
+                    "file, or write it with -movflags +faststart"
+                )
             raise InputError(f"{self.info.name}: the video stream has no frame to decode{why}")
         stated, formats = self.info.duration_s, set(self.info.container.split(","))
         if stated is None or not formats & _INDEXED:
