@@ -11,6 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
+from vicostream_kernels.triton_kernels._launch import cdiv
+
 #: Tokens of the blocks that decisions are counted in.
 BLOCK = 128
 
@@ -60,7 +62,7 @@ class Layout:
             rows += (t, n, start, first_step, blocks)
             start += t * n
             first_step += t
-            blocks += triton.cdiv(t * n, BLOCK)
+            blocks += cdiv(t * n, BLOCK)
         same = len(set(map(tuple, pairs))) == 1
         table = None if same else constants(rows, 5, x.device)
         return Layout(len(pairs), steps, places, start, first_step, blocks, table)

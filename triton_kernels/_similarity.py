@@ -8,6 +8,8 @@ import torch
 import triton
 import triton.language as tl
 
+from vicostream_kernels.triton_kernels._launch import cdiv, power_of_2
+
 
 def regular(x: torch.Tensor) -> torch.Tensor:
     """x, or a copy where its rows lie otherwise than a contiguous tensor's in what loads follow.
@@ -36,7 +38,7 @@ def row_tile(width: int) -> tuple[int, int]:
 
     2048 elements, 16 for each thread, so that all loads of the usual rows are in flight at once.
     """
-    block = min(2048, max(16, triton.next_power_of_2(width)))
+    block = min(2048, max(16, power_of_2(width)))
     return max(1, min(32, 2048 // block)), block
 
 
@@ -52,8 +54,8 @@ def sum_tiles(width: int, most: int) -> dict[str, int]:
     if width < 256:
         rows, chunk = row_tile(width)
         return {"ROWS": rows, "CHUNK": chunk, "UNROLL": 1, "EVEN": width == chunk, "num_warps": 4}
-    tiles = triton.cdiv(width, 256)
-    unroll = triton.cdiv(tiles, triton.cdiv(tiles, most))
+    tiles = cdiv(width, 256)
+    unroll = cdiv(tiles, cdiv(tiles, most))
     fit = [n for n in range(unroll, unroll // 2, -1) if width % (256 * n) == 0]
     return {
         "ROWS": 1, "CHUNK": 256, "UNROLL": fit[0] if fit else unroll, "EVEN": bool(fit),

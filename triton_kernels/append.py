@@ -4,20 +4,13 @@
 checks of its arguments, are in `vicostream_kernels.ops.append`. Nothing here waits for the device.
 """
 
-import contextlib
 from collections.abc import Sequence
 
 import torch
-import triton
 
 from vicostream_kernels.triton_kernels._append_rotate import rotate_kernel
 from vicostream_kernels.triton_kernels._append_summary import summary_kernel
-
-
-def _strides(tensor: torch.Tensor | None, name: str, axes: str) -> dict[str, int]:
-    """The stride arguments of one tensor, named after its axes; 0 where there is no tensor."""
-    values = (0,) * len(axes) if tensor is None else tensor.stride()
-    return {f"{name}_stride_{axis}": value for axis, value in zip(axes, values, strict=True)}
+from vicostream_kernels.triton_kernels._launch import cdiv, on, power_of_2, strides
 
 
 def _rotate_config(half: int, itemsize: int) -> tuple[int, int, int]:
@@ -67,18 +60,18 @@ def rope_append(
     if table is None:
         block_of_page = None
     parts = 1 if kmin is None else kmin.shape[1]
-    frequencies = triton.next_power_of_2(half)
+    frequencies = power_of_2(half)
     tile, heads, warps = _rotate_config(frequencies, q.element_size())
-    groups = triton.cdiv(q_heads, heads) + triton.cdiv(kv_heads, heads)
+    groups = cdiv(q_heads, heads) + cdiv(kv_heads, heads)
     if tokens == 0 or groups == 0:
         return
 
-    with torch.cuda.device(q.device) if q.is_cuda else contextlib.nullcontext():
+    with on(q):
         rows = key_offsets = None
         if block_of_page is not None:
             rows = torch.empty(tokens, dtype=torch.int32, device=q.device)
             key_offsets = torch.empty(tokens, dtype=torch.int64, device=q.device)
-        rotate_kernel[(triton.cdiv(tokens, tile) * groups,)](
+        rotate_kernel[(cdiv(tokens, tile) * groups,)](
             q_ptr=q,
             k_ptr=k,
             v_ptr=v,
@@ -101,17 +94,17 @@ def rope_append(
             slot_count=pages * page_size,
             blocks=0 if table is None else table.shape[0],
             parts=parts,
-            **_strides(q, "q", "nhd"),
-            **_strides(k, "k", "nhd"),
-            **_strides(v, "v", "nhd"),
-            **_strides(positions, "positions", "an"),
-            **_strides(inv_freq, "inv_freq", "f"),
-            **_strides(slots, "slots", "n"),
-            **_strides(q_out, "q_out", "nhd"),
-            **_strides(k_pages, "k_pages", "pbhd"),
-            **_strides(v_pages, "v_pages", "pbhd"),
-            **_strides(raw_k_pages, "raw_k_pages", "pbhd"),
-            **_strides(block_of_page, "block_of_page", "p"),
+            **strides(q, "q", "nhd"),
+            **strides(k, "k", "nhd"),
+            **strides(v, "v", "nhd"),
+            **strides(positions, "positions", "an"),
+            **strides(inv_freq, "inv_freq", "f"),
+            **strides(slots, "slots", "n"),
+            **strides(q_out, "q_out", "nhd"),
+            **strides(k_pages, "k_pages", "pbhd"),
+            **strides(v_pages, "v_pages", "pbhd"),
+            **strides(raw_k_pages, "raw_k_pages", "pbhd"),
+            **strides(block_of_page, "block_of_page", "p"),
             SUMMARY_RAW=summary_raw,
             HALF=half,
             FREQUENCIES=frequencies,
@@ -122,8 +115,8 @@ def rope_append(
         if block_of_page is None:
             return
         keys = k if summary_raw else k_pages
-        channels = min(32, triton.next_power_of_2(head_dim))
-        grid = (triton.cdiv(tokens, 32), kv_heads * parts, triton.cdiv(head_dim, channels))
+        channels = min(32, power_of_2(head_dim))
+        grid = (cdiv(tokens, 32), kv_heads * parts, cdiv(head_dim, channels))
         summary_kernel[grid](
             keys_ptr=keys,
             rows_ptr=rows,
@@ -136,10 +129,10 @@ def rope_append(
             parts=parts,
             keys_stride_h=keys.stride(-2),
             keys_stride_d=keys.stride(-1),
-            **_strides(sum, "sum", "bhd"),
-            **_strides(count, "count", "b"),
-            **_strides(kmin, "kmin", "bshd"),
-            **_strides(kmax, "kmax", "bshd"),
+            **strides(sum, "sum", "bhd"),
+            **strides(count, "count", "b"),
+            **strides(kmin, "kmin", "bshd"),
+            **strides(kmax, "kmax", "bshd"),
             HEAD_DIM=head_dim,
             CHANNELS=channels,
             TILE=32,

@@ -10,13 +10,11 @@ Which of the two serves a stream is settled on the device by its own rows: its b
 on what else is in the call.
 """
 
-import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 
 import torch
-import triton
 
 from vicostream_kernels.triton_kernels._attention_decode import (
     FEW_QUERIES,
@@ -28,31 +26,22 @@ from vicostream_kernels.triton_kernels._attention_decode import (
 from vicostream_kernels.triton_kernels._attention_index import GRANULE, index_kernel
 from vicostream_kernels.triton_kernels._attention_prefill import prefill_kernel
 from vicostream_kernels.triton_kernels._attention_varlen import merge_kernel, varlen_kernel
+from vicostream_kernels.triton_kernels._launch import cdiv, on, power_of_2, strides
 
 _LOG2_E = math.log2(math.e)
 _INT32_MAX = 2**31 - 1
 
 
-def _strides(tensor: torch.Tensor, name: str, axes: str) -> dict[str, int]:
-    """The stride arguments of one tensor, named after its axes."""
-    return {
-        f"{name}_stride_{axis}": value for axis, value in zip(axes, tensor.stride(), strict=True)
-    }
-
-
-def _on(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
-
-
-def _parts(head_dim: int, halves: bool) -> dict[str, int]:
+@cache
+def _parts(head_dim: int, halves: bool) -> Mapping[str, int]:
     """How a head's channels are laid out: see `_attention_tile`."""
     if halves:
         half = head_dim // 2
-        width = max(16, triton.next_power_of_2(half))
+        width = max(16, power_of_2(half))
         return {"HEAD_DIM": head_dim, "SPLIT": half, "PART_A": width, "PART_B": width}
-    whole = max(16, triton.next_power_of_2(head_dim))
+    whole = max(16, power_of_2(head_dim))
     low = whole // 2
-    high = max(16, triton.next_power_of_2(head_dim - low))
+    high = max(16, power_of_2(head_dim - low))
     if head_dim <= low or low + high >= whole:
         return {"HEAD_DIM": head_dim, "SPLIT": head_dim, "PART_A": whole, "PART_B": 0}
     return {"HEAD_DIM": head_dim, "SPLIT": low, "PART_A": low, "PART_B": high}
@@ -178,10 +167,10 @@ def sink_window_attention(
         window = min(int(window), _INT32_MAX - rows)
     windowed = window is not None or window_start is not None
     sink_tokens = min(int(sink_tokens), length * page_size) if windowed else 0
-    granules = triton.cdiv(length * page_size, GRANULE)
+    granules = cdiv(length * page_size, GRANULE)
     if window is not None:
         # Of a stream with n queries, window + n - 1 keys at most, at any alignment.
-        seen = triton.cdiv(sink_tokens, GRANULE) + triton.cdiv(window + rows, GRANULE) + 1
+        seen = cdiv(sink_tokens, GRANULE) + cdiv(window + rows, GRANULE) + 1
         granules = min(granules, seen)
     capacity = granules * GRANULE
     q, scale = _scaled(q, sm_scale)
@@ -192,7 +181,7 @@ def sink_window_attention(
     window_start = None if window_start is None else window_start.contiguous()
     sink_logits = None if sink_logits is None else sink_logits.contiguous()
 
-    with _on(q):
+    with on(q):
         device = {"device": q.device}
         totals = torch.empty(streams * per_stream, dtype=torch.int32, **device)
         slot_type = torch.int32 if pages * page_size <= _INT32_MAX else torch.int64
@@ -230,9 +219,9 @@ def sink_window_attention(
             "capacity": capacity,
             "kv_heads": kv_heads,
             "scale": scale,
-            **_strides(q, "q", "nhd"),
-            **_strides(k_pages, "k", "pbhd"),
-            **_strides(v_pages, "v", "pbhd"),
+            **strides(q, "q", "nhd"),
+            **strides(k_pages, "k", "pbhd"),
+            **strides(v_pages, "v", "pbhd"),
             "PAGE_SIZE": page_size,
             **_flat_pool(k_pages, v_pages),
             "GROUP": heads // groups,
@@ -258,9 +247,9 @@ def sink_window_attention(
         few = min(rows, FEW_QUERIES)
         by_row = rows <= streams * FEW_QUERIES
         partial_rows = rows if by_row else streams * FEW_QUERIES
-        runs = min(MAX_RUNS, triton.cdiv(granules, MIN_RUN))
+        runs = min(MAX_RUNS, cdiv(granules, MIN_RUN))
         hint = few if max_seqlen_q is None else max(1, min(few, max_seqlen_q))
-        row_tiles = triton.cdiv(hint * (heads // groups), config["BLOCK_M"])
+        row_tiles = cdiv(hint * (heads // groups), config["BLOCK_M"])
         shape = (partial_rows, heads, runs)
         partial = torch.empty(*shape, head_dim, dtype=torch.float32, **device)
         state = torch.empty(*shape, 2, dtype=torch.float32, **device)
@@ -268,8 +257,8 @@ def sink_window_attention(
             partial_ptr=partial, state_ptr=state, groups=groups, row_tiles=row_tiles, runs=runs,
             BY_ROW=by_row, **found, **keys, **config,
         )  # fmt: skip
-        channels = min(32, triton.next_power_of_2(head_dim))
-        combine_kernel[(partial_rows * heads * triton.cdiv(head_dim, channels),)](
+        channels = min(32, power_of_2(head_dim))
+        combine_kernel[(partial_rows * heads * cdiv(head_dim, channels),)](
             partial_ptr=partial, state_ptr=state, heads=heads, runs=runs, BY_ROW=by_row, **found,
             **results, HEAD_DIM=head_dim, CHANNELS=channels, num_warps=1,
         )  # fmt: skip
@@ -312,7 +301,7 @@ def _index(
         shifts = page_shift if page_shift.dim() == 4 else page_shift[:, None]
         shift_strides = shifts.stride()
     entries_of_program = 16
-    grid = (streams * per_stream * triton.cdiv(length, entries_of_program),)
+    grid = (streams * per_stream * cdiv(length, entries_of_program),)
     index_kernel[grid](
         table_ptr=tables,
         page_fill_ptr=None if page_fill is None else page_fill.contiguous(),
@@ -335,13 +324,13 @@ def _index(
         angle_rows=length if angles is None else angles.shape[1],
         height_from=sections[0],
         width_from=sections[0] + sections[1],
-        **_strides(tables, "table", "sxl"),
+        **strides(tables, "table", "sxl"),
         **{f"shift_stride_{axis}": value for axis, value in zip("sxla", shift_strides)},
         PAGE_SIZE=page_size,
         HALF=half,
-        FREQUENCIES=triton.next_power_of_2(half),
+        FREQUENCIES=power_of_2(half),
         ENTRIES=entries_of_program,
-        SLOTS=min(64, triton.next_power_of_2(page_size)),
+        SLOTS=min(64, power_of_2(page_size)),
         SCAN=1024,  # not by the length: a table that grows would be compiled for anew
         num_warps=4,
     )
@@ -370,8 +359,8 @@ def varlen_attention(
     parts = _parts(head_dim, halves=False)
     width = parts["PART_A"] + parts["PART_B"]
     config = _varlen_config(width, q.element_size(), width > head_dim, _has_wgmma(q.device))
-    row_tiles = triton.cdiv(max(1, min(max_seqlen_q, rows)), config["BLOCK_M"])
-    with _on(q):
+    row_tiles = cdiv(max(1, min(max_seqlen_q, rows)), config["BLOCK_M"])
+    with on(q):
         varlen_kernel[((windows + 1) * heads * row_tiles,)](
             q_ptr=q,
             k_ptr=k,
@@ -385,9 +374,9 @@ def varlen_attention(
             heads=heads,
             row_tiles=row_tiles,
             scale=scale,
-            **_strides(q, "q", "nhd"),
-            **_strides(k, "k", "nhd"),
-            **_strides(v, "v", "nhd"),
+            **strides(q, "q", "nhd"),
+            **strides(k, "k", "nhd"),
+            **strides(v, "v", "nhd"),
             out_stride_n=out.stride(0),
             out_stride_h=out.stride(1),
             **parts,
@@ -408,10 +397,10 @@ def merge_states(
     lse = torch.empty(lse_a.shape, dtype=torch.float32, device=out_a.device)
     if lse.numel() == 0:
         return out, lse
-    channels = triton.next_power_of_2(head_dim)
+    channels = power_of_2(head_dim)
     tile = max(1, 2048 // channels)
-    with _on(out_a):
-        merge_kernel[(triton.cdiv(rows * heads, tile),)](
+    with on(out_a):
+        merge_kernel[(cdiv(rows * heads, tile),)](
             out_a_ptr=out_a,
             lse_a_ptr=lse_a,
             out_b_ptr=out_b,
@@ -420,10 +409,10 @@ def merge_states(
             lse_ptr=lse,
             rows=rows,
             heads=heads,
-            **_strides(out_a, "out_a", "nhd"),
-            **_strides(lse_a, "lse_a", "nh"),
-            **_strides(out_b, "out_b", "nhd"),
-            **_strides(lse_b, "lse_b", "nh"),
+            **strides(out_a, "out_a", "nhd"),
+            **strides(lse_a, "lse_a", "nh"),
+            **strides(out_b, "out_b", "nhd"),
+            **strides(lse_b, "lse_b", "nh"),
             HEAD_DIM=head_dim,
             CHANNELS=channels,
             ROWS=tile,

@@ -9,9 +9,8 @@ import math
 from collections.abc import Sequence
 
 import torch
-import triton
 
-from vicostream_kernels.triton_kernels._launch import on, strides
+from vicostream_kernels.triton_kernels._launch import cdiv, on, strides
 from vicostream_kernels.triton_kernels._preprocess_patches import across_kernel, patches_kernel
 
 # Rows and bytes of a program where the width changes: a thread has the same byte of all rows.
@@ -56,8 +55,8 @@ def preprocess_frames(
     with on(frames):
         if width_in != width:
             levels = frames.new_empty((count, height_in, width, 3))
-            tiles = triton.cdiv(3 * width, _ACROSS)
-            across_kernel[(triton.cdiv(count * height_in, _ROWS) * tiles,)](
+            tiles = cdiv(3 * width, _ACROSS)
+            across_kernel[(cdiv(count * height_in, _ROWS) * tiles,)](
                 frames_ptr=frames,
                 out_ptr=levels,
                 rows=count * height_in,
@@ -71,9 +70,9 @@ def preprocess_frames(
                 BLOCK=_ACROSS,
                 num_warps=4,
             )
-        rows = triton.cdiv(count, temporal) * (height // patch) * (width // patch)
+        rows = cdiv(count, temporal) * (height // patch) * (width // patch)
         out = frames.new_empty((rows, 3 * temporal * patch * patch), dtype=dtype)
-        parts = triton.cdiv(3 * patch * patch, _BLOCK)
+        parts = cdiv(3 * patch * patch, _BLOCK)
         patches_kernel[(rows * temporal * parts,)](
             levels_ptr=levels,
             out_ptr=out,

@@ -15,9 +15,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import triton
 
-from vicostream_kernels.triton_kernels._launch import on, strides
+from vicostream_kernels.triton_kernels._launch import cdiv, on, strides
 from vicostream_kernels.triton_kernels._prune_compact import compact_kernel
 from vicostream_kernels.triton_kernels._prune_decide import decide_kernel, rank_kernel
 from vicostream_kernels.triton_kernels._prune_layout import BLOCK, Layout, constants
@@ -75,7 +74,7 @@ class _Means:
     def _squares(self) -> torch.Tensor:
         made = self._empty(self.layout.total)
         rows, chunk = row_tile(self.width)
-        tiles = triton.cdiv(self.layout.steps * self.layout.places, rows)
+        tiles = cdiv(self.layout.steps * self.layout.places, rows)
         squares_kernel[(self.layout.segments * tiles,)](
             channels_ptr=self.channels,
             squares_ptr=made,
@@ -93,7 +92,7 @@ class _Means:
         shape = (self.layout.step_count, self.width)
         means, sums = self._empty(*shape), self._empty(*shape)
         counts = self._empty(self.layout.step_count, dtype=torch.int32)
-        tiles = triton.cdiv(self.width, 64)
+        tiles = cdiv(self.width, 64)
         means_kernel[(self.layout.segments * self.layout.steps * tiles,)](
             squares_ptr=squares,
             scales_ptr=scales,
@@ -129,7 +128,7 @@ class _Means:
         if raw or selected:
             anchors["raw"], sums, self.counts = self._means(squares, None)
         common = {k: v for k, v in self.common.items() if not k.startswith("x_")}
-        of_layout = common | {"tiles": triton.cdiv(self.width, 64), "CHUNK": 64, "num_warps": 4}
+        of_layout = common | {"tiles": cdiv(self.width, 64), "CHUNK": 64, "num_warps": 4}
         grid = (layout.segments * of_layout["tiles"],)
         if any(r == "running_mean" for r, _, _ in terms):
             by_step = rule.history == "step"
@@ -244,11 +243,11 @@ def prune_tokens(
         # what lies in x and what lies in its state or mean.
         loaded = 1 + sum(1 + (by_term[f"state{k}_ptr"] is not None) for k in range(len(terms)))
         at_sums = sum_tiles(width, max(1, 32 // (x.element_size() * loaded)))
-        tiles = triton.cdiv(layout.places, at_sums["ROWS"])
+        tiles = cdiv(layout.places, at_sums["ROWS"])
         sequential = any(reference == "last_kept" for reference, _, _ in terms)
         whole = sequential or layout.segments * tiles >= _MANY
         span = layout.steps if whole else 1
-        spans = triton.cdiv(layout.steps, span)
+        spans = cdiv(layout.steps, span)
         score_kernel[(layout.segments * tiles * spans,)](
             channels_ptr=means.channels,
             external_ptr=_bytes(external_score),
@@ -275,7 +274,7 @@ def prune_tokens(
         chosen = None
         if rule.ranked:
             chosen = _rank(x, rule, layout, at_layout, score, marks, group_ids, group_k)
-        tiles = triton.cdiv(layout.steps * layout.places, BLOCK)
+        tiles = cdiv(layout.steps * layout.places, BLOCK)
         decide_kernel[(layout.segments * tiles,)](
             score_ptr=score,
             marks_ptr=marks,
@@ -289,7 +288,7 @@ def prune_tokens(
             **at_kept,
             **at_layout,
         )
-        tiles = triton.cdiv(layout.steps * layout.places, rows)
+        tiles = cdiv(layout.steps * layout.places, rows)
         programs = layout.segments * tiles
         compact_kernel[(programs,)](
             positions_ptr=positions,
@@ -307,7 +306,7 @@ def prune_tokens(
             tiles=tiles,
             blocks=layout.blocks,
             capacity=index.shape[0],
-            share=triton.cdiv(index.shape[0], programs),
+            share=cdiv(index.shape[0], programs),
             **_places(positions, "positions", "atn", packed),
             tokens_stride_c=tokens.stride(0),
             out_positions_stride_a=out_positions.stride(0),
@@ -343,7 +342,7 @@ def _rank(
         quota, share = "k", 0.0
     groups = 0 if group_k is None else group_k.shape[-1]
     by_unit = group_k is not None and group_k.dim() == 2
-    tiles = triton.cdiv(layout.steps * layout.places, 64)
+    tiles = cdiv(layout.steps * layout.places, 64)
     rank_kernel[(layout.segments * tiles,)](
         score_ptr=score,
         marks_ptr=marks,

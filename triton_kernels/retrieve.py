@@ -10,10 +10,9 @@ import math
 import struct
 
 import torch
-import triton
 
 from vicostream_kernels.triton_kernels._compact import TILE, list_kernel
-from vicostream_kernels.triton_kernels._launch import on, strides
+from vicostream_kernels.triton_kernels._launch import cdiv, on, power_of_2, strides
 from vicostream_kernels.triton_kernels._retrieve_pages import pages_kernel
 from vicostream_kernels.triton_kernels._retrieve_score import (
     average_kernel,
@@ -79,7 +78,7 @@ def summarize_blocks(
                 **strides(block_pages, "table", "snm"),
                 **strides(page_fill, "fill", "p"),
                 HEAD_DIM=d,
-                CHANNELS=triton.next_power_of_2(d),
+                CHANNELS=power_of_2(d),
                 UNROLL=8,
                 num_warps=1,
             )
@@ -108,13 +107,13 @@ def _score_blocks(
     parts = summary.shape[2] if score == "bound" else 1
     if query.dim() == 2:
         total = query.shape[1]
-        chunk = min(1024, max(16, triton.next_power_of_2(total)))
-        step, chunks, heads, kv_heads = chunk, triton.cdiv(total, chunk), 1, 1
+        chunk = min(1024, max(16, power_of_2(total)))
+        step, chunks, heads, kv_heads = chunk, cdiv(total, chunk), 1, 1
         query_strides = (query.stride(0), chunk * query.stride(1), 0, query.stride(1))
         summary_strides = (*summary.stride()[:2], 0, chunk * summary.stride(2), summary.stride(2))
     else:
         kv_heads, step = summary.shape[-2:]
-        chunk = max(16, triton.next_power_of_2(step))
+        chunk = max(16, power_of_2(step))
         total, chunks, heads = kv_heads * step, kv_heads, query.shape[1] // kv_heads
         by_token, by_head, by_channel = query.stride()
         query_strides = (by_token, heads * by_head, by_head, by_channel)
@@ -139,7 +138,7 @@ def _score_blocks(
     norms = torch.empty((units, chunks, rows), **f32)
     elements, warps = _TILES[score]
     tile = max(1, elements // chunk)
-    tiles = triton.cdiv(blocks, tile)
+    tiles = cdiv(blocks, tile)
     common = dict(STEP=step, CHUNK=chunk)
     with on(query):
         if units:
@@ -224,7 +223,7 @@ def _average_shares(
     peaks, sums = (torch.empty((tokens, heads), **f32) for _ in range(2))
     scores = torch.empty((streams, rows, blocks), **f32)
     tile = 256
-    tiles = triton.cdiv(blocks, tile)
+    tiles = cdiv(blocks, tile)
     with on(logits):
         if tokens and blocks:
             shares_kernel[(tokens * heads,)](
@@ -279,7 +278,7 @@ def _select_blocks(
     i32 = dict(dtype=torch.int32, device=scores.device)
     index = torch.empty((streams, rows, capacity), **i32)
     count = torch.empty((streams, rows), **i32)
-    units = triton.cdiv(blocks, group)
+    units = cdiv(blocks, group)
     if streams * rows * units * capacity == 0:
         return index.fill_(-1), count.zero_()
     keys = torch.empty((streams, rows, units), dtype=torch.int64, device=scores.device)
@@ -288,7 +287,7 @@ def _select_blocks(
     by_walk = mass is not None or block_tokens is not None
     target = None
     with on(scores):
-        tiles = triton.cdiv(units, 256)
+        tiles = cdiv(units, 256)
         keys_kernel[(streams * rows * tiles,)](
             scores_ptr=scores,
             keys_ptr=keys,
@@ -323,7 +322,7 @@ def _select_blocks(
             keys = keys.topk(min(capacity // group, units), -1).values
         kept = keys.shape[-1]
         # Each tile of units also writes the padding of its share of the list.
-        tiles = triton.cdiv(max(kept, triton.cdiv(capacity, group)), TILE)
+        tiles = cdiv(max(kept, cdiv(capacity, group)), TILE)
         known = k if k is not None else (token_budget or 0) // (tokens_per_block or 1)
         pick_kernel[(streams * rows * tiles,)](
             keys_ptr=keys,
@@ -335,7 +334,7 @@ def _select_blocks(
             capacity=capacity,
             target=known // group,
             ratio_bits=_bits(ratio),
-            least=triton.cdiv(min_k, group),
+            least=cdiv(min_k, group),
             first=force_first,
             last=force_last,
             RATIO=ratio is not None,
@@ -400,7 +399,7 @@ def select_pages(
     length = sinks + chosen * width + recent
     i32 = dict(dtype=torch.int32, device=index.device)
     table = torch.empty((*block_index.shape[:-1], length), **i32)
-    rows, tiles = streams * heads, triton.cdiv(length, TILE)
+    rows, tiles = streams * heads, cdiv(length, TILE)
     if rows * length == 0:
         return table
     values, listed = torch.empty((rows, length), **i32), torch.empty((rows, tiles), **i32)

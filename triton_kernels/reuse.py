@@ -7,10 +7,9 @@ contract and checks the arguments. Nothing here waits for the device.
 import ctypes
 
 import torch
-import triton
 
 from vicostream_kernels.triton_kernels._compact import list_kernel
-from vicostream_kernels.triton_kernels._launch import on, strides
+from vicostream_kernels.triton_kernels._launch import cdiv, on, power_of_2, strides
 from vicostream_kernels.triton_kernels._reuse_rows import gather_kernel, merge_kernel
 from vicostream_kernels.triton_kernels._reuse_select import rank_kernel, similarity_kernel
 from vicostream_kernels.triton_kernels._similarity import regular, sum_tiles
@@ -23,7 +22,7 @@ _TILE = 16
 
 
 def _block(width: int) -> int:
-    return min(512, max(16, triton.next_power_of_2(width)))
+    return min(512, max(16, power_of_2(width)))
 
 
 def _shared(x: torch.Tensor, name: str, axes: str) -> dict[str, int]:
@@ -48,7 +47,7 @@ def select_changed(
     [N,C] or [F,N,C], force [N] or [F,N] bool; any strides, but what lies oddly is copied.
     """
     frames, places, width = feature.shape
-    tiles = triton.cdiv(places, _TILE)
+    tiles = cdiv(places, _TILE)
     i32 = dict(dtype=torch.int32, device=feature.device)
     index, count = torch.empty((frames, capacity), **i32), torch.empty((frames,), **i32)
     similarity = torch.empty((frames, places), dtype=torch.float32, device=feature.device)
@@ -62,7 +61,7 @@ def select_changed(
     at_sums = sum_tiles(width, 8 if feature.element_size() == 2 else 4)
     with on(feature):
         feature, reference = regular(feature), regular(reference)
-        similarity_kernel[(triton.cdiv(places, at_sums["ROWS"]) * frames,)](
+        similarity_kernel[(cdiv(places, at_sums["ROWS"]) * frames,)](
             feature_ptr=feature,
             reference_ptr=reference,
             similarity_ptr=similarity,
@@ -113,7 +112,7 @@ def gather_rows(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     frames, places, width = x.shape
     rows = index.shape[1]
     out = torch.empty((frames, rows, width), dtype=x.dtype, device=x.device)
-    tiles = triton.cdiv(rows, _ROWS)
+    tiles = cdiv(rows, _ROWS)
     with on(x):
         gather_kernel[(frames * tiles,)](
             x_ptr=x,
@@ -143,7 +142,7 @@ def merge_rows(
     places = base.shape[-2]
     out = torch.empty((frames, places, width), dtype=base.dtype, device=base.device)
     with on(base):
-        merge_kernel[(triton.cdiv(places, _ROWS) * frames,)](
+        merge_kernel[(cdiv(places, _ROWS) * frames,)](
             base_ptr=base,
             rows_ptr=rows,
             index_ptr=index,
