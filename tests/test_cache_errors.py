@@ -6,7 +6,9 @@ import pytest
 import torch
 from cache_kit import add, make_cache
 
+from vicostream_kernels import _stream_life
 from vicostream_kernels._pages import PagePool
+from vicostream_kernels._summaries import KeyRows
 from vicostream_kernels.cache import (
     CacheClosed,
     DoubleFree,
@@ -299,6 +301,34 @@ def test_a_device_without_memory_for_larger_pools_keeps_what_it_has(monkeypatch,
     with pytest.raises(OutOfPages, match="there was none for more than 20 pages"):
         stream.reserve(100)
     assert len(asked) == tries
+
+
+@pytest.mark.parametrize("where", ["to_device", "keys"])
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, KeyboardInterrupt])
+def test_a_reservation_that_fails_half_way_keeps_no_page(monkeypatch, where, error):
+    def fail(*_):
+        raise error("simulated")
+
+    cache = make_cache(pages=20)
+    stream = cache.open()
+    stream.keep_keys()
+    text = add(stream, 4, kind="text")
+    before = state(cache)
+    with monkeypatch.context() as patch:
+        if where == "keys":
+            patch.setattr(KeyRows, "_set_pages", fail)
+        else:
+            patch.setattr(_stream_life, "to_device", fail)
+        with pytest.raises(error):
+            stream.reserve(6)
+        if where == "to_device":
+            with pytest.raises(error):
+                stream.append_tokens(text)
+    assert state(cache) == before
+    stream.append_tokens(text)
+    add(stream, 6)
+    stream.close()
+    assert cache.free_pages == 20
 
 
 # -- the allocator itself ------------------------------------------------------------------------

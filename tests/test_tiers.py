@@ -289,6 +289,21 @@ def test_a_folder_that_was_removed_is_made_again(tmp_path):
             stream.fetch(blocks[:1])
 
 
+def test_a_file_that_cannot_go_does_not_keep_its_stream(tmp_path):
+    """A folder stands in its place: nothing else is left behind, and the cache goes on."""
+    with tiered(4, folder=str(tmp_path)) as cache:
+        stream, other = cache.open(), cache.open()
+        fill(stream, 8)
+        cache.settle()
+        for path in files(tmp_path):
+            path.unlink()
+            path.mkdir()
+        stream.close()
+        assert stream.closed and cache.used_pages == 0 and cache.streams == [other]
+        check(other, fill(other, 3))
+    assert not files(tmp_path), "they go with their folder"
+
+
 def test_a_fork_leaves_the_files_to_its_parent(tmp_path):
     with tiered(4, folder=str(tmp_path)) as cache, cache.open() as stream:
         fill(stream, 6)

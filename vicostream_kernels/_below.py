@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 
 import torch
 
@@ -270,7 +271,8 @@ class Below:
         if group.buffer is not None:
             self._release(group)
         if group.path is not None:
-            group.path.unlink(missing_ok=True)
+            with suppress(OSError):  # it goes with the folder, if it can go at all
+                group.path.unlink()
             self.disk_bytes -= group.file_bytes
 
 

@@ -53,6 +53,10 @@ class PagePool:
         """What :meth:`take` was told, or None for a free page."""
         return self._owner[page]
 
+    def of(self, owner: object) -> list[int]:
+        """The pages of an owner; looks at all."""
+        return [page for page, held_by in enumerate(self._owner) if held_by is owner]
+
     def take(self, n: int, owner: object) -> list[int]:
         """Hands out ``n`` pages; raises OutOfPages (and takes none) when fewer are free."""
         if n > len(self._free):

@@ -4,7 +4,8 @@ gives them back. The other half, in `_stream`, reads and moves what lives."""
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -77,14 +78,37 @@ class StreamLife:
         block = Block(kind, *times, segments, pinned, bucket, (lead, trail), _stream=self)
         counts = [self.cache.pages_for(n) for n in (lead, bucket, trail)]
         asked = f"reserve({kind}, bucket={bucket}, markers={block.markers})"
-        pages = self.cache._take(sum(counts), block, asked)
-        block._ids = to_device(pages, torch.int64, self.cache.device)
-        for segment, n in zip(segments, counts):
-            segment.pages, pages = pages[:n], pages[n:]
-        if self.keys is not None and kind == "chunk":
-            self.keys.reserve(block)
-        self._reserved[block] = None
+        with self._taking(block):
+            pages = self.cache._take(sum(counts), block, asked)
+            block._ids = to_device(pages, torch.int64, self.cache.device)
+            for segment, n in zip(segments, counts):
+                segment.pages, pages = pages[:n], pages[n:]
+            if self.keys is not None and kind == "chunk":
+                self.keys.reserve(block)
+            self._reserved[block] = None
         return block
+
+    @contextmanager
+    def _taking(self, block: Block) -> Iterator[None]:
+        """Gives back the pages that a block has taken where something fails before it is known to
+        have them: memory that there is not, Ctrl-C."""
+        before = list(block.body.pages)
+        try:
+            yield
+        except BaseException:
+            if block.state == "reserved":
+                self._reserved.pop(block, None)
+                if self.keys is not None and block.kind == "chunk":
+                    self.keys.drop(block)
+                for segment in block.segments:
+                    segment.pages.clear()
+                block.state = "rolled back"
+            else:
+                block.body.pages[:] = before
+            known = set(block.pages)
+            taken = [page for page in self.cache._pool.of(block) if page not in known]
+            self.cache._give(taken, block)
+            raise
 
     def plan(self, block: Block, count: torch.Tensor | int, rows: int) -> torch.Tensor:
         """Places the block's tokens, on the device: no sync, no shape that depends on ``count``.
@@ -197,9 +221,11 @@ class StreamLife:
         new = old + n
         missing = cache.pages_for(new) - len(pages)
         if missing > 0:
-            taken = cache._take(missing, block, f"append_tokens(n={n})")
-            block._ids = torch.cat((block._ids, to_device(taken, torch.int64, cache.device)))
-            pages.extend(taken)
+            with self._taking(block):
+                taken = cache._take(missing, block, f"append_tokens(n={n})")
+                ids = torch.cat((block._ids, to_device(taken, torch.int64, cache.device)))
+                pages.extend(taken)
+                block._ids = ids
         for p in range(old // size, cache.pages_for(new)):
             # Host scalars reach the device as kernel arguments: nothing is copied.
             cache.page_fill[pages[p] : pages[p] + 1].fill_(min(new - p * size, size))

@@ -51,6 +51,24 @@ def test_values_pass_all_stages_in_their_order(way):
     assert out == [2 * (x + 1) for x in range(30)]
 
 
+class NeverEntered(threading.Condition):
+    def __enter__(self):
+        raise AssertionError("entered in Python")
+
+
+def test_a_signal_finds_no_lock_half_taken():
+    """A condition is entered and left by Python: what a signal raises there leaves it locked."""
+    out = []
+    belt = Belt([lambda x: x + 1, out.append], Full, [Lane(), Lane()])
+    belt._changed.__class__ = NeverEntered
+    for x in range(10):
+        put(belt, x)
+    belt.settle()
+    belt.drain()
+    assert belt.unheard() is None and out == list(range(1, 11))
+    belt.close()
+
+
 def test_stages_work_at_the_same_time():
     """Each waits for the other: in turn that would never end."""
     meeting = threading.Barrier(2, timeout=WAIT_S)

@@ -117,6 +117,83 @@ def test_video_that_comes_while_an_answer_is_decoded_changes_nothing(preset, bef
         assert not stream.history._retired and not stream.history._holds
 
 
+class Recorded:
+    """Takes the likeliest token and keeps the logits."""
+
+    def __init__(self) -> None:
+        self.logits = []
+
+    def next_token(self, seen, logits):
+        self.logits.append(logits.clone())
+        return int(logits.argmax())
+
+
+def logits_of(stream, time_s=None, meanwhile=lambda stream: None, tokens=6):
+    """Those of an answer, and the spans of what it read; ``meanwhile`` comes after its first."""
+    sampler = Recorded()
+    with stream.ask("What?", time_s, sampler=sampler, max_new_tokens=tokens) as answer:
+        next(answer)
+        meanwhile(stream)
+        "".join(answer)
+    return torch.stack(sampler.logits), answer.figures.blocks
+
+
+@pytest.mark.parametrize(
+    ("time_s", "meanwhile"),
+    (
+        (None, lambda stream: stream.flush()),
+        (99.0, lambda stream: stream.ingest(pictures(16))),
+        (None, lambda stream: stream.ingest(pictures(4), [stream.time_s] * 4)),
+    ),
+    ids=("what waited", "before the time asked for", "at the same time"),
+)
+def test_an_open_answer_never_sees_what_was_written_after_it(time_s, meanwhile):
+    """Its window slides on over the chunks that it could see at first."""
+
+    def told(then):
+        with small_engine("streaming-llm") as engine, engine.open(fps=10) as stream:
+            stream.ingest(pictures(28))  # three chunks, four frames wait
+            return logits_of(stream, time_s, then)
+
+    alone, beside = told(lambda stream: None), told(meanwhile)
+    assert torch.equal(alone[0], beside[0]) and alone[1] == beside[1]
+
+
+def test_what_an_open_answer_holds_is_not_there_for_later_questions():
+    def told(closed):
+        changes = {"attention__window": 100}
+        with small_engine("streaming-llm", **changes) as engine, engine.open(fps=10) as stream:
+            stream.ingest(pictures(32))
+            first = stream.ask("What?", max_new_tokens=4)
+            next(first)
+            if closed:
+                first.close()
+            for _ in range(4):
+                stream.ingest(pictures(40))
+            return logits_of(stream, 2.5, tokens=3)
+
+    one, other = told(closed=True), told(closed=False)
+    assert torch.equal(one[0], other[0]) and one[1] == other[1] == []
+
+
+@pytest.mark.parametrize("each", [1, 7, 24])
+def test_times_that_nobody_gives_do_not_depend_on_how_frames_are_cut(each, tmp_path):
+    """A session that is restored in between counts on."""
+    with small_engine("vicostream") as engine:
+        stream = engine.open(fps=10)
+        stream.ingest(pictures(3), [0.0, 0.1, 0.35])
+        for at in range(3, 24, each):
+            stream.ingest(pictures(24)[at : at + each])
+            if at == 3:
+                stream.save(tmp_path / "session")
+                stream.close()
+                stream = engine.restore(tmp_path / "session")
+        stream.flush()
+        ends = [chunk.end_s for chunk in stream.history.chunks()]
+        stream.close()
+    assert ends == [0.35 + n * 0.1 for n in (5, 13, 21)]
+
+
 def test_a_partial_chunk_is_seen_after_a_flush_only():
     with engine("vicostream") as made, made.open(fps=10) as stream:
         stream.ingest(pictures(11))

@@ -64,6 +64,7 @@ class Answer:
         self._held = ExitStack()
         history._kept.add(self._held)
         self._first, self._preamble = history.fork_id(time_s), history.preamble
+        self._chunks = history.chunks(time_s)  # later ones may have the same times
         self._trace = recorder.trace
         self._decoding_s = 0.0
         recorder.questions.append(self.figures)
@@ -183,9 +184,7 @@ class Answer:
             self.figures.relevance = seen
 
     def _windowed(self, new_tokens: int) -> View:
-        window = question_window(
-            self._method, self._history, self._preamble, new_tokens, self._time_s
-        )
+        window = question_window(self._method, self._preamble, self._chunks, new_tokens)
         cache = self._history.cache
         if cache.cache.tiers is not None and None in cache.fetch(window.blocks):
             window = Window(tuple(b for b in window.blocks if b.state == "committed"))

@@ -112,7 +112,10 @@ class Belt:
     ) -> None:
         self._stages, self._again, self._lanes = stages, again, lanes
         self._inboxes: list[deque[Any]] = [deque() for _ in stages]  # the first is being worked on
-        self._changed = threading.Condition()
+        # Entered by itself: a signal that is handled in the midst of a condition's own `__enter__`
+        # or `__exit__`, which are Python, would leave it locked for ever.
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)
         self._error: BaseException | None = None  # the caller has yet to hear it
         self._rests = self._over = False  # until the caller's next call; for good
         self._failed = False  # an error was the end
@@ -137,7 +140,7 @@ class Belt:
 
     def put(self, value: Any) -> None:
         value = self._lanes[0].leave(value)
-        with self._changed:
+        with self._lock:
             self._inboxes[0].append(value)
             self._changed.notify_all()
 
@@ -145,14 +148,14 @@ class Belt:
         self._until(lambda: not any(self._inboxes))
 
     def settle(self) -> None:
-        with self._changed:
+        with self._lock:
             self._wait(lambda: not any(self._inboxes))
             if self._over:
                 self._say()
 
     def stop(self) -> None:
         """As ``close``, but waits for nothing."""
-        with self._changed:
+        with self._lock:
             self._over = True
             self._changed.notify_all()
 
@@ -165,13 +168,13 @@ class Belt:
             inbox.clear()
 
     def unheard(self) -> BaseException | None:
-        with self._changed:
+        with self._lock:
             error, self._error = self._error, None
             self._rests = self._rests or error is not None
             return error
 
     def _until(self, done: Callable[[], bool]) -> None:
-        with self._changed:
+        with self._lock:
             if self._rests:
                 self._rests = False
                 self._changed.notify_all()
@@ -201,7 +204,7 @@ class Belt:
     def _work(self, at: int) -> None:
         inbox, lane = self._inboxes[at], self._lanes[at]
         while True:
-            with self._changed:
+            with self._lock:
                 self._changed.wait_for(lambda: self._over or (inbox and not self._still()))
                 if self._over:
                     return
@@ -210,11 +213,11 @@ class Belt:
                 with lane:
                     value = lane.leave(self._stages[at](lane.take(value)))
             except BaseException as error:  # the caller's next call raises it
-                with self._changed:
+                with self._lock:
                     self._changed.wait_for(lambda: self._over or not self._still())
                     self._fail(error)
                 continue
-            with self._changed:
+            with self._lock:
                 self._changed.wait_for(lambda: self._over or self._room(at + 1))
                 if self._over:
                     return
@@ -233,7 +236,8 @@ class Belt:
 
     def _orphan(self) -> None:
         """The threads did not come along through a fork, and whatever lock they held is held."""
-        self._changed, self._threads, self._over = threading.Condition(), [], True
+        self._lock, self._threads, self._over = threading.RLock(), [], True
+        self._changed = threading.Condition(self._lock)
 
 
 _RUNNING: WeakSet[Belt] = WeakSet()

@@ -204,6 +204,8 @@ class _Saved:
                 "period": stream._period,
                 "times": stream._times,
                 "now": stream._now,
+                "given": stream._given,
+                "since": stream._since,
                 "most_pages": stream._most_pages,
             },
             "history": {

@@ -74,6 +74,7 @@ class Stream:
         self._buffer: list[torch.Tensor] = []
         self._times: list[float] = []
         self._now: float | None = None
+        self._given, self._since = 0.0, -1  # the last given time, and frames taken since
         self._answers: WeakSet[Answer] = WeakSet()
         self._failed = False
         self._most_pages = 0  # of a chunk so far
@@ -146,6 +147,9 @@ class Stream:
                         self._buffer.append(part)
                         self._times += times[at : at + room]
                         self._now = self._times[-1]
+                        self._since += part.shape[0]
+                        if times_s is not None:
+                            self._given, self._since = self._now, 0
                         at += part.shape[0]
                         self.recorder.frames_ingested += part.shape[0]
                     if len(self._times) == self._method.engine.frames_per_chunk:
@@ -281,8 +285,9 @@ class Stream:
     def _check_times(self, count: int, times_s: Sequence[float] | None) -> list[float]:
         last = self._now
         if times_s is None:
-            first = 0.0 if last is None else last + self._period
-            return [first + i * self._period for i in range(count)]
+            # Counted: added up, times would depend on how frames are cut into calls.
+            first = self._since + 1
+            return [self._given + (first + i) * self._period for i in range(count)]
         times = [float(t) for t in times_s]
         if len(times) != count:
             raise ValueError(f"ingest: times_s has {len(times)} entries for {count} frames")

@@ -223,6 +223,8 @@ class Snapshot:
 
         times = state["stream"]
         stream._period, stream._times, stream._now = times["period"], times["times"], times["now"]
+        known = (0.0, -1) if stream._now is None else (stream._now, 0)  # of an older session
+        stream._given, stream._since = times.get("given", known[0]), times.get("since", known[1])
         stream._most_pages = times["most_pages"]
         stream._buffer = [frames for _, frames in self.named("frames/")]
         prune = stream._prune

@@ -39,8 +39,14 @@ class Turn(Lane):
             self._lock.acquire()
         else:
             with self._next:
-                self._lock.acquire()
-                self._owner = get_ident()
+                try:
+                    self._lock.acquire()
+                    self._owner = get_ident()
+                except BaseException:  # a signal's, perhaps when it had been taken
+                    if self._lock._is_owned():
+                        self._owner = None
+                        self._lock.release()
+                    raise
         try:
             if self._depth == 0:
                 self._lane.__enter__()

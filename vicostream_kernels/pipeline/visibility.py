@@ -73,15 +73,19 @@ class History:
         self.next_id = after
 
     def chunks(self, time_s: float = float("inf")) -> list[Block]:
-        """The live chunks that ended at or before ``time_s``, in time order."""
+        """The chunks that ended at or before ``time_s``, in time order, but for those that are
+        there for an open answer alone."""
         chunks = self.cache.chunks[:]
+        if self._retired:
+            gone = set(self._retired)
+            chunks = [block for block in chunks if block not in gone]
         while chunks and chunks[-1].end_s > time_s:
             chunks.pop()
         return chunks
 
     def fork_id(self, time_s: float) -> int:
         """The id after the largest one of what a fork at ``time_s`` could see."""
-        later = self.cache.chunks[len(self.chunks(time_s)) :]
+        later = self.chunks()[len(self.chunks(time_s)) :]
         return self.ids[later[0]][0] if later else self.next_id
 
     @contextmanager
@@ -145,14 +149,14 @@ def chunk_window(method: Method, history: History, new_tokens: int) -> Window:
 
 
 def question_window(
-    method: Method, history: History, preamble: Block | None, new_tokens: int, time_s: float
+    method: Method, preamble: Block | None, chunks: Sequence[Block], new_tokens: int
 ) -> Window:
-    """What a question of ``new_tokens`` tokens at ``time_s`` sees after the sink, without
-    retrieval: all that the method keeps, the last window included. ``preamble`` is the history's at
-    the fork: video that comes later may retire it."""
+    """What a question of ``new_tokens`` tokens sees after the sink, without retrieval: all that the
+    method keeps, the last window included. ``preamble`` and ``chunks`` are the history's at the
+    fork: video that comes later may retire them."""
     reach = method.engine.window_chunks
     reach = None if method.engine.history == "all" or reach is None else reach + 1
-    return _cut(method, preamble, history.chunks(time_s), reach, new_tokens)
+    return _cut(method, preamble, chunks, reach, new_tokens)
 
 
 def _cut(
