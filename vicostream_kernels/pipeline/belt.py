@@ -26,9 +26,9 @@ _ROOM = 2
 class Way(Protocol):
     """What ``Line`` and ``Belt`` have in common; used by one thread.
 
-    A stage that raises ``again`` (a type of exception) keeps its value and is tried again at the
-    next call. What else it raises is the end: no value goes on after that. A call that waits may be
-    interrupted and made again.
+    A stage that raises ``again`` (a type of exception, or several) keeps its value and is tried
+    again at the next call. What else it raises is the end: no value goes on after that. A call that
+    waits may be interrupted and made again.
     """
 
     @property
@@ -66,7 +66,9 @@ class Way(Protocol):
 class Line:
     """One stage after another, in the caller's thread, within ``put``."""
 
-    def __init__(self, stages: Sequence[Stage], again: type[Exception]) -> None:
+    def __init__(
+        self, stages: Sequence[Stage], again: type[Exception] | tuple[type[Exception], ...]
+    ) -> None:
         self._stages, self._again = stages, again
         self._waiting: tuple[int, Any] | None = None  # the stage to be tried again
         self.over = False
@@ -108,7 +110,10 @@ class Belt:
     """Each stage in a thread of its own, on the lane of the same place in ``lanes``."""
 
     def __init__(
-        self, stages: Sequence[Stage], again: type[Exception], lanes: Sequence[Lane]
+        self,
+        stages: Sequence[Stage],
+        again: type[Exception] | tuple[type[Exception], ...],
+        lanes: Sequence[Lane],
     ) -> None:
         self._stages, self._again, self._lanes = stages, again, lanes
         self._inboxes: list[deque[Any]] = [deque() for _ in stages]  # the first is being worked on

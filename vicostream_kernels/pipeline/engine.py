@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 from weakref import WeakSet
@@ -14,6 +15,7 @@ import torch
 from vicostream_kernels import methods
 from vicostream_kernels.cache import PagedKVCache, Tiers
 from vicostream_kernels.models import Qwen2_5_VLRunner, load_model
+from vicostream_kernels.pipeline.answer import Answer
 from vicostream_kernels.pipeline.belt import Belt
 from vicostream_kernels.pipeline.errors import InputError, surface
 from vicostream_kernels.pipeline.lanes import CudaLane, Lane
@@ -43,7 +45,7 @@ class StreamEngine:
     Attributes: ``runner`` (the model), ``method`` (frozen), ``cache`` (the paged KV cache that all
     streams share), ``bucket`` (LLM lengths are multiples of it), ``turn`` (entered by whoever uses
     the cache), ``stages_turn`` (the way to it for stages), ``belts`` (of streams that overlap their
-    stages).
+    stages), ``answers`` (those that somebody has).
     """
 
     def __init__(self, runner: Qwen2_5_VLRunner, method: methods.Method) -> None:
@@ -76,6 +78,7 @@ class StreamEngine:
                 tiers=tiers,
             )
         self.belts: WeakSet[Belt] = WeakSet()
+        self.answers: WeakSet[Answer] = WeakSet()
 
     @classmethod
     def from_pretrained(
@@ -188,16 +191,18 @@ class StreamEngine:
         return recorder
 
     def close(self) -> None:
-        """Closes every stream and the cache; a second close does nothing. Raises as
-        ``Stream.close`` does."""
+        """Ends open answers, closes every stream and the cache; a second close does nothing. Raises
+        as ``Stream.close`` does."""
         surface(self._end())
 
     def _end(self) -> list[BaseException | None]:
         belts = list(self.belts)
         for belt in belts:
             belt.close()
-        with self.turn:
-            self.cache.close()
+        with self.turn, ExitStack() as ending:  # the cache goes whatever an answer raises
+            ending.callback(self.cache.close)
+            for answer in list(self.answers):
+                ending.callback(answer.close)
         return [belt.unheard() for belt in belts]
 
     def __enter__(self) -> StreamEngine:

@@ -14,7 +14,7 @@ from weakref import WeakMethod, WeakSet, finalize
 import numpy as np
 import torch
 
-from vicostream_kernels.cache import CacheStream, DiskFull
+from vicostream_kernels.cache import CacheStream, DiskFull, OutOfPages
 from vicostream_kernels.methods import Method
 from vicostream_kernels.models import Qwen2_5_VLRunner, Sampler
 from vicostream_kernels.pipeline.answer import Answer
@@ -40,6 +40,9 @@ from vicostream_kernels.pipeline.visibility import History
 
 if TYPE_CHECKING:
     from vicostream_kernels.pipeline.engine import StreamEngine
+
+#: A chunk that finds no room waits and is tried again: files may be freed, answers end.
+_NO_ROOM = (DiskFull, OutOfPages)
 
 
 class Stream:
@@ -125,9 +128,10 @@ class Stream:
 
         Raises ``TypeError``, ``ValueError`` for bad arguments, before anything is taken in. What
         else a chunk raises leaves the frames after that chunk untaken: ``recorder.frames_ingested``
-        grew by those that were taken. After ``DiskFull`` for want of room, or an interrupt while it
-        waited for room, the chunk's own frames wait in the stream, and the caller may go on with
-        the rest; where the chunk itself failed, the stream has failed.
+        grew by those that were taken. After ``DiskFull`` or ``OutOfPages`` for want of room (open
+        answers may hold what would have to go), or an interrupt while it waited for room, the
+        chunk's own frames wait in the stream, and the caller may go on with the rest; where the
+        chunk itself failed, the stream has failed.
         """
         self._check_open()
         frames = as_frames(frames)
@@ -228,15 +232,14 @@ class Stream:
         ]
         stages = [dated(stage) for stage in stages]
         if not self._overlaps:
-            return Line(stages, DiskFull)
-        belt = Belt(stages, DiskFull, self._lanes)
+            return Line(stages, _NO_ROOM)
+        belt = Belt(stages, _NO_ROOM, self._lanes)
         self._engine.belts.add(belt)
         finalize(self, belt.stop).atexit = False
         return belt
 
     def _write(self, chunk: Carried) -> None:
-        """The last stage. Where it raises DiskFull the chunk was larger than any before: nothing is
-        written then."""
+        """The last stage. Where it finds no room nothing has been written."""
         recorder, source = self.recorder, chunk.source
         span = recorder.trace.span("prefill", start_s=source.start_s)
         with self._turn:
@@ -265,7 +268,7 @@ class Stream:
         twice, would be seen by nobody. The stream fails."""
         try:
             yield
-        except DiskFull:
+        except _NO_ROOM:
             raise
         except BaseException:
             self._failed = True
@@ -358,6 +361,7 @@ class Stream:
                 began=began,
             )
             self._answers.add(answer)
+            self._engine.answers.add(answer)
             self._account()
         return answer
 
@@ -379,7 +383,7 @@ class Stream:
 
         Raises :class:`PipelineError` where the file cannot be written, ``LostBlock`` where history
         cannot be read from its tier (with ``engine.allow_missing`` it is forgotten instead),
-        ``DiskFull`` where a chunk still waits for room in the cache.
+        ``DiskFull`` or ``OutOfPages`` where a chunk still waits for room in the cache.
         """
         self._check_open()
         self._way.drain()
