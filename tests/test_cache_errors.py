@@ -303,13 +303,13 @@ def test_a_device_without_memory_for_larger_pools_keeps_what_it_has(monkeypatch,
     assert len(asked) == tries
 
 
-@pytest.mark.parametrize("where", ["to_device", "keys"])
+@pytest.mark.parametrize("where", ["to_device", "keys", "rows"])
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError, KeyboardInterrupt])
 def test_a_reservation_that_fails_half_way_keeps_no_page(monkeypatch, where, error):
     def fail(*_):
         raise error("simulated")
 
-    cache = make_cache(pages=20)
+    cache = make_cache(pages=2 if where == "rows" else 20, grow=True, max_pages=20)
     stream = cache.open()
     stream.keep_keys()
     text = add(stream, 4, kind="text")
@@ -317,6 +317,8 @@ def test_a_reservation_that_fails_half_way_keeps_no_page(monkeypatch, where, err
     with monkeypatch.context() as patch:
         if where == "keys":
             patch.setattr(KeyRows, "_set_pages", fail)
+        elif where == "rows":  # the pool grows, what notes the row of each page cannot
+            patch.setattr(KeyRows, "block_of_page", property(fail))
         else:
             patch.setattr(_stream_life, "to_device", fail)
         with pytest.raises(error):
@@ -324,11 +326,29 @@ def test_a_reservation_that_fails_half_way_keeps_no_page(monkeypatch, where, err
         if where == "to_device":
             with pytest.raises(error):
                 stream.append_tokens(text)
-    assert state(cache) == before
+    if where != "rows":
+        assert state(cache) == before
+    assert cache.used_pages == 1
     stream.append_tokens(text)
     add(stream, 6)
     stream.close()
-    assert cache.free_pages == 20
+    assert cache.used_pages == 0
+
+
+def test_what_an_interrupt_left_without_a_list_goes_with_its_stream(monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    cache = make_cache()
+    stream, other = cache.open(), cache.open()
+    block, kept = add(stream, 9), add(other, 5)
+    with monkeypatch.context() as patch:
+        patch.setattr(cache, "_clear", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            stream.evict(block)
+    assert stream.blocks == [] and cache.used_pages == 5
+    stream.close()
+    assert cache.used_pages == len(kept.pages) == 2
 
 
 # -- the allocator itself ------------------------------------------------------------------------

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
 
 import torch
 
@@ -271,8 +270,10 @@ class Below:
         if group.buffer is not None:
             self._release(group)
         if group.path is not None:
-            with suppress(OSError):  # it goes with the folder, if it can go at all
-                group.path.unlink()
+            try:
+                group.path.unlink(missing_ok=True)
+            except OSError:
+                return  # it goes with the folder, if it can go at all, and counts until then
             self.disk_bytes -= group.file_bytes
 
 

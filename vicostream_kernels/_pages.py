@@ -57,6 +57,10 @@ class PagePool:
         """The pages of an owner; looks at all."""
         return [page for page, held_by in enumerate(self._owner) if held_by is owner]
 
+    def owners(self) -> list[tuple[int, object]]:
+        """Each page that is not free, and its owner."""
+        return [(page, owner) for page, owner in enumerate(self._owner) if owner is not None]
+
     def take(self, n: int, owner: object) -> list[int]:
         """Hands out ``n`` pages; raises OutOfPages (and takes none) when fewer are free."""
         if n > len(self._free):

@@ -96,18 +96,20 @@ class StreamLife:
         try:
             yield
         except BaseException:
-            if block.state == "reserved":
-                self._reserved.pop(block, None)
-                if self.keys is not None and block.kind == "chunk":
+            try:
+                if block.state == "reserved" and self.keys is not None and block.kind == "chunk":
                     self.keys.drop(block)
-                for segment in block.segments:
-                    segment.pages.clear()
-                block.state = "rolled back"
-            else:
-                block.body.pages[:] = before
-            known = set(block.pages)
-            taken = [page for page in self.cache._pool.of(block) if page not in known]
-            self.cache._give(taken, block)
+            finally:
+                if block.state == "reserved":
+                    self._reserved.pop(block, None)
+                    for segment in block.segments:
+                        segment.pages.clear()
+                    block.state = "rolled back"
+                else:
+                    block.body.pages[:] = before
+                known = set(block.pages)
+                taken = [page for page in self.cache._pool.of(block) if page not in known]
+                self.cache._give(taken, block)
             raise
 
     def plan(self, block: Block, count: torch.Tensor | int, rows: int) -> torch.Tensor:
@@ -273,6 +275,9 @@ class StreamLife:
             self.cache._clear(torch.cat([block._ids for block in going]))
         for block in going:
             self._release(block, "closed")
+        for page, owner in self.cache._pool.owners():  # what an interrupt left without a list
+            if isinstance(owner, Block) and owner._stream is self:
+                self.cache._give([page], owner)
         self.blocks.clear()
         self.chunks.clear()
         self.sinks.clear()

@@ -118,7 +118,7 @@ class KeyRows:
 
     def reserve(self, block: Block) -> None:
         """Gives a reserved chunk its rows, and its pages theirs."""
-        ids = block.body_ids
+        ids, _ = block.body_ids, self.block_of_page  # grown before anything is noted
         if not len(ids):
             return
         n, width = (len(ids), 1) if self.unit == "page" else (1, len(ids))

@@ -65,7 +65,7 @@ class PagedKVCache:
         raw_keys: keep a second pool of keys before rotation.
         on_full: "error", or "evict_oldest": committed unpinned chunks go, the oldest of the asking
             stream first, then the oldest of the other open streams.
-        grow: double the pools when they are exhausted, up to ``max_pages`` or what the device has
+        grow: double the pools when they are exhausted, up to ``max_pages`` or what a GPU has
             memory for, before ``on_full`` applies. The pool attributes are new tensors then: read
             them after reserve.
         max_pages: with ``grow``; default: as many as int32 slots can name.
@@ -421,7 +421,7 @@ class PagedKVCache:
             if self.on_full == "error" and held["in chunks that could be evicted"]:
                 helps.append("on_full='evict_oldest' or evict() of chunks")
             if held["in chunks pinned or held"]:
-                helps.append("unpinning chunks (the engine: a smaller window)")
+                helps.append("unpinning chunks (the engine: closing answers, a smaller window)")
             if held["reserved, not committed"]:
                 helps.append("commit() or rollback() of reservations")
             if held["in texts"]:

@@ -99,7 +99,9 @@ template <typename T>
 void select(const ChangedArgs& s, int n_threads) {
   const int workers = worthwhile_threads(s.frames * s.places * s.width, n_threads);
   const int64_t bytes = s.width * int64_t{sizeof(T)};
-  const int64_t run = std::min(kMostPlaces, std::max<int64_t>(1, kRunBytes / bytes));
+  // Of few places each thread has some.
+  const int64_t most = std::min(kMostPlaces, (s.places + workers - 1) / workers);
+  const int64_t run = std::min(most, std::max<int64_t>(1, kRunBytes / bytes));
 #pragma omp parallel num_threads(workers)
   {
 #pragma omp for schedule(static)

@@ -51,6 +51,35 @@ def test_values_pass_all_stages_in_their_order(way):
     assert out == [2 * (x + 1) for x in range(30)]
 
 
+def test_what_was_interrupted_before_it_told_the_others_is_told_later(monkeypatch):
+    out, full = [], [True]
+
+    def stage(x):
+        if full[0]:
+            raise Full
+        out.append(x)
+
+    def interrupt():
+        raise KeyboardInterrupt
+
+    belt = Belt([stage], Full, [Lane()])
+    try:
+        put(belt, 1)
+        with pytest.raises(Full):
+            belt.drain()
+        full[0] = False
+        with monkeypatch.context() as patch:
+            patch.setattr(belt._changed, "notify_all", interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                belt.drain()
+        done = threading.Thread(target=belt.drain, daemon=True)
+        done.start()
+        done.join(WAIT_S)
+        assert out == [1]
+    finally:
+        belt.stop()
+
+
 class NeverEntered(threading.Condition):
     def __enter__(self):
         raise AssertionError("entered in Python")

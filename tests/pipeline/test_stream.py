@@ -159,6 +159,17 @@ def test_an_open_answer_never_sees_what_was_written_after_it(time_s, meanwhile):
     assert torch.equal(alone[0], beside[0]) and alone[1] == beside[1]
 
 
+def test_a_question_whose_pages_push_chunks_out_sees_the_others():
+    changes = {"retrieve": "none", "engine__window_chunks": 1, "engine__page_size": 16}
+    with small_engine(engine__max_pages=40, **changes) as engine, engine.open() as stream:
+        stream.ingest(pictures(240))
+        before = stream.history.chunks()
+        answer = stream.ask("What happened at the table? " * 9)
+        seen = answer.figures.blocks
+        assert "".join(answer) and seen == [(b.start_s, b.end_s) for b in before[-len(seen) :]]
+        assert 0 < len(seen) < len(before)
+
+
 def test_what_an_open_answer_holds_is_not_there_for_later_questions():
     def told(closed):
         changes = {"attention__window": 100}

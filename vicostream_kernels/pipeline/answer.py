@@ -64,7 +64,6 @@ class Answer:
         self._held = ExitStack()
         history._kept.add(self._held)
         self._first, self._preamble = history.fork_id(time_s), history.preamble
-        self._chunks = history.chunks(time_s)  # later ones may have the same times
         self._trace = recorder.trace
         self._decoding_s = 0.0
         recorder.questions.append(self.figures)
@@ -123,6 +122,9 @@ class Answer:
     def _prefill(self) -> int:
         with self._trace.span("answer", question=self.figures.text):
             with self._llm.reserved(len(self._prompt), kind="text") as block:
+                # What there is now, when the reservation may have evicted some; chunks that come
+                # later may have the same times.
+                self._chunks = self._history.chunks(self._time_s)
                 embeds = self._runner.embed(self._llm.ids(self._prompt))
                 with self._trace.span("retrieve"):
                     self._view = self._select(embeds)

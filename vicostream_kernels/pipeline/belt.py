@@ -180,9 +180,9 @@ class Belt:
 
     def _until(self, done: Callable[[], bool]) -> None:
         with self._lock:
-            if self._rests:
-                self._rests = False
-                self._changed.notify_all()
+            # Each time, and first: what was interrupted before it told the others is told now.
+            self._changed.notify_all()
+            self._rests = False
             self._wait(done)
             self._say()
 

@@ -144,6 +144,9 @@ class Stream:
                     if self._buffer and self._buffer[0].shape[1:] != frames.shape[1:]:
                         self._finish_chunk()
                     room = self._method.engine.frames_per_chunk - len(self._times)
+                    if room == 0:  # a full chunk has waited
+                        self._finish_chunk()
+                        continue
                     part = frames[at : at + room]
                     if part.shape[0] < room:
                         part = part.clone()  # what waits must not change with the caller's memory

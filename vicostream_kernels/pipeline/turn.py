@@ -37,22 +37,18 @@ class Turn(Lane):
     def __enter__(self) -> None:
         if self._owner == get_ident():
             self._lock.acquire()
-        else:
-            with self._next:
-                try:
-                    self._lock.acquire()
-                    self._owner = get_ident()
-                except BaseException:  # a signal's, perhaps when it had been taken
-                    if self._lock._is_owned():
-                        self._owner = None
-                        self._lock.release()
-                    raise
-        try:
-            if self._depth == 0:
-                self._lane.__enter__()
             self._depth += 1
-        except BaseException:
-            self._pass_on()
+            return
+        try:
+            with self._next:
+                self._lock.acquire()
+                self._owner = get_ident()
+            self._lane.__enter__()
+            self._depth = 1
+        except BaseException:  # perhaps a signal's, before or after the lock was taken
+            if self._lock._is_owned():
+                self._depth = 0
+                self._pass_on()
             raise
 
     def __exit__(self, *_: object) -> None:
