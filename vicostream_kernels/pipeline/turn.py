@@ -47,17 +47,23 @@ class Turn(Lane):
             self._depth = 1
         except BaseException:  # perhaps a signal's, before or after the lock was taken
             if self._lock._is_owned():
-                self._depth = 0
-                self._pass_on()
+                self._depth, self._owner = 0, None
+                self._lock.release()
             raise
 
     def __exit__(self, *_: object) -> None:
-        self._depth -= 1
         try:
+            self._depth -= 1
             if self._depth == 0:
                 self._lane.__exit__()
         finally:
-            self._pass_on()
+            # No call before the release: what handles a signal would come before it.
+            outermost = self._depth == 0
+            if outermost:
+                self._owner = None
+            self._lock.release()
+        if outermost:
+            self._catch_up()
 
     def later(self, call: Callable[[], Any]) -> None:
         """Has ``call`` done by whoever has the turn, when it leaves; now where nobody has it.
@@ -67,14 +73,6 @@ class Turn(Lane):
         """
         self._later.append(call)
         self._catch_up()
-
-    def _pass_on(self) -> None:
-        outermost = self._depth == 0
-        if outermost:
-            self._owner = None
-        self._lock.release()
-        if outermost:
-            self._catch_up()
 
     def _catch_up(self) -> None:
         while self._later and self._owner != get_ident() and self._lock.acquire(blocking=False):
