@@ -117,7 +117,7 @@ def keep_freed_memory() -> None:
     """Has the C library hand out freed memory again, as in a process that has run a model.
 
     Until a process has freed a block this large, glibc may return each output of a few megabytes to
-    the system; the next call then waits a millisecond for the same pages, or does not, by chance.
+    the system; the next call then waits for the same pages, or does not, by chance.
     """
     np.empty(_LARGEST_KEPT, np.uint8)
 

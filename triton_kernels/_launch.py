@@ -6,7 +6,7 @@ from functools import lru_cache
 
 import torch
 
-# Triton has these too; called from the host they take microseconds, a dozen times a launch.
+# Triton has these too, but for kernels: called from the host they are slow, a dozen times a launch.
 
 
 def cdiv(x: int, y: int) -> int:

@@ -55,7 +55,7 @@ class PagePool:
 
     def of(self, owner: object) -> list[int]:
         """The pages of an owner; looks at all."""
-        return [page for page, held_by in enumerate(self._owner) if held_by is owner]
+        return [page for page, held_by in self.owners() if held_by is owner]
 
     def owners(self) -> list[tuple[int, object]]:
         """Each page that is not free, and its owner."""

@@ -79,7 +79,7 @@ bool all_finite(const float* x, int64_t n) {
 }
 
 // Goes through the rows of a tile that will be read next, in the order of the memory, which is not
-// the order that they are read in: asked for like that, they come a fifth sooner.
+// the order that they are read in: asked for like that, they come sooner.
 template <typename T>
 struct RowsAhead {
   const T *low, *high;  // of its first block
