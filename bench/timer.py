@@ -25,6 +25,9 @@ _SHORTEST_NS = 100_000
 _MOST_CALLS = 64
 _MOST_SETS = 256
 _FALLBACK_LLC = 32 << 20
+#: Untimed calls before a warm timed region. One leaves a last-level cache that other cores share, and
+#: that the providers before have swept, filled in part: the calls after it still got faster.
+_WARMING = 4
 #: The largest freed block after which glibc keeps what is freed, up to this size.
 _LARGEST_KEPT = (32 << 20) - (64 << 10)
 
@@ -33,7 +36,7 @@ _LARGEST_KEPT = (32 << 20) - (64 << 10)
 class Budget:
     """How long to measure one case in one cache state.
 
-    ``warm_up`` calls come first; ``untimed``: one more before each timed region.
+    ``warm_up`` calls come first; ``untimed``: more before each timed region (`measure_cpu`).
     """
 
     seconds: float
@@ -159,10 +162,10 @@ def measure_cpu(
 ) -> Samples:
     """Times each run on the CPU with ``perf_counter_ns``.
 
-    Warm: all providers work on one input set, each timed region follows an untimed call. Cold: a
+    Warm: all providers work on one input set, each timed region follows four untimed calls. Cold: a
     timed call never finds its inputs in cache, because calls rotate through copies (``rotation``)
     or, where inputs are so small that thousands of copies would be needed, because the caches are
-    swept before each call. The untimed call stays in both: thread pools and code are warm, as they
+    swept before each call. One untimed call stays there: thread pools and code are warm, as they
     are inside a model.
     """
     cache_bytes = cache_bytes or last_level_cache_bytes()
@@ -186,6 +189,7 @@ def _measure_cpu(
     budget: Budget,
 ) -> dict[str, list[float]]:
     calls = {name: 1 for name in runs}
+    untimed = 0 if not budget.untimed else 1 if cold else _WARMING
     for name, run in runs.items():
         once = _warm_up(run, sets[0], budget.warm_up)
         if not cold:
@@ -199,7 +203,7 @@ def _measure_cpu(
             return samples
         for name in order:
             run, count = runs[name], calls[name]
-            if budget.untimed:
+            for _ in range(untimed):
                 run(sets[turn % len(sets)])
             turn += 1
             chosen = sets[turn % len(sets)]
