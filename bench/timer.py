@@ -25,9 +25,10 @@ _SHORTEST_NS = 100_000
 _MOST_CALLS = 64
 _MOST_SETS = 256
 _FALLBACK_LLC = 32 << 20
-#: Untimed calls before a warm timed region. One leaves a last-level cache that other cores share, and
-#: that the providers before have swept, filled in part: the calls after it still got faster.
-_WARMING = 4
+#: Untimed calls before a timed region, at most: enough to go through twice the last-level cache.
+#: One leaves it filled in part where warm, as other cores share it, and full of lines that the
+#: provider before wrote, which then go back to memory in the midst of the timed call.
+_MOST_UNTIMED = 4
 #: The largest freed block after which glibc keeps what is freed, up to this size.
 _LARGEST_KEPT = (32 << 20) - (64 << 10)
 
@@ -90,17 +91,18 @@ def last_level_cache_bytes() -> int:
 
 
 class Sweeper:
-    """Evicts the CPU caches by reading and writing twice what they hold.
+    """Evicts the CPU caches by reading twice what they hold: lines that were written would go back
+    to memory in the midst of the timed call.
 
     In numpy on one thread: straight after a parallel torch region, torch's own ``cos`` was seen to
     take milliseconds instead of microseconds (two OpenMP users on the same cores).
     """
 
     def __init__(self, cache_bytes: int) -> None:
-        self._buffer = np.zeros(2 * cache_bytes, dtype=np.uint8)
+        self._buffer = np.ones(2 * cache_bytes, dtype=np.uint8)  # zeros need not be memory yet
 
     def __call__(self) -> None:
-        np.add(self._buffer, 1, out=self._buffer)
+        self._buffer.max()
 
 
 @contextmanager
@@ -162,11 +164,11 @@ def measure_cpu(
 ) -> Samples:
     """Times each run on the CPU with ``perf_counter_ns``.
 
-    Warm: all providers work on one input set, each timed region follows four untimed calls. Cold: a
-    timed call never finds its inputs in cache, because calls rotate through copies (``rotation``)
-    or, where inputs are so small that thousands of copies would be needed, because the caches are
-    swept before each call. One untimed call stays there: thread pools and code are warm, as they
-    are inside a model.
+    Warm: all providers work on one input set. Cold: a timed call never finds its inputs in cache,
+    because calls rotate through copies (``rotation``) or, where inputs are so small that thousands
+    of copies would be needed, because the caches are swept before each call. In both each timed
+    region follows up to four untimed calls: thread pools, code and what the caches hold besides the
+    inputs are as calls of its own leave them, as they are inside a model.
     """
     cache_bytes = cache_bytes or last_level_cache_bytes()
     sets, sweep, method = [inputs], None, "warm"
@@ -178,7 +180,8 @@ def measure_cpu(
             sets, method = rotated, f"cold: {len(rotated)} input sets"
     keep_freed_memory()
     with no_garbage_collection():
-        return Samples(_measure_cpu(runs, sets, sweep, cold, budget), method)
+        untimed = min(_MOST_UNTIMED, -(-2 * cache_bytes // moved_bytes)) if budget.untimed else 0
+        return Samples(_measure_cpu(runs, sets, sweep, cold, untimed, budget), method)
 
 
 def _measure_cpu(
@@ -186,10 +189,10 @@ def _measure_cpu(
     sets: Sequence[Inputs],
     sweep: Callable[[], None] | None,
     cold: bool,
+    untimed: int,
     budget: Budget,
 ) -> dict[str, list[float]]:
     calls = {name: 1 for name in runs}
-    untimed = 0 if not budget.untimed else 1 if cold else _WARMING
     for name, run in runs.items():
         once = _warm_up(run, sets[0], budget.warm_up)
         if not cold:
@@ -205,7 +208,7 @@ def _measure_cpu(
             run, count = runs[name], calls[name]
             for _ in range(untimed):
                 run(sets[turn % len(sets)])
-            turn += 1
+                turn += 1
             chosen = sets[turn % len(sets)]
             if sweep is not None:
                 sweep()

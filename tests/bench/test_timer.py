@@ -54,14 +54,26 @@ def test_warm_calls_share_one_input_set_and_cold_calls_rotate():
     assert done.method == "cold: 10 input sets" and len(set(seen)) == 10
 
 
+@pytest.mark.parametrize("moved_bytes, untimed", [(1000, 4), (2500, 4), (4000, 3), (90_000, 1)])
+@pytest.mark.parametrize("cold", [False, True])
+def test_untimed_calls_go_through_twice_the_cache(moved_bytes, untimed, cold, monkeypatch):
+    monkeypatch.setattr(timer, "_SHORTEST_NS", 1)  # one call a timed region
+    calls = []
+    budget = Budget(seconds=0.0, least_rounds=5, most_rounds=5, warm_up=0)
+    monkeypatch.setattr(timer, "_warm_up", lambda run, inputs, least: 1)
+    runs = {"a": lambda inputs: calls.append(1)}
+    x = torch.zeros(10)
+    measure_cpu(runs, {"x": x}, moved_bytes, cold=cold, budget=budget, cache_bytes=5000)
+    assert len(calls) == 5 * (untimed + 1)
+
+
 def test_a_cold_call_never_follows_a_call_on_its_own_inputs():
     seen: list[int] = []
     runs = {"a": lambda inputs: seen.append(inputs["x"].data_ptr())}
     budget = Budget(seconds=0.0, least_rounds=8, most_rounds=8)
     measure_cpu(runs, {"x": torch.zeros(9)}, 36, cold=True, budget=budget, cache_bytes=40)
-    timed = seen[-16:][1::2]
-    before = seen[-16:][::2]
-    assert all(a != b for a, b in zip(timed, before))
+    rounds = [seen[-4 * i :][:4] for i in range(1, 9)]  # three untimed calls, then the timed one
+    assert all(timed not in untimed for *untimed, timed in rounds)
 
 
 def test_tiny_inputs_are_swept_out_of_the_cache_instead():
