@@ -12,6 +12,7 @@ from run_kit import Outcome
 from vicostream_kernels.pipeline import run as run_module
 from vicostream_kernels.pipeline.belt import Belt
 from vicostream_kernels.pipeline.errors import PipelineError
+from vicostream_kernels.pipeline.failures import INTERRUPTED
 from vicostream_kernels.pipeline.run import RunOptions, run
 from vicostream_kernels.pipeline.screen import Screen
 from vicostream_kernels.pipeline.session import Encode, Stream
@@ -29,7 +30,7 @@ def test_an_interrupt_waits_for_the_report_to_be_whole(tmp_path, video, monkeypa
 
     monkeypatch.setattr(run_module.Recorder, "write", interrupted)
     options = RunOptions("missing.mp4", report=str(tmp_path))
-    assert run(options, Screen(io.StringIO(), io.StringIO())) == run_module.INTERRUPTED
+    assert run(options, Screen(io.StringIO(), io.StringIO())) == INTERRUPTED
     assert json.loads((tmp_path / "report.json").read_text())["errors"]
 
 

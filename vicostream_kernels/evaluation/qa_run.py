@@ -25,12 +25,8 @@ from vicostream_kernels.evaluation.store import (
 )
 from vicostream_kernels.evaluation.streamqa import KINDS
 from vicostream_kernels.pipeline.errors import InputError, PipelineError, one_line
-from vicostream_kernels.pipeline.run import (
-    INTERRUPTED,
-    parse_device,
-    parse_settings,
-    quiet_transformers,
-)
+from vicostream_kernels.pipeline.failures import INTERRUPTED
+from vicostream_kernels.pipeline.options import parse_device, parse_settings, quiet_transformers
 
 #: What shows results but does not make them: a change there leaves what was measured valid.
 _SHOWING = frozenset(

@@ -28,12 +28,8 @@ from vicostream_kernels.evaluation.store import (
     write_json,
 )
 from vicostream_kernels.pipeline.errors import InputError, PipelineError, one_line
-from vicostream_kernels.pipeline.run import (
-    INTERRUPTED,
-    parse_device,
-    parse_settings,
-    quiet_transformers,
-)
+from vicostream_kernels.pipeline.failures import INTERRUPTED
+from vicostream_kernels.pipeline.options import parse_device, parse_settings, quiet_transformers
 from vicostream_kernels.pipeline.source import FrameGroups, VideoSource, stack
 
 BENCHMARKS = {"streamingbench": streamingbench, "ovobench": ovobench}

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 import time
-import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,9 +13,10 @@ import torch
 
 from vicostream_kernels import methods
 from vicostream_kernels.pipeline.errors import InputError, PipelineError, chunk_time, one_line
+from vicostream_kernels.pipeline.failures import Failures
 from vicostream_kernels.pipeline.feed import Feed, Live, when
 from vicostream_kernels.pipeline.folders import writable_folder
-from vicostream_kernels.pipeline.names import STDIN, shown_name, without_secrets
+from vicostream_kernels.pipeline.names import STDIN, shown_name
 from vicostream_kernels.pipeline.options import (
     busy_hint,
     gpu_hint,
@@ -32,10 +31,6 @@ from vicostream_kernels.pipeline.screen import Screen
 from vicostream_kernels.pipeline.source import Frame, VideoSource, stack
 from vicostream_kernels.pipeline.stopping import Stop, held_back
 from vicostream_kernels.pipeline.text import Question, parse_question
-
-#: Options may be wrong in these parts of a run; anywhere else a ValueError is our failure.
-_USERS_PARTS = ("options", "video", "model")
-INTERRUPTED = 130
 
 
 @dataclass(frozen=True)
@@ -75,12 +70,7 @@ class _Run:
     def __init__(self, options: RunOptions, screen: Screen) -> None:
         self._options, self._screen = options, screen
         self._name = shown_name(options.video)
-        self._code = 0
-        self._interrupts = 0
-        self._unheard = False  # nobody reads the answers any more
         self._folder: Path | None = None  # of the report, once it is known to take one
-        self._part = "options"
-        self._time_s: float | None = None
         self._waiting: list[Question] = []  # when the feed is closed
         self._feed: Feed | None = None
         self._shift = 0.0  # time of the stream at which this video begins
@@ -93,63 +83,30 @@ class _Run:
         self._recorder = Recorder(
             model=options.model, preset=options.preset, config={"set": list(options.settings)}
         )
+        self._at = Failures(self._recorder, self._screen, debug=options.debug)
 
     def go(self) -> int:
-        with self._caught():
+        with self._at.caught():
             self._stream()
         self._recorder.end()
-        with self._caught():
+        with self._at.caught():
             self._tell_damage()
-        with self._caught():
+        with self._at.caught():
             self._finish_film()
         for question in self._waiting:
             self._recorder.error("answer", f"not asked: {question.text}", question.time_s)
-        with self._caught():
+        with self._at.caught():
             self._summarise()
         if self._folder is not None:
-            with self._caught():
-                self._part = "report"
+            with self._at.caught():
+                self._at.part = "report"
                 self._write(self._folder)
-        return self._code
+        return self._at.code
 
     @property
     def _hurried(self) -> bool:
         """Whether the user has interrupted twice: no more than the report's figures is written."""
-        return self._interrupts > 1 or self._stop.insisted
-
-    @contextmanager
-    def _caught(self) -> Iterator[None]:
-        """Turns what is raised into a line on stderr, an entry of the report and an exit code."""
-        try:
-            yield
-        except KeyboardInterrupt as interrupt:
-            # One that came before all was closed for another has that in its context.
-            self._interrupts += 1 + isinstance(interrupt.__context__, KeyboardInterrupt)
-            self._failed("interrupted", INTERRUPTED)
-        except Exception as error:
-            self._raised(error)
-
-    def _raised(self, error: Exception) -> None:
-        part, time_s = self._part, chunk_time(error)
-        self._unheard = self._unheard or isinstance(error, BrokenPipeError)
-        if time_s is not None:
-            part = "ingest"  # a stage's, whichever call it came from
-        code = getattr(error, "exit_code", 1)
-        if isinstance(error, (ValueError, TypeError)) and part in _USERS_PARTS:
-            code = 2
-        self._failed(_said(error), code, part, time_s)
-
-    def _failed(
-        self, what: str, code: int, part: str | None = None, time_s: float | None = None
-    ) -> None:
-        what = without_secrets(what)  # FFmpeg's own words may have the URL in them
-        time_s = self._time_s if time_s is None else time_s
-        self._recorder.error(part or self._part, what, time_s)
-        with suppress(OSError):  # where nobody reads stderr any more there still is a report
-            self._screen.error(what)
-            if self._options.debug and sys.exc_info()[0] is not None:
-                sys.stderr.write(without_secrets(traceback.format_exc()))
-        self._code = max(self._code, code)
+        return self._at.interrupts > 1 or self._stop.insisted
 
     # -- parts -----------------------------------------------------------------------------------
 
@@ -184,20 +141,20 @@ class _Run:
         live = self._live()
         questions = [parse_question(words) for words in options.questions]
 
-        self._part = "video"
+        self._at.part = "video"
         video = options.video
         if video == "sample":
             video, questions = self._sample(questions)
         with VideoSource(video, fps=options.fps, enough=self._enough) as source:
             self._source = source
             recorder.source = {**asdict(source.info), "fps": options.fps}
-            self._part = "model"
+            self._at.part = "model"
             self._screen.say(f"loading {options.model} on {device} ...")
             if hint := gpu_hint(device) or (busy_hint() if device.type == "cpu" else None):
                 self._screen.say(hint)
             engine = self._load(method, device, dtype)
             with engine:
-                self._part = "options"
+                self._at.part = "options"
                 for question in questions:
                     engine.question_ids(question.text)
                 if options.model == "tiny-random":
@@ -207,10 +164,10 @@ class _Run:
                     )
                 if hint := memory_hint(method, source.info):
                     self._screen.say(hint)
-                self._part = "ingest"
+                self._at.part = "ingest"
                 recorder.restart()
                 watch = None if self._film is None else self._film.watch
-                with self._open(engine, source, watch) as stream, self._caught():
+                with self._open(engine, source, watch) as stream, self._at.caught():
                     # What the stream says at its end comes beside it.
                     self._consume(source, stream, questions, live)
 
@@ -233,21 +190,21 @@ class _Run:
         source = self._source
         if source is None or not source.frames_read:
             return
-        before = self._part, self._time_s
+        before = self._at.part, self._at.time_s
         while self._told < len(source.troubles):
             trouble = source.troubles[self._told]
             self._told += 1
-            self._part, self._time_s = trouble.where, trouble.time_s
-            self._failed(f"{self._name}: {trouble.what}", 1)
-        self._part, self._time_s = before
+            self._at.part, self._at.time_s = trouble.where, trouble.time_s
+            self._at.tell(f"{self._name}: {trouble.what}", 1)
+        self._at.part, self._at.time_s = before
 
     def _open(self, engine: Any, source: VideoSource, watch: Any) -> Any:
         options, recorder = self._options, self._recorder
         if options.restore is None:
             return engine.open(recorder=recorder, fps=options.fps or _rate(source), on_pruned=watch)
-        self._part = "options"
+        self._at.part = "options"
         stream = engine.restore(options.restore, recorder=recorder, on_pruned=watch)
-        self._part, self._frames_before = "ingest", recorder.read
+        self._at.part, self._frames_before = "ingest", recorder.read
         if recorder.frames_ingested:
             # The video goes on where the session ended, one frame later.
             self._shift = stream.time_s + 1.0 / (options.fps or _rate(source))
@@ -303,10 +260,8 @@ class _Run:
                         self._take_in(source, stream, feed)
                     except BaseException as error:
                         if self._can_save(error):
-                            part = self._part
-                            with self._caught():
+                            with self._at.inside("save"), self._at.caught():
                                 self._save(stream)
-                            self._part = part
                         raise
                     self._save(stream)
                 self._stop.check()
@@ -319,7 +274,7 @@ class _Run:
         """The video up to its end, and the questions on the way."""
         while True:
             self._stop.check()
-            self._part = "video"
+            self._at.part = "video"
             batch = feed.take()
             self._count_read(source)
             self._tell_damage()
@@ -351,9 +306,9 @@ class _Run:
 
     def _ingest(self, stream: Any, batch: list[Frame]) -> None:
         times = [frame.time_s + self._shift for frame in batch]
-        self._part, self._time_s = "ingest", times[0]
+        self._at.part, self._at.time_s = "ingest", times[0]
         stream.ingest(stack(batch), times)
-        self._time_s = times[-1]
+        self._at.time_s = times[-1]
         self._taken(stream)
 
     def _count_read(self, source: VideoSource) -> None:
@@ -362,7 +317,7 @@ class _Run:
     def _end_chunk(self, stream: Any) -> None:
         """Has a question see every frame up to its time: with few frames a second a chunk would
         not be full for long."""
-        self._part = "ingest"
+        self._at.part = "ingest"
         stream.flush()
         self._taken(stream)
 
@@ -382,13 +337,13 @@ class _Run:
             return False
         if chunk_time(error) is not None:
             return False
-        return self._part == "video" or isinstance(error, (KeyboardInterrupt, BrokenPipeError))
+        return self._at.part == "video" or isinstance(error, (KeyboardInterrupt, BrokenPipeError))
 
     def _save(self, stream: Any) -> None:
         """Before the last chunk is cut short: the video may go on in another run."""
         if self._options.save is None:
             return
-        self._part = "save"
+        self._at.part = "save"
         try:
             stream.save(self._options.save)
             self._screen.say(f"saved the session to {self._options.save}")
@@ -398,7 +353,7 @@ class _Run:
         except Exception as error:
             if chunk_time(error) is not None:
                 raise
-            self._raised(error)
+            self._at.tell_of(error)
 
     def _ask(self, stream: Any, question: Question, *, midway: bool = False) -> None:
         """A question that fails does not end the stream: the video does not depend on it."""
@@ -406,17 +361,16 @@ class _Run:
             # After a restore what waits may be earlier; then it sees no more of it anyway.
             if midway and stream.time_s <= when(question):
                 self._end_chunk(stream)
-            part, self._part = self._part, "answer"
-            try:
-                self._answer(stream, question)
-            except BrokenPipeError:
-                raise  # nobody would read the answers that follow
-            except Exception as error:
-                if chunk_time(error) is not None or self._part != "answer":
-                    raise  # the stream has failed, and says so here
-                self._screen.unanswered()
-                self._raised(error)
-        self._part = part
+            with self._at.inside("answer"):
+                try:
+                    self._answer(stream, question)
+                except BrokenPipeError:
+                    raise  # nobody would read the answers that follow
+                except Exception as error:
+                    if chunk_time(error) is not None or self._at.part != "answer":
+                        raise  # the stream has failed, and says so here
+                    self._screen.unanswered()
+                    self._at.tell_of(error)
 
     @contextmanager
     def _waits_unless_asked(self, question: Question) -> Iterator[None]:
@@ -450,10 +404,9 @@ class _Run:
 
     def _go_on(self, stream: Any) -> None:
         """The video does not wait for an answer: a chunk that is there already is taken in."""
-        part, self._part = self._part, "video"
-        if self._feed is not None and (batch := self._feed.take_ready()):
-            self._ingest(stream, batch)
-        self._part = part
+        with self._at.inside("video"):
+            if self._feed is not None and (batch := self._feed.take_ready()):
+                self._ingest(stream, batch)
 
     def _explain(self, figures: QuestionFigures) -> None:
         """Draws a question's relevance at once: what it takes is not kept for the whole run."""
@@ -473,14 +426,13 @@ class _Run:
         """Pictures that fail do not end the stream either."""
         if self._film is None:
             return
-        part, self._part = self._part, "pictures"
-        try:
-            self._film.draw()
-        except PipelineError as error:
-            self._raised(error)
-            self._film.discard()
-            self._film = None
-        self._part = part
+        with self._at.inside("pictures"):
+            try:
+                self._film.draw()
+            except PipelineError as error:
+                self._at.tell_of(error)
+                self._film.discard()
+                self._film = None
 
     def _finish_film(self) -> None:
         if self._film is None:
@@ -488,14 +440,14 @@ class _Run:
         if self._hurried:
             self._film.discard()
             return
-        self._part = "pictures"
+        self._at.part = "pictures"
         paths = self._film.close(f"{self._name}, {self._options.preset}")
         if paths is not None:
             self._recorder.pictures = dict(zip(("video", "contact_sheet"), paths))
             self._screen.say(", ".join(paths))
 
     def _summarise(self) -> None:
-        if self._source is None or not self._recorder.frames_ingested or self._unheard:
+        if self._source is None or not self._recorder.frames_ingested or self._at.unheard:
             return
         self._screen.summary(self._recorder.report())
 
@@ -516,13 +468,3 @@ class _Run:
 
 def _rate(source: VideoSource) -> float:
     return source.info.rate or 25.0
-
-
-def _said(error: Exception) -> str:
-    if isinstance(error, (PipelineError, ValueError)):
-        return one_line(error)
-    if isinstance(error, BrokenPipeError):
-        return "stopped: nobody reads the output any more"
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-        return f"out of memory: {one_line(error)}"
-    return f"{type(error).__name__}: {one_line(error)}"
