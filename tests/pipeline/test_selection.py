@@ -94,6 +94,7 @@ def test_select_is_all_that_a_selector_needs():
         (dict(max_new_tokens=0), "max_new_tokens=0 must be an int of at least 1"),
         (dict(max_new_tokens=2.5), "max_new_tokens=2.5 must be an int"),
         (dict(time_s="1:05"), "time_s='1:05' must be finite seconds"),
+        (dict(time_s=10**400), "time_s=10+ must be finite seconds"),
     ],
 )
 def test_what_ask_takes(asked, said):

@@ -19,7 +19,7 @@ from vicostream_kernels.models import load_model
 from vicostream_kernels.pipeline import saving as saving_module
 from vicostream_kernels.pipeline.block_facts import BlockFacts, to_columns
 from vicostream_kernels.pipeline.engine import StreamEngine
-from vicostream_kernels.pipeline.errors import PipelineError
+from vicostream_kernels.pipeline.errors import InputError, PipelineError
 from vicostream_kernels.pipeline.report import SCHEMA_FILE
 from vicostream_kernels.pipeline.snapshot import Snapshot, SnapshotError
 
@@ -332,6 +332,15 @@ def test_the_file_is_safetensors(saved):
         assert file.get_tensor("contents").shape[0] == tokens.sum()
         assert file.get_tensor("summaries").shape[0] == len(tokens) - 1  # all but the prompt's
         assert file.get_tensor("frames/0").shape == (4, 48, 80, 3)
+
+
+@pytest.mark.parametrize("path", ["", ".", "a\0b"])
+def test_a_path_that_names_no_file_is_refused(path):
+    with engine("vicostream") as made, made.open() as stream:
+        with pytest.raises(InputError, match="save: .* names no file"):
+            stream.save(path)
+        with pytest.raises(SnapshotError, match="cannot be restored: "):
+            made.restore(path)
 
 
 def test_a_save_that_fails_leaves_the_one_before(saved, tmp_path, monkeypatch):

@@ -408,8 +408,10 @@ def test_an_engine_refuses_what_it_would_ignore():
     ):
         with pytest.raises(ValueError, match=said):
             StreamEngine.from_pretrained("tiny-random", overrides=overrides)
-    with pytest.raises(ValueError, match="fps"), small_engine() as made:
-        made.open(fps=0)
+    with small_engine() as made:
+        for fps in (0, None, float("nan"), "25", 10**400):
+            with pytest.raises(ValueError, match="open: fps=.* must be a positive number"):
+                made.open(fps=fps)
 
 
 def first_logits(preset, **changes):

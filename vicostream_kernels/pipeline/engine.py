@@ -17,7 +17,7 @@ from vicostream_kernels.cache import PagedKVCache, Tiers
 from vicostream_kernels.models import Qwen2_5_VLRunner, load_model
 from vicostream_kernels.pipeline.answer import Answer
 from vicostream_kernels.pipeline.belt import Belt
-from vicostream_kernels.pipeline.errors import InputError, surface
+from vicostream_kernels.pipeline.errors import InputError, finite, surface
 from vicostream_kernels.pipeline.lanes import CudaLane, Lane
 from vicostream_kernels.pipeline.report import Recorder
 from vicostream_kernels.pipeline.session import Stream
@@ -120,7 +120,7 @@ class StreamEngine:
         """A new stream. ``fps`` is the rate of frames that come without times; ``system`` replaces
         the chat template's own system message; ``recorder`` collects the figures (default: a new
         one); ``on_pruned`` sees each chunk's frames and what pruning kept of them."""
-        if isinstance(fps, str) or not 0 < fps < float("inf"):
+        if not finite(fps) > 0:
             raise InputError(f"open: fps={fps!r} must be a positive number of frames per second")
         recorder = self._described(recorder)
         return Stream(self, recorder, fps=fps, system=system, on_pruned=on_pruned)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -36,6 +37,17 @@ class Trouble:
 def one_line(error: BaseException) -> str:
     """The message of an exception on one line; its type where it has none."""
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def finite(number: object) -> float:
+    """``number`` as a float; NaN where it is no finite number, or text."""
+    if isinstance(number, (str, bytes)):
+        return math.nan
+    try:
+        value = float(number)
+    except (TypeError, ValueError, OverflowError):
+        return math.nan
+    return value if math.isfinite(value) else math.nan
 
 
 def date(error: BaseException, time_s: float) -> None:

@@ -17,7 +17,7 @@ import torch
 from vicostream_kernels._tensor_file import Entry, header_of, raw, write_all
 from vicostream_kernels.cache import Block, LostBlock
 from vicostream_kernels.pipeline.block_facts import BlockFacts, to_columns
-from vicostream_kernels.pipeline.errors import PipelineError
+from vicostream_kernels.pipeline.errors import InputError, PipelineError
 from vicostream_kernels.pipeline.snapshot import DIGEST, FORMAT, STATE, TOTALS, VERSION, plain
 
 if TYPE_CHECKING:
@@ -28,6 +28,8 @@ _ROWS = 1024  # of a table, copied at a time
 
 def save(stream: Stream, path: str | os.PathLike[str]) -> None:
     """Writes a session; see ``Stream.save``."""
+    if not Path(path).name or "\0" in os.fspath(path):
+        raise InputError(f"save: {path!r} names no file")
     path = Path(path)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:

@@ -20,7 +20,7 @@ from vicostream_kernels.models import Qwen2_5_VLRunner, Sampler
 from vicostream_kernels.pipeline.answer import Answer
 from vicostream_kernels.pipeline.belt import Belt, Line, Stage, Way
 from vicostream_kernels.pipeline.carried import Carried, counted, dated, dropped, timed
-from vicostream_kernels.pipeline.errors import InputError, PipelineError, surface
+from vicostream_kernels.pipeline.errors import InputError, PipelineError, finite, surface
 from vicostream_kernels.pipeline.frames import as_frames, joined
 from vicostream_kernels.pipeline.lanes import CudaLane, Lane
 from vicostream_kernels.pipeline.llm import LLMSteps
@@ -339,7 +339,7 @@ class Stream:
             raise InputError(f"ask: max_new_tokens={limit!r} must be an int of at least 1")
         if time_s is None:
             time_s = self.time_s
-        if isinstance(time_s, str) or not math.isfinite(time_s):
+        if math.isnan(finite(time_s)):
             raise InputError(f"ask: time_s={time_s!r} must be finite seconds")
         if selector is not None and self._selector is None:
             raise InputError("ask: a selector needs a method that retrieves; set retrieve")
@@ -384,9 +384,10 @@ class Stream:
         The file is written aside and renamed when it is safe on the disk: whatever happens, the
         path holds the session before or this one. One process saves to a path at a time.
 
-        Raises :class:`PipelineError` where the file cannot be written, ``LostBlock`` where history
-        cannot be read from its tier (with ``engine.allow_missing`` it is forgotten instead),
-        ``DiskFull`` or ``OutOfPages`` where a chunk still waits for room in the cache.
+        Raises :class:`InputError` where ``path`` names no file, :class:`PipelineError` where it
+        cannot be written, ``LostBlock`` where history cannot be read from its tier (with
+        ``engine.allow_missing`` it is forgotten instead), ``DiskFull`` or ``OutOfPages`` where a
+        chunk still waits for room in the cache.
         """
         self._check_open()
         self._way.drain()

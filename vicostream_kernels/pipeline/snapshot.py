@@ -101,8 +101,8 @@ class Snapshot:
         self._path = Path(path)
         try:
             self._file: BinaryIO = open(path, "rb", buffering=0)  # noqa: SIM115
-        except OSError as error:
-            raise self._refused(error.strerror or str(error)) from error
+        except (OSError, ValueError) as error:  # the latter of a name with NUL in it
+            raise self._refused(getattr(error, "strerror", None) or str(error)) from error
         try:
             self._entries = self._verified()
             self.state = self._readable()
