@@ -145,6 +145,32 @@ def run(
             "(default: none).",
         ),
     ] = None,
+    system: Annotated[
+        str | None,
+        typer.Option(metavar="TEXT", help="The system message (default: the chat template's own)."),
+    ] = None,
+    sampler: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KEY=VALUE",
+            help="How tokens are picked: temperature=0.7, top_p=0.9, repetition_penalty=1.1, "
+            "seed=1 ... (default: by the checkpoint's generation configuration). May be repeated.",
+        ),
+    ] = None,
+    input_format: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="FFmpeg's input format, where VIDEO does not tell it: v4l2 for a camera ...",
+        ),
+    ] = None,
+    input_option: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KEY=VALUE",
+            help="An option of FFmpeg's for VIDEO, as rtsp_transport=tcp. May be repeated.",
+        ),
+    ] = None,
     settings: Annotated[
         list[str] | None,
         typer.Option(
@@ -183,6 +209,10 @@ def run(
                 interactive=interactive,
                 realtime=realtime,
                 max_lag=max_lag,
+                system=system,
+                sampler=sampler or (),
+                input_format=input_format,
+                input_options=input_option or (),
                 settings=settings or (),
                 debug=debug,
             )

@@ -81,6 +81,17 @@ def test_overrides_do_not_touch_the_configuration() -> None:
     assert not config.do_sample
 
 
+def test_a_whole_number_serves_where_transformers_wants_a_fraction() -> None:
+    logits = torch.randn(640, generator=torch.Generator().manual_seed(0))
+    ids = torch.tensor([1])
+    whole, fraction = (
+        Sampler(config_of({}), do_sample=True, temperature=t, repetition_penalty=t, top_k=9)
+        for t in (2, 2.0)
+    )
+    drawn = [[s.next_token(ids, logits) for _ in range(8)] for s in (whole, fraction)]
+    assert drawn[0] == drawn[1]
+
+
 def test_greedy_ties_go_to_the_lowest_index() -> None:
     logits = torch.zeros(640)
     logits[[30, 20, 600]] = 2.0

@@ -27,6 +27,9 @@ _WARPERS: tuple[tuple[str, Any, str], ...] = (
     ("epsilon_cutoff", 0.0, "EpsilonLogitsWarper"),
     ("eta_cutoff", 0.0, "EtaLogitsWarper"),
 )
+#: Fields that mean something only where tokens are drawn.
+DRAWING = frozenset(name for name, *_ in _WARPERS)
+_WHOLE = ("no_repeat_ngram_size", "top_k")
 _ON_DEVICE = ("suppress_tokens", "eta_cutoff")
 
 # What would change the answer and is not built here: refused rather than ignored.
@@ -112,6 +115,8 @@ def _processors(config: Any, device: torch.device | str) -> Any:
         value = getattr(config, name, None)
         if value is None or (off is not None and value == off):
             continue
+        if type(value) is int and name not in _WHOLE:
+            value = float(value)  # transformers takes no 2 for 2.0
         extra: dict[str, Any] = {"device": device} if name in _ON_DEVICE else {}
         if name == "bad_words_ids":
             ends = config.eos_token_id

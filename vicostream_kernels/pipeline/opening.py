@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from vicostream_kernels.pipeline.errors import InputError, PipelineError, one_line
@@ -17,9 +17,17 @@ _NETWORK_TIMEOUT_S = 20.0
 _NOT_VIDEO = {"tty", "ansi", "bin", "idf", "xbin", "adf"}
 
 
-def open_video(video: str, enough: Callable[[], bool]) -> tuple[Any, Piped | None]:
+def open_video(
+    video: str,
+    enough: Callable[[], bool],
+    form: str | None = None,
+    options: Mapping[str, str] | None = None,
+) -> tuple[Any, Piped | None]:
     """A PyAV container of a file, a URL, a pipe, or standard input (``-``), and the pipe, whose
     ``check`` is to be called where reading ends. A pipe ends early once it is ``enough``.
+
+    With ``form``, the name of one of FFmpeg's input formats, ``video`` may be whatever that format
+    takes, a camera for instance. ``options`` are FFmpeg's, of the format and the protocol.
 
     Raises :class:`InputError` where there is no video to read, :class:`PipelineError` where the
     network fails or PyAV is not there.
@@ -30,11 +38,18 @@ def open_video(video: str, enough: Callable[[], bool]) -> tuple[Any, Piped | Non
         raise PipelineError(
             f"reading a video needs PyAV ({error}): pip install 'vicostream-kernels[pipeline]'"
         ) from error
+    if form is not None:
+        _check_format(form)
     name, url = shown_name(video), _URL.match(video)
-    place = _place(video, enough)
+    place = _place(video, enough, form)
     pipe = place if isinstance(place, Piped) else None
     try:
-        container = av.open(place, timeout=(_NETWORK_TIMEOUT_S,) * 2 if url else None)
+        container = av.open(
+            place,
+            format=form,
+            options=dict(options or {}),
+            timeout=(_NETWORK_TIMEOUT_S,) * 2 if url else None,
+        )
     except (av.error.FileNotFoundError, av.error.HTTPClientError) as error:
         raise InputError(f"{name}: cannot be opened: {reason(error)}") from error
     except av.error.ProtocolNotFoundError as error:
@@ -68,9 +83,9 @@ def reason(error: BaseException) -> str:
     return getattr(error, "strerror", None) or without_secrets(one_line(error))
 
 
-def _place(video: str, enough: Callable[[], bool]) -> str | Piped:
+def _place(video: str, enough: Callable[[], bool], form: str | None) -> str | Piped:
     """What PyAV is told to open."""
-    if _URL.match(video):
+    if _URL.match(video) or (form is not None and video != STDIN and not os.path.isfile(video)):
         return video
     if video == STDIN:
         if os.isatty(0):
@@ -82,6 +97,15 @@ def _place(video: str, enough: Callable[[], bool]) -> str | Piped:
         return Piped(path, enough)
     # FFmpeg takes what stands before a colon for a protocol: "12:30.mp4" would have 12.
     return os.path.join(os.getcwd(), path)
+
+
+def _check_format(form: str) -> None:
+    import av
+
+    try:
+        av.format.ContainerFormat(form, "r")
+    except ValueError as error:
+        raise InputError(f"--input-format {form}: this FFmpeg build has no such format") from error
 
 
 def _check_file(video: str) -> None:

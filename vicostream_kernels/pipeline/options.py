@@ -2,26 +2,53 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
 from vicostream_kernels.backends import usable_device
 from vicostream_kernels.methods import Method
+from vicostream_kernels.models.sampling import DRAWING
 from vicostream_kernels.pipeline.errors import InputError
 from vicostream_kernels.pipeline.source import VideoInfo
 
 
-def parse_settings(settings: Sequence[str]) -> dict[str, str]:
+def parse_settings(
+    settings: Sequence[str], option: str = "--set", example: str = "prune.threshold=0.15"
+) -> dict[str, str]:
     """``["key=value", ...]`` as a mapping; raises :class:`InputError` for anything else."""
     parsed = {}
     for setting in settings:
         key, equals, value = setting.partition("=")
         if not equals or not key.strip():
-            raise InputError(f"--set {setting!r}: give key=value, as in prune.threshold=0.15")
+            raise InputError(f"{option} {setting!r}: give key=value, as in {example}")
         parsed[key.strip()] = value.strip()
+    return parsed
+
+
+def parse_sampler(settings: Sequence[str]) -> dict[str, Any]:
+    """Fields of a generation configuration, and ``seed``, as ``Sampler`` takes them.
+
+    A field that only drawing reads switches it on, a temperature of 0 off, where ``do_sample`` does
+    not say. Raises :class:`InputError` for what is no number, true, false or none.
+    """
+    parsed: dict[str, Any] = {}
+    for key, text in parse_settings(settings, "--sampler", "temperature=0.7").items():
+        try:
+            parsed[key] = None if text.lower() == "none" else json.loads(text.lower())
+        except ValueError as error:
+            raise InputError(
+                f"--sampler {key}={text}: give a number, true, false or none"
+            ) from error
+    if parsed.get("temperature") == 0:
+        del parsed["temperature"]
+        parsed.setdefault("do_sample", False)
+    elif DRAWING.intersection(parsed):
+        parsed.setdefault("do_sample", True)
     return parsed
 
 

@@ -23,6 +23,7 @@ from vicostream_kernels.pipeline.options import (
     memory_hint,
     parse_device,
     parse_dtype,
+    parse_sampler,
     parse_settings,
     quiet_transformers,
 )
@@ -52,6 +53,10 @@ class RunOptions:
     interactive: bool = False
     realtime: bool = False
     max_lag: float | None = None
+    system: str | None = None
+    sampler: Sequence[str] = ()
+    input_format: str | None = None
+    input_options: Sequence[str] = ()
     settings: Sequence[str] = ()
     debug: bool = False
 
@@ -79,6 +84,7 @@ class _Run:
         self._told = 0  # of its troubles
         self._stop = Stop(options.save is not None, self._tell_stop)
         self._film: Any = None
+        self._sampler: Any = None  # by the checkpoint's generation configuration
         self._explained = 0
         self._recorder = Recorder(
             model=options.model, preset=options.preset, config={"set": list(options.settings)}
@@ -139,13 +145,22 @@ class _Run:
                 )
             recorder.explain = True
         live = self._live()
+        if options.system is not None and options.restore is not None:
+            raise InputError("--system: the session that --restore takes has its own")
+        sampler = parse_sampler(options.sampler)
+        opened = {
+            "form": options.input_format,
+            "options": parse_settings(
+                options.input_options, "--input-option", "rtsp_transport=tcp"
+            ),
+        }
         questions = [parse_question(words) for words in options.questions]
 
         self._at.part = "video"
         video = options.video
         if video == "sample":
             video, questions = self._sample(questions)
-        with VideoSource(video, fps=options.fps, enough=self._enough) as source:
+        with VideoSource(video, fps=options.fps, enough=self._enough, **opened) as source:
             self._source = source
             recorder.source = {**asdict(source.info), "fps": options.fps}
             self._at.part = "model"
@@ -157,6 +172,8 @@ class _Run:
                 self._at.part = "options"
                 for question in questions:
                     engine.question_ids(question.text)
+                if sampler:
+                    self._sampler = engine.runner.sampler(**sampler)
                 if options.model == "tiny-random":
                     self._screen.say(
                         "tiny-random has random weights: it shows the machinery, its answers are "
@@ -168,6 +185,7 @@ class _Run:
                 recorder.restart()
                 watch = None if self._film is None else self._film.watch
                 with self._open(engine, source, watch) as stream, self._at.caught():
+                    recorder.config["sampler"] = sampler
                     # What the stream says at its end comes beside it.
                     self._consume(source, stream, questions, live)
 
@@ -201,7 +219,12 @@ class _Run:
     def _open(self, engine: Any, source: VideoSource, watch: Any) -> Any:
         options, recorder = self._options, self._recorder
         if options.restore is None:
-            return engine.open(recorder=recorder, fps=options.fps or _rate(source), on_pruned=watch)
+            return engine.open(
+                fps=options.fps or _rate(source),
+                system=options.system,
+                recorder=recorder,
+                on_pruned=watch,
+            )
         self._at.part = "options"
         stream = engine.restore(options.restore, recorder=recorder, on_pruned=watch)
         self._at.part, self._frames_before = "ingest", recorder.read
@@ -389,7 +412,7 @@ class _Run:
         time_s = stream.time_s if question.time_s is None else question.time_s
         self._screen.question(time_s, question.text)
         asked_s = time.perf_counter()
-        with stream.ask(question.text, time_s) as answer:
+        with stream.ask(question.text, time_s, sampler=self._sampler) as answer:
             if question.came_s is not None:
                 answer.figures.waited_ms = round(1e3 * (asked_s - question.came_s), 3)
             for piece in answer:

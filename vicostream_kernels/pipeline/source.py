@@ -11,7 +11,7 @@ and joined, or has no timestamps at all, still has an order.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -63,7 +63,8 @@ class VideoSource:
     ``fps`` bounds the frames taken per second of video time; None takes every frame. Frames are
     taken by their timestamps and never doubled, so a slower or variable source keeps its own times.
     ``threads`` decode (default: the cores this process may use, at most 8). A pipe is read until it
-    ends or it is ``enough``.
+    ends or it is ``enough``. ``form`` and ``options`` are an input format of FFmpeg's and its
+    options (``opening.open_video``).
 
     Iterating yields :class:`Frame`. What is damaged is skipped and noted in ``troubles`` at once;
     frames before and after are kept. Of many places the first are noted, and when the source ends
@@ -80,6 +81,8 @@ class VideoSource:
         fps: float | None = None,
         threads: int | None = None,
         enough: Callable[[], bool] = lambda: False,
+        form: str | None = None,
+        options: Mapping[str, str] | None = None,
     ) -> None:
         if fps is not None and not 0 < fps < float("inf"):
             raise InputError(f"--fps {fps}: must be a positive number of frames per second")
@@ -92,7 +95,7 @@ class VideoSource:
         self.in_use = False
         self._damaged = 0  # places that are not noted yet
         self._last_s = self._end_s = 0.0  # of the newest frame; of all packets
-        self._container, self._pipe = open_video(video, enough)
+        self._container, self._pipe = open_video(video, enough, form, options)
         try:
             self._stream = _video_stream(self._container, shown_name(video))
             self._stream.thread_type = "AUTO"

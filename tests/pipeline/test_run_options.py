@@ -1,0 +1,94 @@
+"""What a run is told besides its video: system message, sampling, options of FFmpeg's."""
+
+from __future__ import annotations
+
+import pytest
+from run_kit import Outcome
+
+from vicostream_kernels.pipeline.errors import InputError
+from vicostream_kernels.pipeline.options import parse_sampler
+from vicostream_kernels.pipeline.source import VideoSource
+
+pytestmark = pytest.mark.usefixtures("loads_at_once")
+
+
+@pytest.mark.parametrize(
+    ("given", "fields"),
+    [
+        ([], {}),
+        (["temperature=0.7", "seed=3"], {"temperature": 0.7, "seed": 3, "do_sample": True}),
+        (["repetition_penalty=1.2"], {"repetition_penalty": 1.2}),
+        (["temperature=0"], {"do_sample": False}),
+        (["top_k=5", "do_sample=False"], {"top_k": 5, "do_sample": False}),
+        (["top_p=None"], {"top_p": None, "do_sample": True}),
+        (["suppress_tokens=[1, 2]"], {"suppress_tokens": [1, 2]}),
+    ],
+)
+def test_what_a_sampler_is_told(given, fields):
+    assert parse_sampler(given) == fields
+
+
+def test_words_are_no_field_of_a_sampler():
+    with pytest.raises(InputError, match="--sampler temperature=hot: give a number"):
+        parse_sampler(["temperature=hot"])
+
+
+def answers(outcome):
+    assert outcome.code == 0, outcome.err
+    return [question["answer"] for question in outcome.report["questions"]]
+
+
+def test_tokens_are_drawn_as_told_and_one_seed_draws_the_same(tmp_path, video):
+    asked = ["end What?", "end And then?"]
+    greedy = answers(Outcome(tmp_path, video, *asked))
+    told = ["temperature=5", "seed=1"]
+    drawn = [answers(Outcome(tmp_path, video, *asked, sampler=told)) for _ in range(2)]
+    assert drawn[0] == drawn[1] != greedy
+    other = Outcome(tmp_path, video, *asked, sampler=["temperature=5", "seed=2"])
+    assert answers(other) != drawn[0]
+    fields = {"temperature": 5, "seed": 2, "do_sample": True}
+    assert other.report["config"]["sampler"] == fields
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (dict(sampler=["temprature=1"]), "unknown field 'temprature', did you mean 'temperature'"),
+        (dict(sampler=["top_p=3", "do_sample=true"]), "top_p"),
+        (dict(sampler=["num_beams=4"]), "num_beams=4 is not supported"),
+        (dict(system="Be brief.", restore=__file__), "--system: the session"),
+        (dict(input_format="nope"), "--input-format nope: this FFmpeg build has no such format"),
+        (dict(input_options=["tcp"]), "--input-option 'tcp': give key=value, as in rtsp_transport"),
+    ],
+)
+def test_what_cannot_be_used_is_said_in_one_line(tmp_path, video, options, said):
+    outcome = Outcome(tmp_path, video, **options)
+    assert outcome.code == 2 and len(outcome.lines) == 1 and said in outcome.lines[0]
+
+
+def test_a_system_message_stands_in_place_of_the_templates_own(tmp_path, video):
+    own = Outcome(tmp_path, video, "end What?").report
+    longer = Outcome(tmp_path, video, "end What?", system="You watch a door. " * 20).report
+    added = longer["kv"]["bytes"] - own["kv"]["bytes"]
+    assert added >= 20 * own["kv"]["bytes"] // own["kv"]["pages"] // own["kv"]["page_size"]
+
+
+def test_a_format_takes_what_is_no_file_and_its_options():
+    pattern = "testsrc=size=64x48:rate=10:duration=1"
+    try:
+        source = VideoSource(pattern, form="lavfi", options={"nonsense": "1"})
+    except InputError as error:
+        pytest.skip(f"this PyAV has no test patterns: {error}")
+    with source:
+        assert [frame.image.shape for frame in source] == [(48, 64, 3)] * 10
+
+
+def test_options_reach_the_format(tmp_path):
+    """A raw picture has no header: only its options say what size it is."""
+    path = tmp_path / "raw.rgb"
+    path.write_bytes(bytes(range(192)) * 2)
+    options = {"pixel_format": "rgb24", "video_size": "8x8", "framerate": "5"}
+    with VideoSource(str(path), form="rawvideo", options=options) as source:
+        frames = list(source)
+    assert [frame.time_s for frame in frames] == [0.0, 0.2]
+    assert frames[1].image.reshape(-1).tolist() == list(range(192))
