@@ -296,6 +296,17 @@ def test_a_failure_midway_keeps_what_was_done(tmp_path, video):
     assert (unasked["where"], unasked["what"]) == ("answer", "not asked: Late?")
 
 
+@pytest.mark.parametrize(("history", "said"), [("all", 1), ("window", 0)])
+def test_history_that_goes_is_told_once(tmp_path, video, history, said):
+    settings = ["engine.max_pages=16", "engine.window_chunks=1", "retrieve=none", "prune=none"]
+    settings.append(f"engine.history={history}")
+    outcome = Outcome(tmp_path, video, settings=settings)
+    assert outcome.code == 0, outcome.err
+    assert outcome.err.count("no room for more history: the oldest is forgotten") == said
+    if said:
+        assert outcome.report["forgotten"]["chunks"] > 1 and "from 00:0" in outcome.err
+
+
 def test_a_question_that_fails_does_not_end_the_stream(tmp_path, video, monkeypatch):
     ask = Stream.ask
 

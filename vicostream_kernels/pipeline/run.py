@@ -28,7 +28,7 @@ from vicostream_kernels.pipeline.options import (
     quiet_transformers,
 )
 from vicostream_kernels.pipeline.report import QuestionFigures, Recorder
-from vicostream_kernels.pipeline.screen import Screen
+from vicostream_kernels.pipeline.screen import Screen, clock
 from vicostream_kernels.pipeline.source import Frame, VideoSource, stack
 from vicostream_kernels.pipeline.stopping import Stop, held_back
 from vicostream_kernels.pipeline.text import Question, parse_question
@@ -82,6 +82,7 @@ class _Run:
         self._frames_before = 0  # in earlier runs of the session
         self._source: VideoSource | None = None
         self._told = 0  # of its troubles
+        self._forgets = False  # and the user knows it
         self._stop = Stop(options.save is not None, self._tell_stop)
         self._film: Any = None
         self._sampler: Any = None  # by the checkpoint's generation configuration
@@ -216,6 +217,18 @@ class _Run:
             self._at.tell(f"{self._name}: {trouble.what}", 1)
         self._at.part, self._at.time_s = before
 
+    def _tell_forgotten(self) -> None:
+        """Once, when history that was to be kept begins to go."""
+        recorder = self._recorder
+        if self._forgets or not recorder.forgotten.chunks:
+            return
+        self._forgets = True
+        if recorder.config["engine"]["history"] == "all":
+            self._screen.say(
+                f"no room for more history: the oldest is forgotten from here on, from "
+                f"{clock(recorder.forgotten.last[-1][0])} (the report says what)"
+            )
+
     def _open(self, engine: Any, source: VideoSource, watch: Any) -> Any:
         options, recorder = self._options, self._recorder
         if options.restore is None:
@@ -346,6 +359,7 @@ class _Run:
 
     def _taken(self, stream: Any) -> None:
         self._draw()
+        self._tell_forgotten()
         self._screen.update(self._recorder, stream.time_s)
 
     def _tell_stop(self) -> None:
