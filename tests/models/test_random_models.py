@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from vicostream_kernels.models import load_model, named
+from vicostream_kernels.models import load_model, named, random_init
 from vicostream_kernels.models.random_init import fill_
 
 DIGEST = "9d366b7f06cb85dbf97f8486407b0e5d22b5fc8fd98662948e904698a3ec6b60"
@@ -72,7 +72,7 @@ def scalar_oracle(index: int, name: str, seed: int, std: float) -> float:
 
 
 def test_fill_is_its_definition_across_slices(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vicostream_kernels.models.random_init._SLICE", 7)
+    monkeypatch.setitem(random_init._SLICES, "cpu", 7)
     tensor = torch.empty(5, 6)
     fill_(tensor, "a.weight", 3, 0.5)
     expected = [scalar_oracle(i, "a.weight", 3, 0.5) for i in range(30)]
