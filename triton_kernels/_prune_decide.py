@@ -61,7 +61,7 @@ def decide_kernel(
                 i = start + t * places + n
                 other = tl.load(marks_ptr + i, mask=there, other=0)
                 chosen = _chosen(score_ptr, chosen_ptr, i, there, threshold, KEEP)
-                chosen |= (other & BROKEN) != 0
+                chosen |= (other & (BROKEN | MASKED_OUT)) == BROKEN
                 column |= (chosen & ((other & FIRST) == 0)).to(tl.int32)
             keep = column != 0
         else:
@@ -135,14 +135,15 @@ def rank_kernel(
             score = -score
         value = low_value(score)
         marks = tl.load(marks_ptr + i, mask=there, other=0)
-        must = (marks & MUST) != 0
+        masked_out = (marks & MASKED_OUT) != 0
+        must = ((marks & MUST) != 0) & ~masked_out
         group = tl.zeros_like(i)
         if groups_ptr is not None:
             group = tl.load(groups_ptr + i, mask=there, other=-1)
         limit = 2147483647
         if quotas_ptr is not None:
             limit = groups
-        may = (must == 0) & ((marks & MASKED_OUT) == 0) & (group >= 0) & (group < limit)
+        may = ~(must | masked_out) & (group >= 0) & (group < limit)
 
         # Summed once: a sum over threads takes steps.
         befores = tl.zeros((TILE, OTHERS), tl.int32)
@@ -154,8 +155,9 @@ def rank_kernel(
             if LOW == 0:
                 other_score = -other_score
             other_marks = tl.load(marks_ptr + j, mask=known, other=0)
-            other_must = (other_marks & MUST) != 0
-            other_may = (other_must == 0) & ((other_marks & MASKED_OUT) == 0)
+            other_out = (other_marks & MASKED_OUT) != 0
+            other_must = ((other_marks & MUST) != 0) & ~other_out
+            other_may = ~(other_must | other_out)
             same = (j[None, :] >= begin[:, None]) & (j[None, :] < end[:, None])
             if groups_ptr is not None:
                 other_group = tl.load(groups_ptr + j, mask=known, other=-1)

@@ -26,7 +26,7 @@ inline void rank_unit(const PruneRule& rule, int64_t begin, int64_t end, Judged*
   int64_t room = quota_of(rule, end - begin);
   for (int64_t i = begin; i < end; ++i) {
     const uint8_t marks = judged->marks[i];
-    if (marks & kMust) {
+    if (must_stay(marks)) {
       --room;
     } else if (!(marks & kMaskedOut)) {
       keys.push_back(rank_key(false, low_score(rule, judged->score[i]), i - begin));
@@ -51,7 +51,7 @@ inline void rank_groups(const PruneArgs& a, int64_t unit, int64_t begin, int64_t
     const int32_t group = a.group_ids[i];
     const uint8_t marks = judged->marks[i];
     const bool counted = group >= 0 && (a.group_k == nullptr || group < a.groups);
-    const int order = marks & kMust ? 0 : counted && !(marks & kMaskedOut) ? 1 : 2;
+    const int order = must_stay(marks) ? 0 : counted && !(marks & kMaskedOut) ? 1 : 2;
     members.push_back(
         {group, order, rank_key(false, low_score(a.rule, judged->score[i]), i - begin)});
   }
@@ -99,7 +99,8 @@ inline void decide(const PruneArgs& a, const std::vector<Segment>& segments, Jud
         bool any = false;
         for (int64_t t = 0; t < s.steps; ++t) {
           const uint8_t marks = judged->marks[s.at(t, n)];
-          any |= (judged->keep[s.at(t, n)] || (marks & kBroken)) && !(marks & kFirstStep);
+          const bool broken = (marks & kBroken) && !(marks & kMaskedOut);
+          any |= (judged->keep[s.at(t, n)] || broken) && !(marks & kFirstStep);
         }
         for (int64_t t = 0; t < s.steps; ++t) judged->keep[s.at(t, n)] = any;
       }
@@ -107,7 +108,7 @@ inline void decide(const PruneArgs& a, const std::vector<Segment>& segments, Jud
   }
   for (int64_t i = 0; i < a.total; ++i) {
     const uint8_t marks = judged->marks[i];
-    judged->keep[i] = (judged->keep[i] || (marks & kMust)) && !(marks & kMaskedOut);
+    judged->keep[i] = (judged->keep[i] && !(marks & kMaskedOut)) || must_stay(marks);
   }
 }
 

@@ -274,7 +274,7 @@ class Scorer {
       previous = now;
       if (t == 0) first = now;
       const uint8_t marks = judged_.marks[at];
-      if ((passes(rule_, score) || (marks & kMust)) && !(marks & kMaskedOut)) kept = now;
+      if ((passes(rule_, score) && !(marks & kMaskedOut)) || must_stay(marks)) kept = now;
     }
   }
 

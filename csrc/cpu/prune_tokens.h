@@ -50,6 +50,7 @@ inline Share share_of(int64_t size, int thread, int threads) {
 // A token that must stay, or that may not: known before its score is.
 enum Mark : uint8_t { kFirstStep = 1, kBroken = 2, kMaskedIn = 4, kMaskedOut = 8 };
 constexpr uint8_t kMust = kFirstStep | kBroken | kMaskedIn;
+inline bool must_stay(uint8_t marks) { return (marks & kMust) != 0 && !(marks & kMaskedOut); }
 
 // One value or mark for each token of the call.
 struct Judged {

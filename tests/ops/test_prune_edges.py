@@ -31,6 +31,57 @@ def test_mask_and_leaves_out_even_step_zero_and_does_not_count(backend):
     assert (ranked.mask.sum(1) == 5).all() and not (ranked.mask.cpu() & ~spatial).any()
 
 
+def ranked_by_hand(rule, score, groups, broken, mask):
+    """What stays by the order of the decision, token by token; ``mask`` is the "and" mask."""
+    steps, places = score.shape
+    first = torch.zeros_like(mask)
+    first[0] = rule.always_keep == "first"
+    must = (first | broken) & mask
+    chosen = torch.zeros_like(mask)
+    units = [[t] for t in range(steps)] if rule.scope == "step" else [range(steps)]
+    for unit in units:
+        tokens = [(t, n) for t in unit for n in range(places)]
+        for group in {int(groups[at]) for at in tokens}:
+            members = [at for at in tokens if groups[at] == group]
+            quota = rule.k[group] if isinstance(rule.k, tuple) else rule.count(len(members))
+            open_to = sorted(
+                (at for at in members if mask[at]), key=lambda at: (not must[at], score[at], at)
+            )
+            for at in open_to[:quota]:
+                chosen[at] = True
+    if rule.reduce == "any":
+        chosen = ((chosen | (broken & mask)) & ~first).any(0).expand(steps, places)
+    return (chosen & mask) | must
+
+
+@each_backend
+@pytest.mark.parametrize(
+    "rule",
+    [
+        dict(k=4),
+        dict(drop_ratio=0.5, scope="chunk", always_keep="first"),
+        dict(k=6, scope="call", reduce="any"),
+        dict(ratio=0.2, scope="chunk", always_keep="first", reduce="any"),
+        dict(k=(2, 1, 4)),
+    ],
+)
+def test_what_the_mask_leaves_out_takes_no_place_whatever_it_holds(backend, rule):
+    """Padding, say: NaN there, or in a step that is always kept, must push out nothing."""
+    # Tokens are compared, so that NaN in them is seen, but the external score decides.
+    rule = PruneRule(reference="frame_mean", external=1.0, **rule)
+    groups = tensors.ints((3, 20), 0, 3, seed=6) if isinstance(rule.k, tuple) else None
+    grouped = torch.zeros(3, 20) if groups is None else groups
+    given = {} if groups is None else {"group_ids": groups}
+    for seed in range(4):
+        score = tensors.randn((3, 20), seed=seed)
+        mask = tensors.ints((3, 20), 0, 3, seed=10 + seed) > 0
+        broken = tensors.ints((3, 20), 0, 5, seed=20 + seed) == 0
+        x = torch.ones(3, 20, 8)
+        x[broken] = torch.nan
+        found = run(backend, x, rule, external_score=score, external_mask=mask, **given).mask.cpu()
+        assert torch.equal(found, ranked_by_hand(rule, 1 + score, grouped, broken, mask))
+
+
 @each_backend
 def test_mask_or_keeps_in_addition(backend):
     x = moving(4, 40, 16)

@@ -48,7 +48,7 @@ class PruneRule:
             (nothing came before it) scores NaN.
             "previous": location n at step t-1, kept or not, across calls where there is a state.
             "last_kept": the newest kept token at location n (needs a threshold, ``reduce="none"``).
-            "chunk_first": location n at the first step of the chunk (itself without).
+            "chunk_first": location n at the first step of the chunk, which has none itself.
             "frame_mean": the mean token of step t.
             "running_mean": the mean of the means of all steps (chunks, by ``history``) of the
             stream up to and including this one. Means leave out tokens with NaN or inf.
@@ -78,12 +78,14 @@ class PruneRule:
         history: what "running_mean" averages: the mean of each "step" (causal), or of each "chunk".
         mask: "and" keeps only what ``external_mask`` has, "or" keeps that in addition.
 
-    Order of the decision: tokens with NaN or inf, always-kept steps and the "or" mask must stay; a
-    threshold, or the ranking in which those that must stay come first and count, chooses; NaN
-    scores are kept by every threshold and come first in a ranking; ties go to the lowest index;
-    then ``reduce``, in which always-kept steps and tokens that only the "or" mask keeps take no
-    part; last the "and" mask, which leaves out anything (what it leaves out is no candidate in a
-    ranking).
+    Order of the decision: tokens with NaN or inf (not looked for without a ``reference``),
+    always-kept steps and the "or" mask must stay, unless the "and" mask leaves them out; a threshold, or the ranking in which those that must stay
+    come first and count, chooses; NaN scores are kept by every threshold and come first in a
+    ranking, with the infinite ones of their end; ties go to the lowest index. What the "and" mask
+    leaves out is no candidate in a ranking, but counts in the n of a ratio. Then ``reduce``, in
+    which always-kept steps take no part, nor do tokens that the "or" mask alone keeps (with k or a
+    ratio: none that it keeps, as they take the first places). Last the "and" mask again: it leaves
+    out anything.
 
     Raises:
         ValueError, TypeError: a field's value is not allowed; the message names it.

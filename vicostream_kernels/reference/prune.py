@@ -81,14 +81,14 @@ def prune_tokens(
         broken.append(bad.flatten())
 
     score, first, bad = _joined(scores), _joined(always), _joined(broken)
-    must = first | bad | extra
+    must = (first | bad | extra) & ~out
     if rule.ranked:
         chosen = _ranked(score, must, out, rule, chunks, group_ids, group_k) & ~extra
     else:
         chosen = _passes(score, rule)
     if rule.reduce == "any":
-        chosen = _whole_columns((chosen | bad) & ~first, chunks)
-    keep = (chosen | must) & ~out
+        chosen = _whole_columns((chosen | (bad & ~out)) & ~first, chunks)
+    keep = (chosen & ~out) | must
     mask.copy_(keep.view(mask.shape))
     _update_tokens(flat, keep, chunks, steps, previous, last_kept)
     _compact(flat, positions, keep, chunks, tokens, out_positions, index, cu_count)
