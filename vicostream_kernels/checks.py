@@ -240,6 +240,29 @@ def check_apart(op: str, **tensors: torch.Tensor | None) -> None:
         seen[address] = name
 
 
+def check_no_overlap(
+    op: str, written: dict[str, torch.Tensor | None], read: dict[str, torch.Tensor | None]
+) -> None:
+    """For VICO_CHECK=1: no written tensor shares memory with another one, as far as addresses tell:
+    of tensors with gaps only that one lies between the gaps of the other cannot be told."""
+    spans = []
+    for name, tensor in {**written, **read}.items():
+        if tensor is None or not tensor.numel():
+            continue
+        reach = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride()))
+        if reach == tensor.numel():
+            start = tensor.data_ptr()
+            spans.append((name, start, start + reach * tensor.element_size()))
+    for i, (name, start, end) in enumerate(spans):
+        if name not in written:
+            return
+        for other, other_start, other_end in spans[i + 1 :]:
+            if start < other_end and other_start < end:
+                raise ValueError(
+                    f"{op}: {name} is written and shares memory with {other}; each needs its own"
+                )
+
+
 def check_tensor(op: str, name: str, value: object) -> None:
     """For what is asked for its shape before the op itself looks at its arguments."""
     if not isinstance(value, torch.Tensor):

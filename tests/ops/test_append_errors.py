@@ -68,7 +68,17 @@ BAD = {
     "bounds without parts": (
         dict(summary=lambda x: KeySummary(kmin=x.kmin[:, :0], kmax=x.kmax[:, :0])),
         ValueError,
-        "sub=0 parts a block, allowed: 1 or more",
+        r"sub of kmin=0 is outside \[1, 3\]",
+    ),
+    "more parts than a page has slots": (
+        dict(summary=lambda x: KeySummary.empty(3, 2, 16, kind="minmax", sub=4)),
+        ValueError,
+        r"sub of kmin=4 is outside \[1, 3\]",
+    ),
+    "a summary of nothing": (
+        dict(summary=lambda x: KeySummary()),
+        ValueError,
+        "summary has no tensors; KeySummary.empty",
     ),
     "no KV heads": (
         dict.fromkeys(("k", "v", "k_pages", "v_pages", "raw_k_pages"), lambda x: x[..., :0, :])
@@ -145,6 +155,30 @@ def test_check_mode_refuses_bad_slots(monkeypatch):
         call.slots[1] = slot
         with pytest.raises(ValueError, match=rf"slots holds {slot}, allowed: -1 or \[0, P\*B="):
             call.run("auto")
+
+
+@pytest.mark.skipif(backends.INTERPRET, reason="runs in the main process")
+def test_check_mode_finds_memory_that_is_read_and_written(monkeypatch):
+    from vicostream_kernels import checks
+
+    monkeypatch.setattr(checks, "CHECK_VALUES", True)
+    n = len(Call().slots)
+    pool = torch.zeros(6, 3, 2, 16)
+    inside = pool.view(18, 2, 16)[:n]
+    for changes, said in (
+        (dict(k_pages=pool[:5], k=inside), "k_pages is written and shares memory with k;"),
+        (dict(k_pages=pool[:5], v_pages=pool[1:]), "k_pages is .* shares memory with v_pages"),
+    ):
+        call = Call()
+        vars(call).update(changes)
+        before = pool.clone()
+        with pytest.raises(ValueError, match=said):
+            call.run("auto")
+        assert_same_bits(pool, before)
+    # Between each other is no overlap.
+    call, pool = Call(), torch.zeros(5, 2, 3, 2, 16)
+    call.k_pages, call.v_pages = pool[:, 0], pool[:, 1]
+    call.run("auto")
 
 
 def test_an_unknown_instruction_set_is_refused(torch_process, tmp_path):

@@ -27,10 +27,12 @@ def good() -> dict:
         ({"query": torch.zeros(2, 3, 8)}, ValueError, "H=3 heads.*multiple of.*G=2"),
         ({"query": torch.zeros(2, 4, 12), "summary": torch.zeros(2, 5, 2, 12)}, ValueError, "head dim 12"),  # noqa: E501
         ({"query": torch.zeros(2, 8)}, ValueError, "summary must have 3 dim"),
+        ({"query": torch.zeros(8)}, ValueError, r"query must have 2 dimensions \[S, D\] or 3"),
         ({"query": torch.zeros(2, 0), "summary": torch.zeros(2, 5, 0)}, ValueError, "D, .*=0 is"),
         ({"query": torch.zeros(2, 8), "scope": "kv_head"}, ValueError, "has no heads.*kv_head"),
         ({"summary": torch.zeros(2, 5, 2, 16)}, ValueError, "summary has shape"),
-        ({"summary": (torch.zeros(2, 5, 1, 2, 8),) * 2}, ValueError, "summary must have 4 dim"),
+        ({"summary": (torch.zeros(2, 5, 1, 2, 8),) * 2}, ValueError, "needs a mean.* a pair 'bound'"),
+        ({"summary": torch.zeros(2, 5, 1, 2, 8)}, ValueError, "summary must have 4 dim"),
         ({"summary": (torch.zeros(2, 5, 1, 2, 8),) * 3}, ValueError, "one tensor or .*3 parts"),
         ({"score": "bound", "summary": torch.zeros(2, 5, 1, 2, 8)}, ValueError, "needs a .kmin, kmax"),  # noqa: E501
         ({"score": "bound", "summary": KeySummary.empty(5, 2, 8)}, ValueError, "needs a KeySummary with kmin"),  # noqa: E501
@@ -46,7 +48,7 @@ def good() -> dict:
         ({"k": None, "ratio": float("nan")}, ValueError, "ratio=nan"),
         ({"k": None, "token_budget": 64}, ValueError, "token_budget=64 needs block_tokens"),
         ({"k": None, "token_budget": -1, "block_tokens": 4}, ValueError, "token_budget=-1"),
-        ({"k": None, "token_budget": 64, "block_tokens": 0}, ValueError, "tokens_per_block=0"),
+        ({"k": None, "token_budget": 64, "block_tokens": 0}, ValueError, "block_tokens=0"),
         ({"block_tokens": 16}, ValueError, "block_tokens goes with token_budget.*got k=2"),
         ({"k": None, "mass": 0.5, "block_tokens": 3}, ValueError, "block_tokens goes with"),
         ({"k": 3, "group": 2}, ValueError, "k=3 counts blocks.*group=2"),

@@ -234,7 +234,7 @@ def test_registration_and_fullgraph():
     [
         ({"query": [1.0]}, TypeError, "topk_pages: query must be a tensor.*list"),
         ({"k": 0}, ValueError, "topk_pages: k=0 is outside"),
-        ({"score": "bound"}, ValueError, "topk_pages: summary must have 5"),
+        ({"score": "bound"}, ValueError, "topk_pages: score='bound' needs"),
         ({"score": "bound", "summary": KeySummary.empty(5, 2, 8)}, ValueError, "topk_pages: score"),
         ({"summary": (torch.zeros(2),) * 3}, ValueError, "topk_pages: summary must be one"),
         ({"block_pages": None}, TypeError, "topk_pages: block_pages must be a tensor"),

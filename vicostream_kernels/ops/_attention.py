@@ -168,6 +168,11 @@ def _run_sink_window(
     run, prepared = _serve_sink_window(*args, backend)
     if checks.CHECK_VALUES:
         _check_sink_window_values(q, k_pages, page_table, cu_seqlens_q, kv_len, page_fill)
+        checks.check_no_overlap(
+            _SINK_WINDOW,
+            dict(out=None if out.data_ptr() == q.data_ptr() else out, lse=lse),
+            dict(q=q, k_pages=k_pages, v_pages=v_pages, page_table=page_table),
+        )
     if prepared is None:
         return run(*args)
     prepared(

@@ -79,13 +79,13 @@ class PruneRule:
         mask: "and" keeps only what ``external_mask`` has, "or" keeps that in addition.
 
     Order of the decision: tokens with NaN or inf (not looked for without a ``reference``),
-    always-kept steps and the "or" mask must stay, unless the "and" mask leaves them out; a threshold, or the ranking in which those that must stay
-    come first and count, chooses; NaN scores are kept by every threshold and come first in a
-    ranking, with the infinite ones of their end; ties go to the lowest index. What the "and" mask
-    leaves out is no candidate in a ranking, but counts in the n of a ratio. Then ``reduce``, in
-    which always-kept steps take no part, nor do tokens that the "or" mask alone keeps (with k or a
-    ratio: none that it keeps, as they take the first places). Last the "and" mask again: it leaves
-    out anything.
+    always-kept steps and the "or" mask must stay, unless the "and" mask leaves them out; a
+    threshold, or the ranking in which those that must stay come first and count, chooses; NaN
+    scores are kept by every threshold and come first in a ranking, with the infinite ones of their
+    end; ties go to the lowest index. What the "and" mask leaves out is no candidate in a ranking,
+    but counts in the n of a ratio. Then ``reduce``, in which always-kept steps take no part, nor do
+    tokens that the "or" mask alone keeps (with k or a ratio: none that it keeps, as they take the
+    first places). Last the "and" mask again: it leaves out anything.
 
     Raises:
         ValueError, TypeError: a field's value is not allowed; the message names it.

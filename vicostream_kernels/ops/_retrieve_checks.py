@@ -40,7 +40,21 @@ def _check_scoring(
                 f"{op}: {name} must be a tensor where there is no external_score, "
                 f"got {type(value).__name__}"
             )
+    if (score == "bound") != (summary_max is not None):
+        raise ValueError(
+            f"{op}: score={score!r} needs a "
+            + (
+                "(kmin, kmax) pair"
+                if score == "bound"
+                else "mean or external summary, a pair 'bound'"
+            )
+        )
     tokens = "S" if cu_seqlens is None else "Q"
+    if query.dim() not in (2, 3):
+        raise ValueError(
+            f"{op}: query must have 2 dimensions [{tokens}, D] or 3 [{tokens}, H, d], got shape "
+            f"{tuple(query.shape)}"
+        )
     floats, device = checks.FLOAT_DTYPES, query.device
     if query.dim() == 2:
         if scope != "stream" or score == "bound":
@@ -63,11 +77,6 @@ def _check_scoring(
             )
         if score == "bound":
             checks.check_range(op, "sub-pages of the summary", dims["sub"], 1)
-    if (score == "bound") != (summary_max is not None):
-        raise ValueError(
-            f"{op}: score={score!r} needs a "
-            + ("(kmin, kmax) pair" if score == "bound" else "mean or external summary")
-        )
     if summary_max is not None:
         dims.bind("kmax", summary_max, "S NB sub G d", summary.dtype, device)
     if summary_count is not None:
@@ -132,7 +141,7 @@ def _check_selection(
         raise ValueError(
             f"{op}: give exactly one of {', '.join(rules)}, got {', '.join(given) or 'none'}"
         )
-    for name, value in (("group", group), ("k", k), ("tokens_per_block", tokens_per_block)):
+    for name, value in (("group", group), ("k", k), ("block_tokens", tokens_per_block)):
         if value is not None:
             checks.check_range(op, name, value, 1)
     for name, value in (("min_k", min_k), ("force_first", force_first), ("force_last", force_last)):

@@ -107,7 +107,7 @@ def rope_append(
             outside the pool, leaves that token out of the pages (its query is rotated all the
             same).
         raw_k_pages: [P, B, G, d]?, written in place: the keys before rotation. What is written must
-            not overlap the inputs or each other.
+            not overlap the inputs or each other (looked for with VICO_CHECK=1).
         summary: KeySummary?, updated in place with the stored keys, tokens in order, so that
             feeding a block in pieces gives the bits of feeding it whole. Needs ``block_of_page``.
         block_of_page: [P] int32?, the summary row of each page; outside [0, NB) means none.
@@ -131,6 +131,10 @@ def rope_append(
             f"rope_append: summary must be a KeySummary or None, got {type(summary).__name__}"
         )
     parts = summary if summary is not None else KeySummary()
+    if summary is not None and summary.sum is None and summary.kmin is None:
+        raise ValueError(
+            "rope_append: summary has no tensors; KeySummary.empty(...) makes one that has"
+        )
     checks.check_tensor("rope_append", "q", q)
     checks.check_choice("rope_append", "summary.source", parts.source, ("rotated", "raw"))
     q_out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
@@ -205,8 +209,8 @@ def _check(
         raise ValueError("rope_append: k_pages has page size 0, allowed: 1 or more")
     if dims["G"] == 0:
         raise ValueError("rope_append: k has 0 heads, allowed: 1 or more")
-    if kmin is not None and dims["sub"] == 0:
-        raise ValueError("rope_append: kmin has sub=0 parts a block, allowed: 1 or more")
+    if kmin is not None:
+        checks.check_range("rope_append", "sub of kmin", dims["sub"], 1, k_pages.shape[1])
 
 
 def _check_values(slots: torch.Tensor, pool: int) -> None:
@@ -235,6 +239,17 @@ def _run(
     )  # fmt: skip
     if checks.CHECK_VALUES:
         _check_values(slots, k_pages.shape[0] * k_pages.shape[1])
+        checks.check_no_overlap(
+            "rope_append",
+            dict(
+                k_pages=k_pages, v_pages=v_pages, q_out=q_out, raw_k_pages=raw_k_pages, sum=sum,
+                count=count, kmin=kmin, kmax=kmax,
+            ),
+            dict(
+                q=q, k=k, v=v, positions=positions, inv_freq=inv_freq, slots=slots,
+                block_of_page=block_of_page,
+            ),
+        )  # fmt: skip
     backends.resolve("rope_append", backend, q)(
         q, k, v, positions, inv_freq, mrope_section, k_pages, v_pages, slots, q_out, raw_k_pages,
         sum, count, kmin, kmax, summary_raw, block_of_page,

@@ -119,12 +119,13 @@ def prune_tokens(
     dims = 3 if shapes is None else 2
     if not isinstance(x, torch.Tensor) or x.dim() != dims:
         raise ValueError(
-            f"{_OP}: x must be a tensor {'[T, N, D]' if dims == 3 else '[M, D] (with shapes)'}, "
+            f"{_OP}: x must be a tensor "
+            f"{'[T, N, D], or [M, D] with shapes' if dims == 3 else '[M, D] (with shapes)'}, "
             f"got {tuple(x.shape) if isinstance(x, torch.Tensor) else type(x).__name__}"
         )
     total = x.shape[:-1].numel()
     if capacity is None:
-        capacity = total
+        capacity = max(1, total)  # what has no tokens is refused for its shape
     checks.check_int(_OP, "capacity", capacity)
     checks.check_range(_OP, "capacity", capacity, 1)
     if not isinstance(state, PruneState | None):

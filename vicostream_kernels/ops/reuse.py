@@ -113,7 +113,7 @@ def gather_rows(x: torch.Tensor, index: torch.Tensor, *, backend: str = "auto") 
     """Takes the listed rows of each frame.
 
     Args:
-        x: [F, N, C], float32, float16 or bfloat16.
+        x: [F, N, C], float32, float16 or bfloat16; every size at least 1, K below too.
         index: [F, K] int32. An entry outside [0, N), -1 among them, gives a row of zeros.
         backend: "auto", "cuda", "triton", "cpu" or "reference".
 
@@ -140,7 +140,8 @@ def merge_rows(
     """``base`` with the listed rows replaced, plus ``residual``, in one pass.
 
     Args:
-        base: [N, C] for all frames, or [F, N, C]; float32, float16 or bfloat16.
+        base: [N, C] for all frames, or [F, N, C]; float32, float16 or bfloat16; every size at least
+            1, K below too.
         rows: [F, K, C], same dtype; row k of frame f replaces row ``index[f, k]``.
         index: [F, K] int32, no index twice in a frame. An entry outside [0, N), -1 among them,
             replaces nothing.
