@@ -22,9 +22,7 @@ SCHEMA = ROOT / "vicostream_kernels" / "pipeline" / "report.schema.json"
 def _more() -> dict[str, list[type]]:
     """Classes that a user is handed or makes, whose methods are the interface."""
     from vicostream_kernels import _pages, _tiers
-    from vicostream_kernels._blocks import Block
-    from vicostream_kernels._stream import CacheStream
-    from vicostream_kernels.cache import Tiers
+    from vicostream_kernels.cache import Block, CacheStream, Forgotten, KeyRows, Segment, Tiers
     from vicostream_kernels.integrations.transformers import SinkWindowCache
     from vicostream_kernels.models.sampling import Sampler
     from vicostream_kernels.pipeline.answer import Answer
@@ -33,7 +31,10 @@ def _more() -> dict[str, list[type]]:
 
     return {
         "engine": [vk.StreamEngine, Stream, Answer, Sampler, Asked, Rows],
-        "cache": [vk.PagedKVCache, CacheStream, Block, Tiers, *_errors(_pages), *_errors(_tiers)],
+        "cache": [
+            *(vk.PagedKVCache, CacheStream, KeyRows, Block, Segment, Forgotten, Tiers),
+            *(*_errors(_pages), *_errors(_tiers)),
+        ],
         "transformers": [SinkWindowCache],
     }
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 
@@ -113,13 +112,33 @@ class CacheStream(StreamLife):
             return torch.zeros(1, 0, 0, device=self.cache.device)
         return table.vectors[table.start : table.end].unsqueeze(0)
 
-    def keep_keys(self, **kind: Any) -> KeyRows:
-        """Has ``rope_append`` summarise the keys of the chunks to come; see `KeyRows` for the
-        options. Raises ValueError when the stream has chunks already, or summaries."""
+    def keep_keys(
+        self,
+        *,
+        kind: str = "mean",
+        unit: str = "chunk",
+        sub: int = 1,
+        source: str = "rotated",
+    ) -> KeyRows:
+        """Has ``rope_append`` summarise the keys of the chunks to come.
+
+        Args:
+            kind: "mean", or "minmax", the bounds of ``score="bound"``.
+            unit: what has a row: a "chunk", or each "page" of one.
+            sub: parts of a page with bounds of their own, for "minmax".
+            source: the "rotated" keys, as stored, or the "raw" ones.
+
+        Returns:
+            `KeyRows`; ``of_layer`` and ``block_of_page`` go to ``rope_append``, ``summaries`` and
+            ``table`` to ``topk_pages``.
+
+        Raises:
+            ValueError: the stream has chunks already, or summaries; or a bad argument.
+        """
         self._check_open()
         if self.keys is not None or self.chunks or self._reserved:
             raise ValueError("keep_keys: call it once, before the first chunk is reserved")
-        self.keys = KeyRows(self.cache, **kind)
+        self.keys = KeyRows(self.cache, kind=kind, unit=unit, sub=sub, source=source)
         return self.keys
 
     # -- tiers -----------------------------------------------------------------------------------

@@ -60,10 +60,12 @@ class StreamLife:
     ) -> Block:
         """Takes pages for at most ``bucket`` body tokens plus exact numbers of marker tokens.
 
-        Body and markers get pages of their own: ceil(n / page_size) each. A "sink" is always
-        pinned. When the pool is short it grows or evicts, as the cache was told; victims are the
-        oldest unpinned committed chunks, of this stream first. Reserve before `page_table`: the
-        victims may be in the table otherwise.
+        ``kind`` is "chunk" (of the stream; may be evicted and summarised), "sink" (always visible,
+        always pinned) or "text" (a question and its answer; the one that `append_tokens` grows).
+        ``start_s`` and ``end_s`` date it. Body and markers get pages of their own:
+        ceil(n / page_size) each. When the pool is short it grows or evicts, as the cache was told;
+        victims are the oldest unpinned committed chunks, of this stream first. Reserve before
+        `page_table`: the victims may be in the table otherwise.
 
         Raises:
             OutOfPages: nothing (more) may grow or go; nothing has been evicted then.

@@ -30,6 +30,7 @@ from vicostream_kernels._pages import (
 from vicostream_kernels._placement import runs_of
 from vicostream_kernels._residency import Residency
 from vicostream_kernels._stream import CacheStream
+from vicostream_kernels._summaries import KeyRows
 from vicostream_kernels._tiers import DiskFull, LostBlock, NotResident, TierError, Tiers
 from vicostream_kernels._transfer import slots_in
 from vicostream_kernels.checks import FLOAT_DTYPES, check_choice, check_dtype
@@ -42,6 +43,7 @@ __all__ = [
     "DoubleFree",
     "ForeignStream",
     "Forgotten",
+    "KeyRows",
     "LostBlock",
     "NotResident",
     "OutOfPages",

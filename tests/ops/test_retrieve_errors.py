@@ -31,7 +31,7 @@ def good() -> dict:
         ({"query": torch.zeros(2, 0), "summary": torch.zeros(2, 5, 0)}, ValueError, "D, .*=0 is"),
         ({"query": torch.zeros(2, 8), "scope": "kv_head"}, ValueError, "has no heads.*kv_head"),
         ({"summary": torch.zeros(2, 5, 2, 16)}, ValueError, "summary has shape"),
-        ({"summary": (torch.zeros(2, 5, 1, 2, 8),) * 2}, ValueError, "needs a mean.* a pair 'bound'"),
+        ({"summary": (torch.zeros(2, 5, 1, 2, 8),) * 2}, ValueError, "a mean.*, a pair 'bound'"),
         ({"summary": torch.zeros(2, 5, 1, 2, 8)}, ValueError, "summary must have 4 dim"),
         ({"summary": (torch.zeros(2, 5, 1, 2, 8),) * 3}, ValueError, "one tensor or .*3 parts"),
         ({"score": "bound", "summary": torch.zeros(2, 5, 1, 2, 8)}, ValueError, "needs a .kmin, kmax"),  # noqa: E501
