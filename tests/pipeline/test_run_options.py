@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from run_kit import Outcome
 
+from vicostream_kernels.pipeline import options as options_module
 from vicostream_kernels.pipeline.errors import InputError
 from vicostream_kernels.pipeline.options import parse_sampler
 from vicostream_kernels.pipeline.source import VideoSource
@@ -64,6 +66,23 @@ def test_tokens_are_drawn_as_told_and_one_seed_draws_the_same(tmp_path, video):
 def test_what_cannot_be_used_is_said_in_one_line(tmp_path, video, options, said):
     outcome = Outcome(tmp_path, video, **options)
     assert outcome.code == 2 and len(outcome.lines) == 1 and said in outcome.lines[0]
+
+
+def test_bfloat16_is_told_of_where_it_would_help(monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True, raising=False)
+    large, small = torch.nn.Linear(1200, 1000), torch.nn.Linear(10, 10)
+    monkeypatch.setattr(options_module, "_LARGE_PARAMETERS", 1_000_000)
+    assert "--dtype bfloat16" in options_module.dtype_hint(large, None)
+    for model, dtype in (
+        (small, None),
+        (large, torch.float32),
+        (torch.nn.Linear(1200, 1000, dtype=torch.bfloat16), None),
+        (torch.nn.Linear(1200, 1000, device="meta"), None),
+    ):
+        assert options_module.dtype_hint(model, dtype) is None
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda: False, raising=False)
+    assert options_module.dtype_hint(large, None) is None
 
 
 def test_a_system_message_stands_in_place_of_the_templates_own(tmp_path, video):

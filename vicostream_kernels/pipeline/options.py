@@ -82,6 +82,29 @@ def gpu_hint(device: torch.device) -> str | None:
     return f"this machine has a GPU ({torch.cuda.get_device_name()}): --device cuda uses it"
 
 
+#: Below, a model is fast enough to leave its type alone.
+_LARGE_PARAMETERS = 500_000_000
+
+
+def dtype_hint(model: torch.nn.Module, dtype: torch.dtype | None) -> str | None:
+    """Where a large model was left in float32 on a processor that multiplies bfloat16."""
+    first = next(model.parameters())
+    if dtype is not None or first.device.type != "cpu" or first.dtype != torch.float32:
+        return None
+    if sum(p.numel() for p in model.parameters()) < _LARGE_PARAMETERS or not _multiplies_bfloat16():
+        return None
+    return (
+        "this processor multiplies bfloat16: --dtype bfloat16 takes half the memory and a fraction "
+        "of the time of float32"
+    )
+
+
+def _multiplies_bfloat16() -> bool:
+    """Not every torch can tell."""
+    names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, name, bool)() for name in names)
+
+
 def busy_hint() -> str | None:
     """What helps where other work keeps the cores busy: threads that spin while they wait for each
     other then cost most of the speed."""

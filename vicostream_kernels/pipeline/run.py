@@ -19,6 +19,7 @@ from vicostream_kernels.pipeline.folders import writable_folder
 from vicostream_kernels.pipeline.names import STDIN, shown_name
 from vicostream_kernels.pipeline.options import (
     busy_hint,
+    dtype_hint,
     gpu_hint,
     memory_hint,
     parse_device,
@@ -169,6 +170,8 @@ class _Run:
             if hint := gpu_hint(device) or (busy_hint() if device.type == "cpu" else None):
                 self._screen.say(hint)
             engine = self._load(method, device, dtype)
+            if hint := dtype_hint(engine.runner.model, dtype):
+                self._screen.say(hint)
             with engine:
                 self._at.part = "options"
                 for question in questions:
