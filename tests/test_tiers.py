@@ -135,6 +135,36 @@ def test_beyond_the_last_budget_the_oldest_are_forgotten_with_their_rows(tmp_pat
         check(stream, stream.chunks, first=5)
 
 
+@pytest.mark.parametrize("written", [False, True])
+def test_the_oldest_goes_also_on_its_way_to_its_file(tmp_path, written):
+    """How fast the disk is does not decide what is forgotten."""
+    with tiered(4, folder=str(tmp_path), disk_bytes=2 * 500) as cache, cache.open() as stream:
+        old, middle, young = fill(stream, 3)
+        stream.spill([young])
+        cache.settle()
+        stream.spill([old])
+        if written:
+            cache.settle()
+        stream.spill([middle])
+        cache.settle()
+        assert (old.state, middle.tier, young.tier) == ("evicted", "disk", "disk")
+
+
+@pytest.mark.parametrize("written", [False, True])
+def test_nothing_goes_for_a_file_that_nobody_wants(tmp_path, written):
+    with tiered(4, folder=str(tmp_path), disk_bytes=2 * 500) as cache, cache.open() as stream:
+        first, second, third = fill(stream, 3)
+        stream.spill([first])
+        cache.settle()
+        stream.spill([second])
+        if written:
+            cache.settle()
+        stream.free(second)
+        stream.spill([third])
+        cache.settle()
+        assert (first.tier, third.tier) == ("disk", "disk") and len(files(tmp_path)) == 2
+
+
 def test_host_memory_lies_between():
     with tiered(4, host_bytes=4 * PAGE) as cache, cache.open() as stream:
         blocks = fill(stream, 10)

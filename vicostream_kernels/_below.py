@@ -145,13 +145,20 @@ class Below:
             self._again(self._failed[0])
 
     def drop_oldest(self, *, in_files: bool = False) -> bool:
-        """Drops the group with the oldest block, where ``in_files`` of those in files; none with a
-        block that is held. False where none can go."""
+        """Drops the group with the oldest block, where ``in_files`` of those in files or on their
+        way there, which are waited for: how fast the disk is must not decide what is forgotten.
+        None with a block that is held. False where none can go."""
+        if in_files and any(not group.records for group in self._writing):
+            self.reap(wait=True)  # what nobody wants goes when its file is complete
+            return True
         for group in sorted(self._groups, key=lambda g: g.first):
-            if in_files and group.path is None:
+            if in_files and group.path is None and group.writing is None:
                 continue
             if group.records and not _kept(group):
-                self._drop(group)
+                if in_files and group.writing is not None:
+                    self.reap(wait=True)
+                else:
+                    self._drop(group)
                 return True
         if in_files and self._writing:
             self.reap(wait=True)

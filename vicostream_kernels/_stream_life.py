@@ -29,6 +29,10 @@ if TYPE_CHECKING:
     from vicostream_kernels.cache import PagedKVCache
 
 
+def _asked(kind: str, bucket: int, markers: tuple[int, int]) -> str:
+    return f"reserve({kind}, bucket={bucket}, markers={markers})"
+
+
 class StreamLife:
     """A stream's state, the life of its blocks, and the guards of every call; see `CacheStream`."""
 
@@ -79,7 +83,7 @@ class StreamLife:
         pinned = pinned or kind == "sink"
         block = Block(kind, *times, segments, pinned, bucket, (lead, trail), _stream=self)
         counts = [self.cache.pages_for(n) for n in (lead, bucket, trail)]
-        asked = f"reserve({kind}, bucket={bucket}, markers={block.markers})"
+        asked = _asked(kind, bucket, block.markers)
         with self._taking(block):
             pages = self.cache._take(sum(counts), block, asked)
             block._ids = to_device(pages, torch.int64, self.cache.device)
@@ -89,6 +93,14 @@ class StreamLife:
                 self.keys.reserve(block)
             self._reserved[block] = None
         return block
+
+    def make_room(self, bucket: int, *, markers: tuple[int, int] = (0, 0), spare: int = 0) -> None:
+        """Has the pages free that `reserve` takes for such a chunk, but for ``spare`` that the
+        caller gives back before that: what a chunk replaces is not gone when there is no room for
+        it. Raises as `reserve` does."""
+        self._check_open()
+        n = sum(map(self.cache.pages_for, (markers[0], bucket, markers[1])))
+        self.cache._free(n - spare, self, _asked("chunk", bucket, markers))
 
     @contextmanager
     def _taking(self, block: Block) -> Iterator[None]:

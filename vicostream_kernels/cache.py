@@ -292,12 +292,16 @@ class PagedKVCache:
         return self._order
 
     def _take(self, n: int, block: Block, asked: str) -> list[int]:
+        self._free(n, block._stream, asked)
+        return self._pool.take(n, block)
+
+    def _free(self, n: int, stream: CacheStream, asked: str) -> None:
+        """Has ``n`` pages free, or raises when nothing has changed."""
         if self._residency is not None:
             if self._residency.make_room(n):
-                raise OutOfPages(self._why_full(n, block._stream, asked))
+                raise OutOfPages(self._why_full(n, stream, asked))
         elif n > self.free_pages:
-            self._make_room(n, block._stream, asked)
-        return self._pool.take(n, block)
+            self._make_room(n, stream, asked)
 
     def _give(self, pages: list[int], block: Block) -> None:
         self._pool.give(pages, block)

@@ -80,6 +80,55 @@ def test_what_is_beyond_the_last_budget_is_forgotten_and_said_to_be():
         told(stream)
 
 
+def test_what_is_forgotten_does_not_depend_on_overlap():
+    """Chunks of different sizes: what goes down together depends on how much room is made."""
+    noise = np.random.default_rng(1).integers(0, 255, (8, 48, 80, 3), dtype=np.uint8)
+    still = np.repeat(pictures(1), 8, axis=0)
+    changes = {"engine__history_bytes": 2**20, "engine__disk_bytes": 100_000}
+    changes |= {"engine__window_chunks": 1, "retrieve__k": 1, "engine__page_size": 4}
+    found = []
+    for overlap in (False, True):
+        with small_engine(**changes, engine__overlap=overlap) as made, made.open(fps=2) as stream:
+            forgotten = []
+            for i in range(24):
+                stream.ingest(still if i % 3 else noise)
+                stream.flush()
+                forgotten.append(stream.report()["forgotten"])
+            found.append(forgotten)
+    assert found[0] == found[1] and found[0][-1]["chunks"] > 2
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_chunk_that_finds_no_room_has_the_time_of_its_first_frame(monkeypatch, overlap):
+    fail(monkeypatch)
+    with small_engine(**TIERS, engine__overlap=overlap) as made, made.open(fps=2) as stream:
+        with pytest.raises(DiskFull) as caught:
+            for _ in range(4):
+                stream.ingest(pictures(40))
+                stream.flush()
+        assert caught.value.chunk_time_s == stream.recorder.frames_processed / 2 > 0
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_stream_that_finds_no_room_is_not_opened_and_leaves_nothing(monkeypatch, overlap):
+    with small_engine(**TIERS, engine__overlap=overlap) as made, made.open(fps=2) as stream:
+        with monkeypatch.context() as patch:
+            fail(patch)
+            with pytest.raises(DiskFull):
+                for _ in range(4):
+                    stream.ingest(pictures(40))
+                    stream.flush()
+            pages = made.cache.used_pages
+            for _ in range(2):
+                with pytest.raises(DiskFull):
+                    # A system prompt takes room as a chunk does.
+                    made.open(system="long " * 50)
+            assert made.cache.used_pages == pages and len(made.cache.streams) == 1
+        with made.open() as another:
+            assert "".join(another.ask("What?"))
+        stream.flush()
+
+
 def test_more_than_fits_says_what_would_help():
     with small_engine(**(TIERS | {"retrieve__k": 20})) as made, streamed(made) as stream:
         for _ in range(2):

@@ -119,7 +119,11 @@ class StreamEngine:
     ) -> Stream:
         """A new stream. ``fps`` is the rate of frames that come without times; ``system`` replaces
         the chat template's own system message; ``recorder`` collects the figures (default: a new
-        one); ``on_pruned`` sees each chunk's frames and what pruning kept of them."""
+        one); ``on_pruned`` sees each chunk's frames and what pruning kept of them.
+
+        Raises ``DiskFull`` or ``OutOfPages`` where there is no room for the system prompt; nothing
+        of the stream is left then, and the call may be made again.
+        """
         if not finite(fps) > 0:
             raise InputError(f"open: fps={fps!r} must be a positive number of frames per second")
         recorder = self._described(recorder)
@@ -136,7 +140,8 @@ class StreamEngine:
 
         The model and every setting that a result depends on must be the same; budgets and the
         lengths of answers may differ. Raises ``SnapshotError`` (an :class:`InputError`) with the
-        reason where the file cannot be used, before anything is changed.
+        reason where the file cannot be used, before anything is changed; ``DiskFull`` or
+        ``OutOfPages`` as ``open`` does.
         """
         with Snapshot(path) as snapshot:
             snapshot.check(self)

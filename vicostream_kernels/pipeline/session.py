@@ -20,7 +20,7 @@ from vicostream_kernels.models import Qwen2_5_VLRunner, Sampler
 from vicostream_kernels.pipeline.answer import Answer
 from vicostream_kernels.pipeline.belt import Belt, Line, Stage, Way
 from vicostream_kernels.pipeline.carried import Carried, counted, dated, dropped, timed
-from vicostream_kernels.pipeline.errors import InputError, PipelineError, finite, surface
+from vicostream_kernels.pipeline.errors import InputError, PipelineError, date, finite, surface
 from vicostream_kernels.pipeline.frames import as_frames, joined
 from vicostream_kernels.pipeline.lanes import CudaLane, Lane
 from vicostream_kernels.pipeline.llm import LLMSteps
@@ -198,8 +198,12 @@ class Stream:
             return
         if not self._overlaps:
             # What must move for it moves now: where that fails, the chunk's frames wait.
-            with self._turn:
-                self._engine.cache.make_room(self._most_pages)
+            try:
+                with self._turn:
+                    self._make_room()
+            except Exception as error:
+                date(error, self._times[0])
+                raise
         images = joined(self._buffer, self._engine.runner.device)
         if self._overlaps and len(self._buffer) == 1:
             images = images.clone()  # the caller may overwrite them
@@ -207,6 +211,11 @@ class Stream:
         with self._fails_whole():
             self._buffer, self._times = [], []
             self._way.put(Carried(chunk, chunk, self.recorder.take_decoded()))
+
+    def _make_room(self) -> None:
+        """Before each chunk, at one moment of the cache: what moves together is dropped together,
+        where the files have a budget, and that must not depend on ``engine.overlap``."""
+        self._engine.cache.make_room(self._most_pages)
 
     def _finished(self) -> int:
         """How many chunks were finished since the call before."""
@@ -247,6 +256,8 @@ class Stream:
         span = recorder.trace.span("prefill", start_s=source.start_s)
         with self._turn:
             with recorder.taking_in(), torch.no_grad(), span as span:
+                if self._overlaps:
+                    self._make_room()
                 done = self._prefill.run(chunk.value)
             self._most_pages = max(self._most_pages, len(done.block.pages))
             kv = self._account()
@@ -331,7 +342,9 @@ class Stream:
             selector: decides which blocks are read, in place of the method's own rule.
 
         Raises :class:`InputError` (a ``ValueError``) for an empty question, one longer than the
-        method's budget, a wrong time, or a selector where the method retrieves nothing.
+        method's budget, a wrong time, or a selector where the method retrieves nothing;
+        ``DiskFull``, ``OutOfPages`` or ``LostBlock`` where there is no room, or where history
+        cannot be read from its tier. The stream goes on.
         """
         self._check_open()
         limit = self._method.engine.max_new_tokens if max_new_tokens is None else max_new_tokens

@@ -326,9 +326,13 @@ class Prefill:
         capacity = chunk.tokens.shape[0]
         kept = min(chunk.count.get(), capacity)
         new_tokens = kept + 2
-        if self._method.engine.history == "window":
-            history.retire(chunk_window(self._method, history, new_tokens).blocks)
         bucket = min(-(-kept // self._bucket) * self._bucket, capacity)
+        if self._method.engine.history == "window":
+            visible = chunk_window(self._method, history, new_tokens).blocks
+            # First the room: while a chunk waits for it, questions see what they saw before.
+            spare = history.spare_pages(visible)
+            history.cache.make_room(bucket, markers=(1, 1), spare=spare)
+            history.retire(visible)
         with self._llm.reserved(
             bucket,
             markers=(1, 1),

@@ -103,13 +103,20 @@ class History:
     def retire(self, visible: Sequence[Block]) -> None:
         """Frees all blocks after the sink that are not ``visible`` any more and will never be;
         those that an answer holds go when it lets them go."""
-        seen = {*visible, *self._retired}
-        gone = [block for block in self.chunks() if block not in seen]
-        if self.preamble is not None and self.preamble not in seen:
-            gone.append(self.preamble)
+        gone = self._leaving(visible)
+        if self.preamble in gone:
             self.preamble = None
         self._retired += gone
         self._free_retired()
+
+    def spare_pages(self, visible: Sequence[Block]) -> int:
+        """How many pages ``retire`` gives back at once."""
+        return sum(len(b.pages) for b in self._leaving(visible) if not self._holds[b])
+
+    def _leaving(self, visible: Sequence[Block]) -> list[Block]:
+        seen = {*visible, *self._retired}
+        preamble = [] if self.preamble is None else [self.preamble]
+        return [block for block in (*self.chunks(), *preamble) if block not in seen]
 
     def _free_retired(self) -> None:
         waiting = []
