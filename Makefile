@@ -4,6 +4,7 @@
 #   make test        the whole CPU suite
 #   make build       compile csrc/ and bindings/ into the tree, incrementally
 #   make bench       microbenchmarks of every op on this machine
+#   make sanitize    the ops' tests with the CPU kernels under AddressSanitizer and UBSan (Linux, GCC)
 #   make lint        ruff and clang-format; make format applies them
 #   make packaging   wheel and sdist, built and imported from an empty folder
 #   make gpu-check   on a machine with a GPU: build, GPU tests, compute-sanitizer, benchmarks
@@ -35,7 +36,7 @@ STAMP := $(VENV)/.installed
 SUFFIX = $(shell $(BIN)/python -c "import sysconfig; print(sysconfig.get_config_var('EXT_SUFFIX'))")
 NATIVE := $(wildcard csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/include/vico/*.h bindings/*)
 
-.PHONY: demo test build bench lint format packaging gpu-check clean help
+.PHONY: demo test build bench sanitize lint format packaging gpu-check clean help
 .DEFAULT_GOAL := help
 # A python that could not make a virtual environment leaves half of one behind.
 .DELETE_ON_ERROR:
@@ -65,6 +66,20 @@ build: $(STAMP)
 	@# Imported before that: a module that does not load must not replace one that does.
 	@cmp -s build/cmake/_C$(SUFFIX) vicostream_kernels/_C$(SUFFIX) || \
 	  { (cd build/cmake && "$(BIN_PATH)/python" -c "import torch, _C") && cp build/cmake/_C$(SUFFIX) build/_C.new && mv -f build/_C.new vicostream_kernels/_C$(SUFFIX); }
+
+# Once for each instruction set that this machine has (VICO_ISA takes a lesser one where it has not).
+SANITIZED := build/sanitize
+sanitize: $(STAMP)
+	PATH="$(BIN_PATH):$$PATH" VICO_CUDA=0 cmake -S . -B $(SANITIZED) -G Ninja -Wno-dev --log-level=WARNING \
+	  -DPython_EXECUTABLE="$(BIN_PATH)/python" -Dpybind11_DIR="$$($(BIN)/python -m pybind11 --cmakedir)" \
+	  -DCMAKE_CXX_FLAGS="-fsanitize=address,undefined -fno-sanitize=alignment -fno-omit-frame-pointer -g1 -D_GLIBCXX_ASSERTIONS"
+	PATH="$(BIN_PATH):$$PATH" cmake --build $(SANITIZED) --parallel
+	set -e; for isa in "" avx512 avx2 baseline; do \
+	  LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so.6)" \
+	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 OMP_WAIT_POLICY=passive \
+	  PYTHONPATH=tests VICO_SANITIZED="$(abspath $(SANITIZED))/_C$(SUFFIX)" $${isa:+env VICO_ISA=$$isa} \
+	  $(BIN)/python -m pytest -q -n auto --maxprocesses 4 -p kit.sanitized tests/ops -k "(cpu-cpu or not backend) and not out_of_memory"; \
+	done
 
 demo: build
 	$(BIN)/vicostream run sample --preset live --report out/demo --show-pruning out/demo

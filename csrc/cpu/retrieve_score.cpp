@@ -356,7 +356,8 @@ void score_stream(const ScoreArgs& a, const Plan& plan, int64_t stream, int n_th
       }
       if (softmax) {
 #pragma omp for schedule(static)
-        for (int64_t row = 0; row < rows; ++row) attention_share(&logits[row * blocks], blocks);
+        for (int64_t row = 0; row < rows; ++row)
+          attention_share(logits.data() + row * blocks, blocks);
         constexpr int64_t kStretch = 1024;
         const int64_t stretches = (blocks + kStretch - 1) / kStretch;
 #pragma omp for schedule(static)
