@@ -29,6 +29,7 @@ _FALLBACK_LLC = 32 << 20
 #: One leaves it filled in part where warm, as other cores share it, and full of lines that the
 #: provider before wrote, which then go back to memory in the midst of the timed call.
 _MOST_UNTIMED = 4
+_UNTIMED_S = 0.1  # longer calls go through the cache many times on their own
 #: The largest freed block after which glibc keeps what is freed, up to this size.
 _LARGEST_KEPT = (32 << 20) - (64 << 10)
 
@@ -180,7 +181,8 @@ def measure_cpu(
             sets, method = rotated, f"cold: {len(rotated)} input sets"
     keep_freed_memory()
     with no_garbage_collection():
-        untimed = min(_MOST_UNTIMED, -(-2 * cache_bytes // moved_bytes)) if budget.untimed else 0
+        needed = -(-2 * cache_bytes // max(1, moved_bytes))
+        untimed = min(_MOST_UNTIMED, needed) if budget.untimed else 0
         return Samples(_measure_cpu(runs, sets, sweep, cold, untimed, budget), method)
 
 
@@ -206,9 +208,12 @@ def _measure_cpu(
             return samples
         for name in order:
             run, count = runs[name], calls[name]
+            enough = time.perf_counter() + _UNTIMED_S
             for _ in range(untimed):
                 run(sets[turn % len(sets)])
                 turn += 1
+                if time.perf_counter() > enough:
+                    break
             chosen = sets[turn % len(sets)]
             if sweep is not None:
                 sweep()
@@ -216,6 +221,7 @@ def _measure_cpu(
             for _ in range(count):
                 run(chosen)
             samples[name].append((time.perf_counter_ns() - start) / count)
+            turn += 1
     raise AssertionError("turns() never ends")
 
 

@@ -41,6 +41,17 @@ def moved_together(
     return shift.int().unsqueeze(-1).expand(-1, -1, 3).contiguous()
 
 
+def recent(tokens: vk.cache.CacheStream) -> list[vk.cache.Block]:
+    """The newest chunks, as many as a window reaches into from the first token of the next."""
+    wanted, missing = [], WINDOW - 1
+    for block in reversed(tokens.chunks):
+        if missing <= 0:
+            break
+        wanted.append(block)
+        missing -= block.tokens
+    return wanted[::-1]
+
+
 def stream(chunks: int, k: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     """The answer rows of a question [n, H, d], and the numbers of the chunks that it read."""
     random = torch.Generator().manual_seed(seed)
@@ -65,7 +76,7 @@ def stream(chunks: int, k: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tens
             )  # fmt: skip
             vk.sink_window_attention(
                 rotated, cache.k_pages[0], cache.v_pages[0],
-                tokens.page_table([*tokens.chunks[-8:], block]),
+                tokens.page_table([*recent(tokens), block]),
                 torch.tensor([0, n], dtype=torch.int32),
                 page_fill=cache.page_fill, window=WINDOW,
             )  # fmt: skip

@@ -49,6 +49,27 @@ def cache() -> PagedKVCache:
     return make_cache(pages=20)
 
 
+@pytest.mark.parametrize(
+    "wrong", [dict(bucket=-5), dict(bucket=2.5), dict(markers=(-9, 1)), dict(spare=-100)]
+)
+def test_room_for_what_no_block_can_be_is_refused(cache, wrong):
+    stream = cache.open()
+    before = state(cache)
+    with pytest.raises((ValueError, TypeError)):
+        stream.make_room(**{"bucket": 4, **wrong})
+    assert state(cache) == before
+
+
+def test_room_is_made_but_for_what_is_given_back(cache):
+    stream = cache.open()
+    kept = add(stream, 4)
+    pages = cache.free_pages
+    with pytest.raises(OutOfPages):
+        stream.make_room(4 * pages + 4)
+    stream.make_room(4 * pages + 4, spare=len(kept.pages))
+    assert cache.free_pages == pages
+
+
 @pytest.mark.parametrize("use", USES)
 @pytest.mark.parametrize("where", ["stream", "cache"])
 def test_a_foreign_block_is_refused(cache, use, where):

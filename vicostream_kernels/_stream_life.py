@@ -99,6 +99,8 @@ class StreamLife:
         caller gives back before that: what a chunk replaces is not gone when there is no room for
         it. Raises as `reserve` does."""
         self._check_open()
+        check_reservation(bucket, "chunk", markers, 0.0, 0.0)
+        check_int("make_room", "spare", spare, 0)
         n = sum(map(self.cache.pages_for, (markers[0], bucket, markers[1])))
         self.cache._free(n - spare, self, _asked("chunk", bucket, markers))
 

@@ -243,8 +243,8 @@ def check_apart(op: str, **tensors: torch.Tensor | None) -> None:
 def check_no_overlap(
     op: str, written: dict[str, torch.Tensor | None], read: dict[str, torch.Tensor | None]
 ) -> None:
-    """For VICO_CHECK=1: no written tensor shares memory with another one, as far as addresses tell:
-    of tensors with gaps only that one lies between the gaps of the other cannot be told."""
+    """For VICO_CHECK=1: no written tensor shares memory with another one. Those with gaps are left
+    out: whether another one lies in them, addresses alone do not tell."""
     spans = []
     for name, tensor in {**written, **read}.items():
         if tensor is None or not tensor.numel():

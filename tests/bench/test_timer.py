@@ -67,6 +67,25 @@ def test_untimed_calls_go_through_twice_the_cache(moved_bytes, untimed, cold, mo
     assert len(calls) == 5 * (untimed + 1)
 
 
+def test_heavy_cold_calls_rotate_too_and_bytes_may_be_none():
+    seen = []
+    runs = {name: lambda inputs: seen.append(inputs["x"].data_ptr()) for name in ("a", "b")}
+    budget = Budget(seconds=0.0, least_rounds=5, most_rounds=5, warm_up=0, untimed=False)
+    measure_cpu(runs, {"x": torch.zeros(1000)}, 4000, cold=True, budget=budget, cache_bytes=5000)
+    assert len(set(seen[-10:])) == 10
+    measure_cpu(runs, {"x": torch.zeros(1)}, 0, cold=False, budget=budget)
+
+
+def test_long_calls_are_not_made_four_times_for_nothing(monkeypatch):
+    monkeypatch.setattr(timer, "_UNTIMED_S", 0.001)
+    calls = []
+    runs = {"a": lambda inputs: (calls.append(1), time.sleep(0.002))}
+    budget = Budget(seconds=0.0, least_rounds=5, most_rounds=5, warm_up=0)
+    monkeypatch.setattr(timer, "_warm_up", lambda run, inputs, least: 1 << 40)
+    measure_cpu(runs, {"x": torch.zeros(1)}, 4, cold=False, budget=budget)
+    assert len(calls) == 5 * 2
+
+
 def test_a_cold_call_never_follows_a_call_on_its_own_inputs():
     seen: list[int] = []
     runs = {"a": lambda inputs: seen.append(inputs["x"].data_ptr())}

@@ -154,6 +154,19 @@ def test_check_mode_looks_at_what_streams_with_queries_reach(monkeypatch):
     assert vk.sink_window_attention(**fills).isfinite().all()
 
 
+@pytest.mark.parametrize("name", ["q", "k_pages", "v_pages"])
+def test_check_mode_finds_results_that_lie_in_what_is_read(monkeypatch, name):
+    monkeypatch.setattr(checks, "CHECK_VALUES", True)
+    arguments = good()
+    q = arguments["q"].contiguous()
+    arguments |= {"q": q, "out": torch.empty_like(q)}
+    assert vk.sink_window_attention(**arguments).isfinite().all()
+    dense = arguments[name].contiguous()
+    arguments |= {name: dense, "out": dense.flatten()[: q.numel()].view(q.shape)}
+    with pytest.raises(ValueError, match=f"out is written and shares memory with {name}"):
+        vk.sink_window_attention(**arguments)
+
+
 def varlen() -> dict:
     made = {name: torch.ones(5, 2, 16) for name in ("q", "k", "v")}
     cu = torch.tensor([0, 3, 5], dtype=torch.int32)

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import os
+
 import pytest
 import torch
 from run_kit import Outcome
+from typer.testing import CliRunner
 
+from vicostream_kernels.cli import app
+from vicostream_kernels.pipeline import opening
 from vicostream_kernels.pipeline import options as options_module
 from vicostream_kernels.pipeline.errors import InputError
 from vicostream_kernels.pipeline.options import parse_sampler
+from vicostream_kernels.pipeline.piped import Piped
 from vicostream_kernels.pipeline.source import VideoSource
 
 pytestmark = pytest.mark.usefixtures("loads_at_once")
@@ -30,9 +37,24 @@ def test_what_a_sampler_is_told(given, fields):
     assert parse_sampler(given) == fields
 
 
-def test_words_are_no_field_of_a_sampler():
-    with pytest.raises(InputError, match="--sampler temperature=hot: give a number"):
-        parse_sampler(["temperature=hot"])
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["temperature=hot"], "--sampler temperature=hot: give a number"),
+        (["temperature=1e400"], "--sampler temperature=1e400: give a number"),
+        (["top_k=" + "[" * 100_000], r"--sampler top_k=\[+: give a number"),
+        (["seed=1.5"], "--sampler seed=1.5: give an int"),
+        (["seed=none"], "--sampler seed=None: give an int"),
+        (["do_sample=1"], "--sampler do_sample=1: give true or false"),
+        (["temperature=0", "do_sample=true"], "temperature=0 draws nothing"),
+        (["max_new_tokens=1"], "--sampler: max_new_tokens is not how .* engine.max_new_tokens"),
+        (["eos_token_id=5"], "--sampler: unknown field 'eos_token_id'"),
+        (["config=1"], "--sampler: unknown field 'config'"),
+    ],
+)
+def test_what_no_sampler_takes_is_said_before_a_model_is_loaded(given, said):
+    with pytest.raises(InputError, match=said):
+        parse_sampler(given)
 
 
 def answers(outcome):
@@ -61,11 +83,41 @@ def test_tokens_are_drawn_as_told_and_one_seed_draws_the_same(tmp_path, video):
         (dict(system="Be brief.", restore=__file__), "--system: the session"),
         (dict(input_format="nope"), "--input-format nope: this FFmpeg build has no such format"),
         (dict(input_options=["tcp"]), "--input-option 'tcp': give key=value, as in rtsp_transport"),
+        (dict(input_options=["headers: secret"]), "--input-option 'headers': give key=value"),
+        (dict(sampler=["seed=99999999999999999999"]), "seed=99999999999999999999 must be an int"),
+        (dict(system="\udcff"), "--system: the text holds bytes that are not UTF-8"),
     ],
 )
 def test_what_cannot_be_used_is_said_in_one_line(tmp_path, video, options, said):
     outcome = Outcome(tmp_path, video, **options)
     assert outcome.code == 2 and len(outcome.lines) == 1 and said in outcome.lines[0]
+    assert "secret" not in outcome.err + json.dumps(outcome.report)
+
+
+def test_the_command_hands_on_what_it_is_told(tmp_path, video):
+    command = ["run", str(video), "--model", "tiny-random", "--report", str(tmp_path / "report")]
+    command += ["--system", "Be brief.", "--sampler", "top_k=5", "--sampler", "seed=7"]
+    command += ["--input-format", "mov", "--input-option", "ignore_editlist=1"]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0, result.output
+    config = json.loads((tmp_path / "report" / "report.json").read_text())["config"]
+    assert config["sampler"] == {"top_k": 5, "seed": 7, "do_sample": True}
+    assert (config["system"], config["input_format"]) == ("Be brief.", "mov")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+def test_a_named_pipe_stays_one_with_a_format(tmp_path):
+    """So that what waits for it hears signals."""
+    os.mkfifo(tmp_path / "pipe")
+    writer = os.open(tmp_path / "pipe", os.O_RDWR)  # or who opens it to read would wait
+    try:
+        place = opening._place(str(tmp_path / "pipe"), lambda: True, "h264")
+        assert isinstance(place, Piped) and place.read(1) == b""
+    finally:
+        os.close(writer)
+    with pytest.raises(InputError, match="a folder, not a video"):
+        opening._place(str(tmp_path), lambda: False, "h264")
+    assert opening._place("video=Camera", lambda: False, "dshow") == "video=Camera"
 
 
 def test_bfloat16_is_told_of_where_it_would_help(monkeypatch):

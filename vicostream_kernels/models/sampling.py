@@ -49,6 +49,15 @@ _REFUSED: tuple[tuple[str, Any], ...] = (
 )
 
 
+#: What a sampler takes: other fields of a configuration would do nothing here.
+FIELDS = frozenset(name for name, *_ in _PROCESSORS + _WARPERS + _REFUSED) | {
+    "do_sample",
+    "remove_invalid_values",
+    "renormalize_logits",
+}
+_SEEDS = range(-(1 << 63), 1 << 63)
+
+
 class Sampler:
     """Picks tokens by a ``GenerationConfig``.
 
@@ -77,10 +86,12 @@ class Sampler:
         device: torch.device | str = "cpu",
         **overrides: Any,
     ) -> None:
+        if type(seed) is not int or seed not in _SEEDS:
+            raise ValueError(f"sampler: seed={seed!r} must be an int of 64 bits")
         config = copy.deepcopy(config)
         for name, value in overrides.items():
-            if not hasattr(config, name) or name.startswith("_"):
-                raise ValueError(_unknown(name))
+            if name not in FIELDS or not hasattr(config, name):
+                raise ValueError(unknown(name))
             setattr(config, name, value)
         self.do_sample = bool(config.do_sample)
         self.processors = _processors(config, device)
@@ -130,7 +141,13 @@ def _processors(config: Any, device: torch.device | str) -> Any:
     return chosen
 
 
-def _unknown(name: str) -> str:
+def unknown(name: str) -> str:
+    """Why a field is none of a sampler's, with the nearest one that is."""
+    if name == "max_new_tokens":
+        return (
+            "sampler: max_new_tokens is not how tokens are picked: give it to Stream.ask, or "
+            "--set engine.max_new_tokens=N"
+        )
     known = [field for field, *_ in _PROCESSORS + _WARPERS] + ["do_sample"]
     near = difflib.get_close_matches(name, known, n=1)
     hint = f", did you mean {near[0]!r}?" if near else f", known: {', '.join(known)}"

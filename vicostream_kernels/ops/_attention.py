@@ -170,8 +170,17 @@ def _run_sink_window(
         _check_sink_window_values(q, k_pages, page_table, cu_seqlens_q, kv_len, page_fill)
         checks.check_no_overlap(
             _SINK_WINDOW,
-            dict(out=None if out.data_ptr() == q.data_ptr() else out, lse=lse),
-            dict(q=q, k_pages=k_pages, v_pages=v_pages, page_table=page_table),
+            dict(out=out, lse=lse),
+            dict(
+                q=q,
+                k_pages=k_pages,
+                v_pages=v_pages,
+                page_table=page_table,
+                kv_len=kv_len,
+                cu_seqlens_q=cu_seqlens_q,
+                page_fill=page_fill,
+                page_shift=page_shift,
+            ),
         )
     if prepared is None:
         return run(*args)

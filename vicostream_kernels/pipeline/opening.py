@@ -67,7 +67,8 @@ def open_video(
     except (av.error.FFmpegError, OSError) as error:
         if not url:
             raise InputError(f"{name}: damaged, or not a video ({reason(error)})") from error
-        raise PipelineError(f"{name}: cannot be reached: {reason(error)}") from error
+        perhaps = f" (with --input-option {', '.join(options)})" if options else ""
+        raise PipelineError(f"{name}: cannot be reached: {reason(error)}{perhaps}") from error
     if container.format.name in _NOT_VIDEO:
         container.close()
         raise InputError(f"{name}: a text file, not a video")
@@ -85,7 +86,7 @@ def reason(error: BaseException) -> str:
 
 def _place(video: str, enough: Callable[[], bool], form: str | None) -> str | Piped:
     """What PyAV is told to open."""
-    if _URL.match(video) or (form is not None and video != STDIN and not os.path.isfile(video)):
+    if _URL.match(video) or (form is not None and _is_no_file(video)):
         return video
     if video == STDIN:
         if os.isatty(0):
@@ -97,6 +98,16 @@ def _place(video: str, enough: Callable[[], bool], form: str | None) -> str | Pi
         return Piped(path, enough)
     # FFmpeg takes what stands before a colon for a protocol: "12:30.mp4" would have 12.
     return os.path.join(os.getcwd(), path)
+
+
+def _is_no_file(video: str) -> bool:
+    """Whether a format is to make something of it: a device, or a name that only it knows."""
+    path = video.removeprefix("file:")
+    if video == STDIN:
+        return False
+    return not os.path.exists(path) or not (
+        os.path.isfile(path) or os.path.isdir(path) or is_pipe(path)
+    )
 
 
 def _check_format(form: str) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -12,7 +14,7 @@ import torch
 
 from vicostream_kernels.backends import usable_device
 from vicostream_kernels.methods import Method
-from vicostream_kernels.models.sampling import DRAWING
+from vicostream_kernels.models.sampling import DRAWING, FIELDS, unknown
 from vicostream_kernels.pipeline.errors import InputError
 from vicostream_kernels.pipeline.source import VideoInfo
 
@@ -25,7 +27,8 @@ def parse_settings(
     for setting in settings:
         key, equals, value = setting.partition("=")
         if not equals or not key.strip():
-            raise InputError(f"{option} {setting!r}: give key=value, as in {example}")
+            shown = re.split(r"[=:\s]", setting.strip(), maxsplit=1)[0]  # the rest may be secret
+            raise InputError(f"{option} {shown!r}: give key=value, as in {example}")
         parsed[key.strip()] = value.strip()
     return parsed
 
@@ -34,22 +37,34 @@ def parse_sampler(settings: Sequence[str]) -> dict[str, Any]:
     """Fields of a generation configuration, and ``seed``, as ``Sampler`` takes them.
 
     A field that only drawing reads switches it on, a temperature of 0 off, where ``do_sample`` does
-    not say. Raises :class:`InputError` for what is no number, true, false or none.
+    not say. Raises :class:`InputError` for another field, and for what is no number, true, false
+    or none.
     """
     parsed: dict[str, Any] = {}
     for key, text in parse_settings(settings, "--sampler", "temperature=0.7").items():
-        try:
-            parsed[key] = None if text.lower() == "none" else json.loads(text.lower())
-        except ValueError as error:
-            raise InputError(
-                f"--sampler {key}={text}: give a number, true, false or none"
-            ) from error
+        if key not in FIELDS | {"seed"}:
+            raise InputError(f"--{unknown(key)}")
+        parsed[key] = _value(key, text)
+    for key, kind, said in (("do_sample", bool, "true or false"), ("seed", int, "an int")):
+        if key in parsed and type(parsed[key]) is not kind:
+            raise InputError(f"--sampler {key}={parsed[key]!r}: give {said}")
     if parsed.get("temperature") == 0:
+        if parsed.setdefault("do_sample", False):
+            raise InputError("--sampler temperature=0 draws nothing: leave do_sample=true out")
         del parsed["temperature"]
-        parsed.setdefault("do_sample", False)
     elif DRAWING.intersection(parsed):
         parsed.setdefault("do_sample", True)
     return parsed
+
+
+def _value(key: str, text: str) -> Any:
+    try:
+        value = None if text.lower() == "none" else json.loads(text.lower())
+    except (ValueError, RecursionError):
+        value = text
+    if isinstance(value, str) or (isinstance(value, float) and not math.isfinite(value)):
+        raise InputError(f"--sampler {key}={text:.60}: give a number, true, false or none")
+    return value
 
 
 def parse_device(name: str) -> torch.device:

@@ -29,7 +29,7 @@ from vicostream_kernels.pipeline.options import (
     quiet_transformers,
 )
 from vicostream_kernels.pipeline.report import QuestionFigures, Recorder
-from vicostream_kernels.pipeline.screen import Screen, clock
+from vicostream_kernels.pipeline.screen import Screen
 from vicostream_kernels.pipeline.source import Frame, VideoSource, stack
 from vicostream_kernels.pipeline.stopping import Stop, held_back
 from vicostream_kernels.pipeline.text import Question, parse_question
@@ -83,7 +83,7 @@ class _Run:
         self._frames_before = 0  # in earlier runs of the session
         self._source: VideoSource | None = None
         self._told = 0  # of its troubles
-        self._forgets = False  # and the user knows it
+        self._kept: int | None = 0  # chunks forgotten before; None: the user knows of more
         self._stop = Stop(options.save is not None, self._tell_stop)
         self._film: Any = None
         self._sampler: Any = None  # by the checkpoint's generation configuration
@@ -149,6 +149,10 @@ class _Run:
         live = self._live()
         if options.system is not None and options.restore is not None:
             raise InputError("--system: the session that --restore takes has its own")
+        if any("\ud800" <= character <= "\udfff" for character in options.system or ""):
+            raise InputError("--system: the text holds bytes that are not UTF-8 text")
+        if options.input_format is not None and options.video == "sample":
+            raise InputError("--input-format: sample is made here (./sample is a file)")
         sampler = parse_sampler(options.sampler)
         opened = {
             "form": options.input_format,
@@ -189,7 +193,9 @@ class _Run:
                 recorder.restart()
                 watch = None if self._film is None else self._film.watch
                 with self._open(engine, source, watch) as stream, self._at.caught():
-                    recorder.config["sampler"] = sampler
+                    recorder.config |= {"sampler": sampler, "system": options.system}
+                    recorder.config["input_format"] = options.input_format
+                    self._kept = recorder.forgotten.chunks
                     # What the stream says at its end comes beside it.
                     self._consume(source, stream, questions, live)
 
@@ -220,16 +226,16 @@ class _Run:
             self._at.tell(f"{self._name}: {trouble.what}", 1)
         self._at.part, self._at.time_s = before
 
-    def _tell_forgotten(self) -> None:
-        """Once, when history that was to be kept begins to go."""
+    def _tell_forgotten(self, stream: Any) -> None:
+        """Once, when history that was to be kept begins to go; files that fail are told apart."""
         recorder = self._recorder
-        if self._forgets or not recorder.forgotten.chunks:
+        if self._kept is None or recorder.config["engine"]["history"] != "all":
             return
-        self._forgets = True
-        if recorder.config["engine"]["history"] == "all":
+        if recorder.forgotten.chunks - len(stream.history.cache.losses) > self._kept:
+            self._kept = None
             self._screen.say(
-                f"no room for more history: the oldest is forgotten from here on, from "
-                f"{clock(recorder.forgotten.last[-1][0])} (the report says what)"
+                "no room for more history: the oldest is forgotten from here on (the report says "
+                "what)"
             )
 
     def _open(self, engine: Any, source: VideoSource, watch: Any) -> Any:
@@ -362,7 +368,7 @@ class _Run:
 
     def _taken(self, stream: Any) -> None:
         self._draw()
-        self._tell_forgotten()
+        self._tell_forgotten(stream)
         self._screen.update(self._recorder, stream.time_s)
 
     def _tell_stop(self) -> None:
