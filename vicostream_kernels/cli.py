@@ -186,7 +186,7 @@ def run(
     Exit code 0: all went well; 1: something failed; 2: something given cannot be used; 130:
     interrupted. The report is written in every case, with what was done until then.
     """
-    from vicostream_kernels.pipeline.run import RunOptions
+    from vicostream_kernels.pipeline.options import RunOptions
     from vicostream_kernels.pipeline.run import run as run_pipeline
     from vicostream_kernels.pipeline.stopping import heard
 

@@ -8,6 +8,7 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,6 +18,45 @@ from vicostream_kernels.methods import Method
 from vicostream_kernels.models.sampling import DRAWING, FIELDS, unknown
 from vicostream_kernels.pipeline.errors import InputError
 from vicostream_kernels.pipeline.source import VideoInfo
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """What ``vicostream run`` was asked to do; strings as they were typed."""
+
+    video: str
+    model: str = "tiny"
+    preset: str = "live"
+    questions: Sequence[str] = ()
+    fps: float | None = None
+    device: str = "cpu"
+    dtype: str | None = None
+    report: str | None = None
+    show_pruning: str | None = None
+    explain: str | None = None
+    restore: str | None = None
+    save: str | None = None
+    interactive: bool = False
+    realtime: bool = False
+    max_lag: float | None = None
+    system: str | None = None
+    sampler: Sequence[str] = ()
+    input_format: str | None = None
+    input_options: Sequence[str] = ()
+    settings: Sequence[str] = ()
+    debug: bool = False
+
+    def opening(self) -> dict[str, Any]:
+        """What FFmpeg is told of the video. Raises :class:`InputError` also for a ``system`` that
+        cannot be."""
+        if self.system is not None and self.restore is not None:
+            raise InputError("--system: the session that --restore takes has its own")
+        if any("\ud800" <= character <= "\udfff" for character in self.system or ""):
+            raise InputError("--system: the text holds bytes that are not UTF-8 text")
+        if self.input_format is not None and self.video == "sample":
+            raise InputError("--input-format: sample is made here (./sample is a file)")
+        told = parse_settings(self.input_options, "--input-option", "rtsp_transport=tcp")
+        return {"form": self.input_format, "options": told}
 
 
 def parse_settings(

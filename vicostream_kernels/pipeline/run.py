@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from vicostream_kernels.pipeline.feed import Feed, Live, when
 from vicostream_kernels.pipeline.folders import writable_folder
 from vicostream_kernels.pipeline.names import STDIN, shown_name
 from vicostream_kernels.pipeline.options import (
+    RunOptions,
     busy_hint,
     dtype_hint,
     gpu_hint,
@@ -33,33 +34,6 @@ from vicostream_kernels.pipeline.screen import Screen
 from vicostream_kernels.pipeline.source import Frame, VideoSource, stack
 from vicostream_kernels.pipeline.stopping import Stop, held_back
 from vicostream_kernels.pipeline.text import Question, parse_question
-
-
-@dataclass(frozen=True)
-class RunOptions:
-    """What ``vicostream run`` was asked to do; strings as they were typed."""
-
-    video: str
-    model: str = "tiny"
-    preset: str = "live"
-    questions: Sequence[str] = ()
-    fps: float | None = None
-    device: str = "cpu"
-    dtype: str | None = None
-    report: str | None = None
-    show_pruning: str | None = None
-    explain: str | None = None
-    restore: str | None = None
-    save: str | None = None
-    interactive: bool = False
-    realtime: bool = False
-    max_lag: float | None = None
-    system: str | None = None
-    sampler: Sequence[str] = ()
-    input_format: str | None = None
-    input_options: Sequence[str] = ()
-    settings: Sequence[str] = ()
-    debug: bool = False
 
 
 def run(options: RunOptions, screen: Screen | None = None) -> int:
@@ -120,22 +94,7 @@ class _Run:
 
     def _stream(self) -> None:
         options, recorder = self._options, self._recorder
-        if options.report is not None:
-            self._folder = writable_folder(options.report, "--report")
-        if options.explain is not None:
-            writable_folder(options.explain, "--explain")
-        if options.save is not None:
-            if not options.save:
-                raise InputError("--save '': give a file")
-            if Path(options.save).is_dir():
-                raise InputError(f"--save {options.save}: it is a folder, give a file")
-            writable_folder(Path(options.save).parent, "--save")
-        if options.restore is not None and not Path(options.restore).is_file():
-            raise InputError(f"--restore {options.restore}: no such file")
-        if options.show_pruning is not None:
-            from vicostream_kernels.pipeline.film import PruningFilm
-
-            self._film = PruningFilm(options.show_pruning)
+        self._check_paths()
         method = methods.get(options.preset, parse_settings(options.settings))
         device, dtype = parse_device(options.device), parse_dtype(options.dtype)
         recorder.use_device(device)
@@ -146,27 +105,14 @@ class _Run:
                     "keeps"
                 )
             recorder.explain = True
-        live = self._live()
-        if options.system is not None and options.restore is not None:
-            raise InputError("--system: the session that --restore takes has its own")
-        if any("\ud800" <= character <= "\udfff" for character in options.system or ""):
-            raise InputError("--system: the text holds bytes that are not UTF-8 text")
-        if options.input_format is not None and options.video == "sample":
-            raise InputError("--input-format: sample is made here (./sample is a file)")
-        sampler = parse_sampler(options.sampler)
-        opened = {
-            "form": options.input_format,
-            "options": parse_settings(
-                options.input_options, "--input-option", "rtsp_transport=tcp"
-            ),
-        }
+        live, sampler, opening = self._live(), parse_sampler(options.sampler), options.opening()
         questions = [parse_question(words) for words in options.questions]
 
         self._at.part = "video"
         video = options.video
         if video == "sample":
             video, questions = self._sample(questions)
-        with VideoSource(video, fps=options.fps, enough=self._enough, **opened) as source:
+        with VideoSource(video, fps=options.fps, enough=self._enough, **opening) as source:
             self._source = source
             recorder.source = {**asdict(source.info), "fps": options.fps}
             self._at.part = "model"
@@ -198,6 +144,26 @@ class _Run:
                     self._kept = recorder.forgotten.chunks
                     # What the stream says at its end comes beside it.
                     self._consume(source, stream, questions, live)
+
+    def _check_paths(self) -> None:
+        """What is written into must take it, what is read be there, before the work."""
+        options = self._options
+        if options.report is not None:
+            self._folder = writable_folder(options.report, "--report")
+        if options.explain is not None:
+            writable_folder(options.explain, "--explain")
+        if options.save is not None:
+            if not options.save:
+                raise InputError("--save '': give a file")
+            if Path(options.save).is_dir():
+                raise InputError(f"--save {options.save}: it is a folder, give a file")
+            writable_folder(Path(options.save).parent, "--save")
+        if options.restore is not None and not Path(options.restore).is_file():
+            raise InputError(f"--restore {options.restore}: no such file")
+        if options.show_pruning is not None:
+            from vicostream_kernels.pipeline.film import PruningFilm
+
+            self._film = PruningFilm(options.show_pruning)
 
     def _live(self) -> Live:
         options = self._options
