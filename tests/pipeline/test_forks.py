@@ -103,3 +103,39 @@ def test_a_chunk_waits_while_answers_hold_what_would_have_to_go(overlap):
         stream.ingest(pictures(8))
         stream.close()
         assert engine.cache.used_pages == 0
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize(
+    "preset, changes",
+    [
+        ("vicostream", {"retrieve": "none", "engine__window_chunks": 2, "engine__max_pages": 16}),
+        ("streaming-llm", {"attention__window": 90, "engine__max_pages": 20}),
+    ],
+)
+def test_while_a_chunk_waits_for_room_questions_see_the_whole_window(preset, changes, overlap):
+    """What only that chunk would not see any more is still there for them."""
+    changes = {**changes, "engine__history": "window", "engine__overlap": overlap}
+    with small_engine(preset, **changes) as made, made.open(fps=2) as stream:
+        held, frames = [], pictures(40)
+
+        def told():
+            with stream.ask("What?", max_new_tokens=3) as answer:
+                return "".join(answer), answer.figures.blocks, stream.report()["forgotten"]
+
+        for at in (*range(0, 40, 8), 0, 8):
+            expected = told()
+            if at == 32 or stream.time_s > 19:
+                held.append(stream.ask("What did you see?", max_new_tokens=50))
+            try:
+                stream.ingest(frames[at : at + 8])
+                stream.flush()
+            except OutOfPages:
+                break
+        else:
+            pytest.fail("there was room")
+        assert told() == expected
+        for answer in held:
+            answer.close()
+        assert stream.flush() == 1
+        assert told()[1][-1][0] == expected[1][-1][0] + 4

@@ -117,42 +117,6 @@ def test_video_that_comes_while_an_answer_is_decoded_changes_nothing(preset, bef
         assert not stream.history._retired and not stream.history._holds
 
 
-@pytest.mark.parametrize("overlap", [False, True])
-@pytest.mark.parametrize(
-    "preset, changes",
-    [
-        ("vicostream", {"retrieve": "none", "engine__window_chunks": 2, "engine__max_pages": 16}),
-        ("streaming-llm", {"attention__window": 90, "engine__max_pages": 20}),
-    ],
-)
-def test_while_a_chunk_waits_for_room_questions_see_the_whole_window(preset, changes, overlap):
-    """What only that chunk would not see any more is still there for them."""
-    changes = {**changes, "engine__history": "window", "engine__overlap": overlap}
-    with small_engine(preset, **changes) as made, made.open(fps=2) as stream:
-        held, frames = [], pictures(40)
-
-        def told():
-            with stream.ask("What?", max_new_tokens=3) as answer:
-                return "".join(answer), answer.figures.blocks, stream.report()["forgotten"]
-
-        for at in (*range(0, 40, 8), 0, 8):
-            expected = told()
-            if at == 32 or stream.time_s > 19:
-                held.append(stream.ask("What did you see?", max_new_tokens=50))
-            try:
-                stream.ingest(frames[at : at + 8])
-                stream.flush()
-            except OutOfPages:
-                break
-        else:
-            pytest.fail("there was room")
-        assert told() == expected
-        for answer in held:
-            answer.close()
-        assert stream.flush() == 1
-        assert told()[1][-1][0] == expected[1][-1][0] + 4
-
-
 @pytest.mark.parametrize("each", [1, 7, 24])
 def test_times_that_nobody_gives_do_not_depend_on_how_frames_are_cut(each, tmp_path):
     """A session that is restored in between counts on."""
