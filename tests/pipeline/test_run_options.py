@@ -85,7 +85,7 @@ def test_tokens_are_drawn_as_told_and_one_seed_draws_the_same(tmp_path, video):
         (dict(input_options=["tcp"]), "--input-option 'tcp': give key=value, as in rtsp_transport"),
         (dict(input_options=["headers: secret"]), "--input-option 'headers': give key=value"),
         (dict(sampler=["seed=99999999999999999999"]), "seed=99999999999999999999 must be an int"),
-        (dict(system="\udcff"), "--system: the text holds bytes that are not UTF-8"),
+        (dict(system="\udcff"), "holds bytes that are not UTF-8 text"),
     ],
 )
 def test_what_cannot_be_used_is_said_in_one_line(tmp_path, video, options, said):

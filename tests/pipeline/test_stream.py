@@ -412,6 +412,8 @@ def test_an_engine_refuses_what_it_would_ignore():
         for fps in (0, None, float("nan"), "25", 10**400):
             with pytest.raises(ValueError, match="open: fps=.* must be a positive number"):
                 made.open(fps=fps)
+        with pytest.raises(ValueError, match="open: the system message .* not UTF-8 text"):
+            made.open(system="\udcff")
 
 
 def first_logits(preset, **changes):

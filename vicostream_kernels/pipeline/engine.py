@@ -23,6 +23,7 @@ from vicostream_kernels.pipeline.report import Recorder
 from vicostream_kernels.pipeline.session import Stream
 from vicostream_kernels.pipeline.snapshot import Snapshot, fingerprint, settings_of
 from vicostream_kernels.pipeline.stages import ChunkMask
+from vicostream_kernels.pipeline.text import check_text
 from vicostream_kernels.pipeline.turn import Turn
 
 _FIRST_PAGES = 256
@@ -126,6 +127,7 @@ class StreamEngine:
         """
         if not finite(fps) > 0:
             raise InputError(f"open: fps={fps!r} must be a positive number of frames per second")
+        check_text("open: the system message", system or "")
         recorder = self._described(recorder)
         return Stream(self, recorder, fps=fps, system=system, on_pruned=on_pruned)
 
@@ -166,8 +168,7 @@ class StreamEngine:
         longer than the method's budget."""
         if not isinstance(text, str) or not text.strip():
             raise InputError(f"ask: the question is empty, got {text!r}")
-        if any("\ud800" <= character <= "\udfff" for character in text):
-            raise InputError(f"ask: the question {text!r} holds bytes that are not UTF-8 text")
+        check_text("ask: the question", text)
         ids = self.runner.question_ids(text)
         budget = self.method.engine.max_question_tokens
         if len(ids) > budget:

@@ -18,6 +18,7 @@ from vicostream_kernels.methods import Method
 from vicostream_kernels.models.sampling import DRAWING, FIELDS, unknown
 from vicostream_kernels.pipeline.errors import InputError
 from vicostream_kernels.pipeline.source import VideoInfo
+from vicostream_kernels.pipeline.text import check_text
 
 
 @dataclass(frozen=True)
@@ -51,8 +52,7 @@ class RunOptions:
         cannot be."""
         if self.system is not None and self.restore is not None:
             raise InputError("--system: the session that --restore takes has its own")
-        if any("\ud800" <= character <= "\udfff" for character in self.system or ""):
-            raise InputError("--system: the text holds bytes that are not UTF-8 text")
+        check_text("--system", self.system or "")
         if self.input_format is not None and self.video == "sample":
             raise InputError("--input-format: sample is made here (./sample is a file)")
         told = parse_settings(self.input_options, "--input-option", "rtsp_transport=tcp")

@@ -14,6 +14,13 @@ _WINDOW, _OVERLAP = 32, 8
 _CLOCK = re.compile(r"^(?:(\d+):)?(\d{1,2}):(\d{1,2}(?:\.\d+)?)$")
 
 
+def check_text(what: str, text: str) -> None:
+    """Raises :class:`InputError` for what Python makes of bytes that are no text: no tokenizer
+    takes it."""
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise InputError(f"{what} {text!r} holds bytes that are not UTF-8 text")
+
+
 class TextStream:
     """Token ids in, text out, piece by piece; the pieces joined are the whole decoded answer.
 
