@@ -26,35 +26,46 @@ def across_kernel(
 ):
     """One program: BLOCK neighbouring bytes of ROWS resized rows; the taps are made once for all.
 
-    So the bytes are the first axis: Triton lays lanes along it, and a thread's rows share a weight.
+    Each row is an array of its own: of one array over both axes, Triton chooses the axis that
+    lanes lie along, and not every release the one whose loads join and whose weights are shared.
 
     What bounds it: memory, every frame read once, as neighbours find each other's pixels in L1; the
     loads themselves where it shrinks much, 4 x the factor of them for a byte.
     """
-    row = tl.program_id(0) // tiles * ROWS + tl.arange(0, ROWS)
+    first = tl.program_id(0) // tiles * ROWS
     e = tl.program_id(0) % tiles * BLOCK + tl.arange(0, BLOCK)
     x, channel = e // 3, e % 3
-    there = (x < width_out)[:, None] & (row < rows)[None, :]
-    sources = (
-        frames_ptr
-        + (row // height).to(tl.int64) * frames_stride_f
-        + (row % height).to(tl.int64) * frames_stride_h
-    )
+    there = x < width_out
+    sources = ()
+    sums = ()
+    for r in tl.static_range(ROWS):
+        row = tl.minimum(first + r, rows - 1)
+        frame, line = (row // height).to(tl.int64), (row % height).to(tl.int64)
+        sources = sources + (frames_ptr + frame * frames_stride_f + line * frames_stride_h,)
+        sums = sums + (tl.zeros((BLOCK,), tl.float32),)
     pixel, off = middle(x, width_in, width_out)
     total = tl.zeros((BLOCK,), tl.float32)
-    summed = tl.zeros((BLOCK, ROWS), tl.float32)
     for number in range(0, taps):
         t = number - taps // 2
         i = pixel + t
         inside = (i >= 0) & (i < width_in)
         weight = tl.where(inside, tap(t + off, shrink), 0.0)
         at = i.to(tl.int64) * frames_stride_w + channel.to(tl.int64) * frames_stride_c
-        found = tl.load(sources[None, :] + at[:, None], mask=there & inside[:, None], other=0)
-        summed += weight[:, None] * found.to(tl.float32)
+        # The compiler keeps loads in order, so all of them stand before the first use of one.
+        found = ()
+        for r in tl.static_range(ROWS):
+            found = found + (tl.load(sources[r] + at, mask=there & inside, other=0),)
+        more = ()
+        for r in tl.static_range(ROWS):
+            more = more + (sums[r] + weight * found[r].to(tl.float32),)
+        sums = more
         total += weight
-    targets = out_ptr + row.to(tl.int64) * (3 * width_out)
-    value = level(summed / tl.where(x < width_out, total, 1.0)[:, None]).to(tl.uint8)
-    tl.store(targets[None, :] + e[:, None], value, mask=there)
+    total = tl.where(there, total, 1.0)
+    for r in tl.static_range(ROWS):
+        value = level(sums[r] / total).to(tl.uint8)
+        target = out_ptr + (first + r).to(tl.int64) * (3 * width_out) + e
+        # Not `there & (first + r < rows)`: Triton 3.9's interpreter cannot "and" one with many.
+        tl.store(target, value, mask=x < tl.where(first + r < rows, width_out, 0))
 
 
 @triton.jit(do_not_specialize=["frames", "parts"])

@@ -68,16 +68,18 @@ def summary_kernel(
         fill = tl.minimum(tl.maximum(fill, 0), page_size)
         count += fill
         keys_ptr = k_ptr + page * k_stride_p
-        for start in range(first, tl.minimum(stop, fill), UNROLL):
+        last = tl.minimum(stop, fill)
+        for start in range(first, last, UNROLL):
             # The compiler keeps loads in order, so all of them stand before the first use of one.
             keys = ()
             for i in tl.static_range(UNROLL):
                 offset = start + i
-                there = inside & (offset < stop) & (offset < fill)
+                # One comparison: Triton 3.9's interpreter cannot "and" one condition with many.
+                there = c < tl.where(offset < last, HEAD_DIM, 0)
                 at = wide(offset) * k_stride_b + c.to(tl.int64) * k_stride_d
                 keys = keys + (tl.load(keys_ptr + at, mask=there, other=0.0),)
             for i in tl.static_range(UNROLL):
-                there = (start + i < stop) & (start + i < fill)
+                there = start + i < last
                 key = keys[i].to(tl.float32)
                 if mean_ptr is not None:
                     total = tl.where(there, total + key, total)

@@ -53,13 +53,20 @@ def sum_tiles(width: int, most: int) -> dict[str, int]:
     """
     if width < 256:
         rows, chunk = row_tile(width)
-        return {"ROWS": rows, "CHUNK": chunk, "UNROLL": 1, "EVEN": width == chunk, "num_warps": 4}
+        return {
+            "ROWS": rows,
+            "CHUNK": chunk,
+            "UNROLL": 1,
+            "EVEN": width == chunk,
+            "num_warps": 4,
+            "enable_fp_fusion": True,
+        }
     tiles = cdiv(width, 256)
     unroll = cdiv(tiles, cdiv(tiles, most))
     fit = [n for n in range(unroll, unroll // 2, -1) if width % (256 * n) == 0]
     return {
         "ROWS": 1, "CHUNK": 256, "UNROLL": fit[0] if fit else unroll, "EVEN": bool(fit),
-        "num_warps": 1, "maxnreg": 128,
+        "num_warps": 1, "maxnreg": 128, "enable_fp_fusion": True,
     }  # fmt: skip
 
 

@@ -111,6 +111,7 @@ def rope_append(
             TOKENS=tile,
             HEADS=heads,
             num_warps=warps,
+            enable_fp_fusion=True,
         )
         if block_of_page is None:
             return
@@ -139,4 +140,5 @@ def rope_append(
             SCAN=256,
             UNROLL=32,
             num_warps=1,
+            enable_fp_fusion=True,
         )

@@ -48,7 +48,10 @@ def _parts(head_dim: int, halves: bool) -> Mapping[str, int]:
 
 
 def _config(rows: int, keys: int, warps: int, stages: int) -> dict[str, int]:
-    return {"BLOCK_M": rows, "BLOCK_N": keys, "num_warps": warps, "num_stages": stages}
+    return {
+        "BLOCK_M": rows, "BLOCK_N": keys,
+        "num_warps": warps, "num_stages": stages, "enable_fp_fusion": True,
+    }  # fmt: skip
 
 
 # Tiles and launches are fixed by class: the channels that the parts have together, the bytes of an
@@ -94,10 +97,11 @@ def _varlen_config(width: int, itemsize: int, ragged: bool, wgmma: bool) -> dict
         return _config(16 if width > 64 else 32, 32, 4 if width in (80, 96) else 8, 1)
     if width > 128:
         return _config(64, 16 if width < 256 and not wgmma else 32, 8, 2 if wgmma else 1)
-    # 64 + 32: one more accumulator than four warps have registers for; or channels to be masked
-    if width == 96 or (width == 128 and ragged and not wgmma):
-        return _config(64, 32, 8, 2)
-    return _config(64, 64 if wgmma and width <= 80 else 32, 4, 2)
+    # 64 + 32: one more accumulator than four warps have registers for
+    if width == 96 or (width == 128 and not wgmma):
+        # All registers that there are: ptxas would rather spill for one more program at a time.
+        return _config(64, 32, 8, 2) | {"maxnreg": 255}
+    return _config(64, 64 if wgmma and width <= 64 else 32, 4, 2)
 
 
 def _scaled(q: torch.Tensor, sm_scale: float | None) -> tuple[torch.Tensor, float]:
@@ -260,7 +264,7 @@ def sink_window_attention(
         channels = min(32, power_of_2(head_dim))
         combine_kernel[(partial_rows * heads * cdiv(head_dim, channels),)](
             partial_ptr=partial, state_ptr=state, heads=heads, runs=runs, BY_ROW=by_row, **found,
-            **results, HEAD_DIM=head_dim, CHANNELS=channels, num_warps=1,
+            **results, HEAD_DIM=head_dim, CHANNELS=channels, num_warps=1, enable_fp_fusion=True,
         )  # fmt: skip
 
 
@@ -333,6 +337,7 @@ def _index(
         SLOTS=min(64, power_of_2(page_size)),
         SCAN=1024,  # not by the length: a table that grows would be compiled for anew
         num_warps=4,
+        enable_fp_fusion=True,
     )
 
 
@@ -417,5 +422,6 @@ def merge_states(
             CHANNELS=channels,
             ROWS=tile,
             num_warps=4,
+            enable_fp_fusion=True,
         )
     return out, lse

@@ -69,6 +69,7 @@ def preprocess_frames(
                 ROWS=_ROWS,
                 BLOCK=_ACROSS,
                 num_warps=4,
+                enable_fp_fusion=True,
             )
         rows = cdiv(count, temporal) * (height // patch) * (width // patch)
         out = frames.new_empty((rows, 3 * temporal * patch * patch), dtype=dtype)
@@ -90,5 +91,6 @@ def preprocess_frames(
             TEMPORAL=temporal,
             BLOCK=_BLOCK,
             num_warps=2,
+            enable_fp_fusion=True,
         )
     return out

@@ -82,6 +82,7 @@ class _Means:
             ROWS=rows,
             CHUNK=chunk,
             num_warps=4,
+            enable_fp_fusion=True,
             **self.common,
         )
         return made
@@ -105,6 +106,7 @@ class _Means:
             ROWS=32,
             CHUNK=64,
             num_warps=4,
+            enable_fp_fusion=True,
             **self.common,
         )
         return means, sums, counts
@@ -128,7 +130,12 @@ class _Means:
         if raw or selected:
             anchors["raw"], sums, self.counts = self._means(squares, None)
         common = {k: v for k, v in self.common.items() if not k.startswith("x_")}
-        of_layout = common | {"tiles": cdiv(self.width, 64), "CHUNK": 64, "num_warps": 4}
+        of_layout = common | {
+            "tiles": cdiv(self.width, 64),
+            "CHUNK": 64,
+            "num_warps": 4,
+            "enable_fp_fusion": True,
+        }
         grid = (layout.segments * of_layout["tiles"],)
         if any(r == "running_mean" for r, _, _ in terms):
             by_step = rule.history == "step"
@@ -165,6 +172,7 @@ class _Means:
                 wanted=some,
                 CHUNK=64,
                 num_warps=4,
+                enable_fp_fusion=True,
             )
             self.channels = chosen
         if unit:
@@ -216,7 +224,12 @@ def prune_tokens(
     at_x = {"x_ptr": x, "width": width, **_places(x, "x", "tnd", packed)}
     rows, chunk = row_tile(width)
     # A warp copies a wide row alone: most of what it issues is to find out where to.
-    tile = {"ROWS": rows, "CHUNK": chunk, "num_warps": 1 if rows == 1 else 4}
+    tile = {
+        "ROWS": rows,
+        "CHUNK": chunk,
+        "num_warps": 1 if rows == 1 else 4,
+        "enable_fp_fusion": True,
+    }
     kept = mask.view(torch.uint8)
     at_kept = {"kept_ptr": kept, **_places(kept, "kept", "tn", packed)}
     score = torch.empty((layout.total,), dtype=torch.float32, device=x.device)
@@ -285,6 +298,7 @@ def prune_tokens(
             KEEP="all" if rule.threshold is None else rule.keep,
             ANY=rule.reduce == "any",
             num_warps=4,
+            enable_fp_fusion=True,
             **at_kept,
             **at_layout,
         )
@@ -363,6 +377,7 @@ def _rank(
         TILE=64,
         OTHERS=32,
         num_warps=4,
+        enable_fp_fusion=True,
         **{name: value for name, value in at_layout.items() if name != "PACKED"},
     )
     return chosen

@@ -81,6 +81,7 @@ def summarize_blocks(
                 CHANNELS=power_of_2(d),
                 UNROLL=8,
                 num_warps=1,
+                enable_fp_fusion=True,
             )
     elif count is not None:
         count.zero_()
@@ -160,6 +161,7 @@ def _score_blocks(
                 SUMMED=not per_head,
                 BOUND=score == "bound",
                 num_warps=4,
+                enable_fp_fusion=True,
                 **common,
             )
         programs = streams * tiles * (1 if whole else chunks)
@@ -197,6 +199,7 @@ def _score_blocks(
                 WHOLE=whole,
                 BLOCKS=tile,
                 num_warps=warps,
+                enable_fp_fusion=True,
                 **common,
             )
     if pool != "softmax":
@@ -234,6 +237,7 @@ def _average_shares(
                 scale=scale,
                 TILE=1024,
                 num_warps=4,
+                enable_fp_fusion=True,
             )
         if scores.numel():
             average_kernel[(streams * rows * tiles,)](
@@ -253,6 +257,7 @@ def _average_shares(
                 num_blocks_stride=_stride(num_blocks),
                 TILE=tile,
                 num_warps=4,
+                enable_fp_fusion=True,
             )
     return scores
 
@@ -297,6 +302,7 @@ def _select_blocks(
             last=force_last,
             TILE=256,
             num_warps=4,
+            enable_fp_fusion=True,
             **limits,
             **sizes,
         )
@@ -315,6 +321,7 @@ def _select_blocks(
                 MASS=mass is not None,
                 TILE=512,
                 num_warps=4,
+                enable_fp_fusion=True,
                 **limits,
                 **sizes,
             )
@@ -341,6 +348,7 @@ def _select_blocks(
             TILE=TILE,
             OTHERS=64,
             num_warps=4,
+            enable_fp_fusion=True,
             **limits,
             **sizes,
         )
@@ -426,6 +434,7 @@ def select_pages(
             TILE=TILE,
             OTHERS=64,
             num_warps=4,
+            enable_fp_fusion=True,
         )
         list_kernel[(rows * tiles,)](
             values_ptr=values,
@@ -439,6 +448,7 @@ def select_pages(
             TILE=TILE,
             SCAN=64,
             num_warps=2,
+            enable_fp_fusion=True,
         )
     return table
 

@@ -90,6 +90,7 @@ def select_changed(
             TILE=_TILE,
             OTHERS=64,
             num_warps=4,
+            enable_fp_fusion=True,
         )
         list_kernel[(frames * tiles,)](
             values_ptr=values,
@@ -103,6 +104,7 @@ def select_changed(
             TILE=_TILE,
             SCAN=64,
             num_warps=2,
+            enable_fp_fusion=True,
         )
     return index, count, similarity
 
@@ -127,6 +129,7 @@ def gather_rows(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
             ROWS=_ROWS,
             BLOCK=_block(width),
             num_warps=4,
+            enable_fp_fusion=True,
         )
     return out
 
@@ -160,5 +163,6 @@ def merge_rows(
             BLOCK=_block(width),
             SCAN=128,
             num_warps=4,
+            enable_fp_fusion=True,
         )
     return out

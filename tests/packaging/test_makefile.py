@@ -37,7 +37,15 @@ def checkout(tmp_path) -> Path:
 
 
 def make(checkout: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    clean = {k: v for k, v in os.environ.items() if not k.startswith(("MAKE", "MFLAGS"))}
+    given = (
+        "MAKE",
+        "MFLAGS",
+        "VENV",
+        "TORCH",
+        "TRITON",
+        "PYTHON",
+    )  # to the make that runs the tests
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(given)}
     return subprocess.run(
         ["make", *arguments], cwd=checkout, env=clean, capture_output=True, text=True
     )

@@ -77,15 +77,18 @@ def load(instruction: Instruction, kernel: Kernel) -> Step:
 
 
 def _load_parameter(block: Block, addresses: Array, size: int, count: int) -> list[Array]:
-    """All threads read the same parameter; an array of it with its place is told by the address."""
-    if (addresses != addresses[0]).any():
-        raise Unsupported("parameters by thread")
-    number, offset = divmod(int(addresses[0]) - PARAMETERS, PARAMETER)
-    data = block.parameters[number]
-    if offset + size * count > len(data):
-        raise Fault(f"byte {offset} of a parameter of {len(data)} bytes")
-    words = np.frombuffer(data, f"u{size}", count, offset)
-    return [np.full(len(addresses), word) for word in words]
+    """An array of parameters with its place is told by the address, in each thread its own."""
+    places, whose = np.unique(addresses, return_inverse=True)
+    words = np.zeros((len(places), count), f"u{size}")
+    for word, place in zip(words, places, strict=True):
+        number, offset = divmod(int(place) - PARAMETERS, PARAMETER)
+        if not 0 <= number < len(block.parameters):
+            raise Fault(f"parameter {number} of {len(block.parameters)}")
+        data = block.parameters[number]
+        if offset + size * count > len(data):
+            raise Fault(f"byte {offset} of a parameter of {len(data)} bytes")
+        word[:] = np.frombuffer(data, f"u{size}", count, offset)
+    return list(words[whose].T)
 
 
 def _local_places(block: Block, at: Array, width: int, mask: Array | None) -> tuple[Array, Array]:

@@ -13,7 +13,7 @@ from ptx.values import Array, all_threads, poison
 
 WARP = 32
 #: Parameter ``n`` has the address ``PARAMETERS + n * PARAMETER``, and that many bytes at most.
-PARAMETERS, PARAMETER = 1 << 56, 1 << 16
+PARAMETERS, PARAMETER = 1 << 28, 1 << 16
 
 
 class Block:

@@ -51,7 +51,7 @@ def reader(operand: Operand, kind: str) -> Reader:
 
 
 def addresses_of(address: Operand, space: str, kernel: Kernel) -> Reader:
-    """The bytes' addresses, in 64 bits; those of shared and local memory may be held in 32."""
+    """The bytes' addresses, in 64 bits; those of memory but global may be held in 32."""
     if not isinstance(address, Address):
         raise Unsupported(f"an address like {address}")
     offset = np.array([address.offset & 2**64 - 1], np.uint64)
@@ -59,7 +59,7 @@ def addresses_of(address: Operand, space: str, kernel: Kernel) -> Reader:
     if base is None:
         return lambda block: offset
     narrow = (
-        space in ("shared", "local")
+        space in ("shared", "local", "param")
         and isinstance(base, Register)
         and SIZES[kernel.registers[base.index]] == 4
     )

@@ -190,7 +190,8 @@ def test_the_gate_limits_shared_memory(capability):
 def test_the_gate_compiles_what_would_run():
     # The specialisation is the launcher's own: strides of 1 and multiples of 16 are constants.
     (launch,) = record_launches(append_call(BF16, 128))
-    assert launch.grid == (40 * 8,) and launch.options == {"num_warps": 2}
+    assert launch.grid == (40 * 8,)
+    assert launch.options == {"num_warps": 2, "enable_fp_fusion": True}
     aligned = compile_launch(launch, 80)
     (launch,) = record_launches(append_call(BF16, 128, gaps=True))
     gapped = compile_launch(launch, 80)
