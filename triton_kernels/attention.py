@@ -56,7 +56,8 @@ def _config(rows: int, keys: int, warps: int, stages: int) -> dict[str, int]:
 
 # Tiles and launches are fixed by class: the channels that the parts have together, the bytes of an
 # element, and whether the device has wgmma, whose operands stay in shared memory. Each is as large
-# as the compile gate allows without a spill. A float32 product takes no tensor core.
+# as the compile gate allows without a spill, by Triton 3.6 and 3.9. A float32 product takes no
+# tensor core.
 #
 # Keys are loaded from slots that are loaded themselves, and the stages are shared out between the
 # two: with less than 5 a tile of keys is waited for as soon as it is asked for, and with 5 it is on
@@ -91,8 +92,8 @@ def _decode_config(
     return config | ({"maxnreg": 255} if turned and width == 128 else {})
 
 
-def _varlen_config(width: int, itemsize: int, ragged: bool, wgmma: bool) -> dict[str, int]:
-    """64 rows, as the ViT's windows have. ``ragged``: a part is wider than its channels."""
+def _varlen_config(width: int, itemsize: int, wgmma: bool) -> dict[str, int]:
+    """64 rows, as the ViT's windows have."""
     if itemsize == 4:
         return _config(16 if width > 64 else 32, 32, 4 if width in (80, 96) else 8, 1)
     if width > 128:
@@ -363,7 +364,7 @@ def varlen_attention(
     q, scale = _scaled(q, sm_scale)
     parts = _parts(head_dim, halves=False)
     width = parts["PART_A"] + parts["PART_B"]
-    config = _varlen_config(width, q.element_size(), width > head_dim, _has_wgmma(q.device))
+    config = _varlen_config(width, q.element_size(), _has_wgmma(q.device))
     row_tiles = cdiv(max(1, min(max_seqlen_q, rows)), config["BLOCK_M"])
     with on(q):
         varlen_kernel[((windows + 1) * heads * row_tiles,)](

@@ -37,14 +37,8 @@ def checkout(tmp_path) -> Path:
 
 
 def make(checkout: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    given = (
-        "MAKE",
-        "MFLAGS",
-        "VENV",
-        "TORCH",
-        "TRITON",
-        "PYTHON",
-    )  # to the make that runs the tests
+    # What was given to the make that runs the tests.
+    given = ("MAKE", "MFLAGS", "VENV", "TORCH", "TRITON", "PYTHON")
     clean = {k: v for k, v in os.environ.items() if not k.startswith(given)}
     return subprocess.run(
         ["make", *arguments], cwd=checkout, env=clean, capture_output=True, text=True
