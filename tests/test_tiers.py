@@ -365,13 +365,25 @@ def flipped(path):
     path.write_bytes(data)
 
 
+def renamed(path):
+    """What the file says of itself, not what it holds."""
+    data = bytearray(path.read_bytes())
+    data[12] ^= 1
+    path.write_bytes(data)
+
+
 def truncated(path):
     path.write_bytes(path.read_bytes()[:-5])
 
 
 @pytest.mark.parametrize(
     "damage, why",
-    [(missing, "No such file"), (flipped, "contents have changed"), (truncated, "truncated")],
+    [
+        (missing, "No such file"),
+        (flipped, "contents have changed"),
+        (renamed, "header has changed"),
+        (truncated, "truncated"),
+    ],
 )
 @pytest.mark.parametrize("allowed", [False, True])
 def test_a_lost_file_names_the_span(tmp_path, damage, why, allowed):

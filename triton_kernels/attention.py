@@ -55,54 +55,56 @@ def _config(rows: int, keys: int, warps: int, stages: int) -> dict[str, int]:
 
 
 # Tiles and launches are fixed by class: the channels that the parts have together, the bytes of an
-# element, and whether the device has wgmma, whose operands stay in shared memory. Each is as large
-# as the compile gate allows without a spill, by Triton 3.6 and 3.9. A float32 product takes no
-# tensor core.
+# element, and the kind of tensor cores, of which the newer two leave operands in shared memory and
+# have much of it. Each is as large as the compile gate allows without a spill, by Triton 3.6 and
+# 3.9, on every kind of device. A float32 product takes no tensor core.
 #
 # Keys are loaded from slots that are loaded themselves, and the stages are shared out between the
 # two: with less than 5 a tile of keys is waited for as soon as it is asked for, and with 5 it is on
 # its way while the one before is worked on. Where that has no registers, there are 2 or 3.
 _AHEAD = 5
+# Of registers, all that there are: ptxas would rather spill for one more program at a time.
+_ALL = {"maxnreg": 255}
 
 
-def _prefill_config(width: int, itemsize: int, turned: bool, wgmma: bool) -> dict[str, int]:
+def _prefill_config(width: int, itemsize: int, turned: bool, cores: str) -> dict[str, int]:
+    large = cores != "mma"
     if itemsize == 4:
-        rows = 32 if width <= 64 or (width == 128 and not wgmma) else 16
-        return _config(rows, 16 if width > 128 and turned and not wgmma else 32, 8, 1)
+        return _config(32 if width <= 64 else 16, 32, 8, 1) | _ALL
     if width > 128:
-        if turned and not wgmma:
-            return _config(32, 16, 4, 2)
+        if turned and not large:
+            return _config(32, 32, 8, 2) | _ALL
         # parts of two widths take more registers
-        keys = 16 if width < 256 and not wgmma else 32
-        return _config(64, keys, 8, _AHEAD if wgmma and not turned else 2)
-    return _config(128, 64 if wgmma and not turned else 32, 8, _AHEAD if wgmma or not turned else 2)
+        keys = 16 if width < 256 and not large else 32
+        return _config(64, keys, 8, _AHEAD if large and not turned else 2)
+    return _config(128, 64 if large and not turned else 32, 8, _AHEAD if large or not turned else 2)
 
 
 def _decode_config(
-    width: int, itemsize: int, turned: bool, wgmma: bool, ragged: bool
+    width: int, itemsize: int, turned: bool, cores: str, ragged: bool
 ) -> dict[str, int]:
     """``ragged``: a part is wider than its channels."""
+    large = cores != "mma"
     if itemsize == 4:
-        return _config(16, 32, 8 if width > 64 else 4, 1)
-    keys = 64 if wgmma and width in (16, 32, 64, 128) else 32
+        return _config(16, 32, 8 if width > 64 else 4, 1) | (_ALL if width == 80 else {})
+    keys = 64 if large and width in (16, 32, 64, 128) else 32
     # Angles are twice as large as keys: of more stages, fewer programs fit beside each other.
-    ahead = not turned and (width < 128 or (not ragged and (width == 128 or wgmma)))
+    ahead = not turned and (width < 128 or (not ragged and (width == 128 or large)))
     config = _config(16, keys, 4, _AHEAD if ahead else 3)
-    # All registers that there are: ptxas would rather spill for one more program at a time.
-    return config | ({"maxnreg": 255} if turned and width == 128 else {})
+    return config | _ALL if turned and width == 128 else config
 
 
-def _varlen_config(width: int, itemsize: int, wgmma: bool) -> dict[str, int]:
+def _varlen_config(width: int, itemsize: int, cores: str) -> dict[str, int]:
     """64 rows, as the ViT's windows have."""
     if itemsize == 4:
-        return _config(16 if width > 64 else 32, 32, 4 if width in (80, 96) else 8, 1)
+        return _config(32 if width <= 128 else 16, 32, 8, 1) | _ALL
     if width > 128:
-        return _config(64, 16 if width < 256 and not wgmma else 32, 8, 2 if wgmma else 1)
+        keys = 16 if width < 256 and cores == "mma" else 32
+        return _config(64, keys, 8, 2 if cores == "wgmma" else 1)
     # 64 + 32: one more accumulator than four warps have registers for
-    if width == 96 or (width == 128 and not wgmma):
-        # All registers that there are: ptxas would rather spill for one more program at a time.
-        return _config(64, 32, 8, 2) | {"maxnreg": 255}
-    return _config(64, 64 if wgmma and width <= 64 else 32, 4, 2)
+    if width == 96 or (width == 128 and cores != "wgmma"):
+        return _config(64, 32, 8, 2) | _ALL
+    return _config(64, 64 if cores != "mma" and width <= 64 else 32, 4, 2)
 
 
 def _scaled(q: torch.Tensor, sm_scale: float | None) -> tuple[torch.Tensor, float]:
@@ -118,9 +120,10 @@ def _scaled(q: torch.Tensor, sm_scale: float | None) -> tuple[torch.Tensor, floa
 
 
 @cache
-def _has_wgmma(device: torch.device) -> bool:
-    """Or what came after it, and as much shared memory; 12.0 has neither."""
-    return device.type == "cuda" and 9 <= torch.cuda.get_device_capability(device)[0] < 12
+def _tensor_cores(device: torch.device) -> str:
+    """What multiplies 16 bits: "mma", "wgmma" (9.x) or "tcgen05" (10.x and 11.x, not 12.x)."""
+    major = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
+    return {9: "wgmma", 10: "tcgen05", 11: "tcgen05"}.get(major, "mma")
 
 
 def sink_window_attention(
@@ -240,7 +243,7 @@ def sink_window_attention(
             "out_stride_h": out.stride(1),
             "lse_stride_n": 0 if lse is None else lse.stride(0),
         }
-        launch_class = (width, q.element_size(), page_shift is not None, _has_wgmma(q.device))
+        launch_class = (width, q.element_size(), page_shift is not None, _tensor_cores(q.device))
         if rows > FEW_QUERIES:
             config = _prefill_config(*launch_class)
             tiles = rows * (heads // groups) // config["BLOCK_M"] + streams + 1
@@ -364,7 +367,7 @@ def varlen_attention(
     q, scale = _scaled(q, sm_scale)
     parts = _parts(head_dim, halves=False)
     width = parts["PART_A"] + parts["PART_B"]
-    config = _varlen_config(width, q.element_size(), _has_wgmma(q.device))
+    config = _varlen_config(width, q.element_size(), _tensor_cores(q.device))
     row_tiles = cdiv(max(1, min(max_seqlen_q, rows)), config["BLOCK_M"])
     with on(q):
         varlen_kernel[((windows + 1) * heads * row_tiles,)](

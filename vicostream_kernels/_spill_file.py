@@ -184,7 +184,9 @@ class SpillFolder:
         DamagedFile; what was filled is worth nothing then."""
         digest = hashlib.sha256()
         with open(record.group.path, "rb", buffering=0) as file:
-            file.seek(len(record.group.header) + record.start)
+            if file.read(len(record.group.header)) != record.group.header:
+                raise DamagedFile("its header has changed")
+            file.seek(record.start, os.SEEK_CUR)
             for parts in in_pieces(into):
                 for filled in fill(file, parts):
                     digest.update(filled)

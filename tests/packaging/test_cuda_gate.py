@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -38,6 +39,23 @@ def test_no_kernel_uses_local_memory(source, capability, tmp_path):
     ptx = nvcc.ptx_of(source, capability)
     done = compile_strictly(ptx, nvcc.TARGETS[capability], tmp_path / "out.cubin")
     assert done.returncode == 0, done.stderr
+
+
+#: Targets that run what is shipped for another: its binary (8.6, 8.9), or its PTX, assembled anew.
+ELSEWHERE = {"sm_86": 80, "sm_89": 80, "sm_100": 90, "sm_120": 90}
+
+
+@pytest.mark.parametrize("arch", ELSEWHERE)
+@pytest.mark.parametrize("source", nvcc.SOURCES, ids=lambda p: p.stem)
+def test_other_devices_spill_a_few_words_at_most(source, arch, tmp_path):
+    ptx = nvcc.ptx_of(source, ELSEWHERE[arch]).read_text()
+    (tmp_path / "a.ptx").write_text(ptx.replace("sm_90a", "sm_90"))  # 90-virtual has no 9.0a
+    command = ["ptxas", "-v", f"-arch={arch}", "-o", str(tmp_path / "a.cubin")]
+    done = subprocess.run([*command, str(tmp_path / "a.ptx")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    spilled = [int(n) for n in re.findall(r"(\d+) bytes spill stores", done.stderr)]
+    assert spilled and max(spilled) <= 16, done.stderr
+    assert max(map(int, re.findall(r"(\d+) bytes smem", done.stderr)), default=0) <= 48 * 1024
 
 
 def test_decode_copies_asynchronously_and_multiplies_on_tensor_cores():

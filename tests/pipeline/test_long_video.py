@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from pipeline_kit import pictures, small_engine, write_video
 
+from vicostream_kernels.evaluation.streamqa import is_correct, make_clip
 from vicostream_kernels.pipeline.run import RunOptions, run
 
 MIB = 2**20
@@ -37,8 +38,34 @@ def report_of(folder, video, *questions, settings=(), **more):
     return code, json.loads((folder / "report.json").read_text())
 
 
+@pytest.mark.parametrize("minutes, mib", [(6, 2), pytest.param(60, 8, marks=pytest.mark.slow)])
+def test_a_long_clip_is_answered_from_its_first_minute(tmp_path, minutes, mib):
+    """Shapes for a minute, then a grey wall: where was what? The model has learnt to look it up."""
+    asked = make_clip(1, 120, questions=6, kinds=("past",), at="end")
+    wall = np.full((60 * minutes * 4 - len(asked.frames), *asked.frames.shape[1:]), 128, np.uint8)
+    video = write_video(
+        tmp_path / "clip.mp4", np.concatenate([asked.frames, wall]), rate=4, options={"crf": "8"}
+    )
+    settings = [
+        f"engine.history_bytes={mib}MiB", f"engine.spill_dir={tmp_path}", "engine.pixels=7056",
+    ]  # fmt: skip
+    code, report = report_of(
+        tmp_path / "out", str(video), *(f"end {q.text}" for q in asked.questions),
+        settings=settings, model="tiny",
+    )  # fmt: skip
+    assert code == 0 and report["errors"] == []
+    for question, answer in zip(asked.questions, report["questions"]):
+        assert is_correct(answer["answer"], question), (question, answer)
+        first = [read for read in answer["reads"] if read["end_s"] < 60]
+        for start, end in question.evidence[-1:]:  # none shows what was never there
+            assert any(read["start_s"] <= end and start <= read["end_s"] for read in first)
+    # The first question fetched some of them, which are in memory then.
+    tiers = {read["tier"] for read in report["questions"][0]["reads"] if read["end_s"] < 60}
+    assert tiers == {"disk"}
+
+
 @pytest.mark.parametrize("minutes", [6, pytest.param(60, marks=pytest.mark.slow)])
-def test_a_long_clip_is_answered_from_its_first_minute(tmp_path, minutes):
+def test_a_long_clip_stays_in_its_budget(tmp_path, minutes):
     budget = 4 * MIB
     settings = [
         "engine.history_bytes=4MiB", "engine.window_chunks=2", "retrieve.k=6",

@@ -98,6 +98,18 @@ def test_fewer_blocks_are_not(preset):
             assert read["tier"] == "memory"  # on a GPU: device
 
 
+@pytest.mark.parametrize("preset", ["quest", "lserve"])
+def test_layers_that_read_everything_are_accounted_for(preset):
+    """`reads` has what was chosen, `blocks` what was read."""
+    with small_engine(preset, **SMALLER[preset]) as made, made.open() as stream:
+        stream.ingest(pictures(56))
+        spans = [(c.start_s, c.end_s) for c in stream.history.chunks()]
+        figures = ask(stream, tokens=1)[2]
+        assert figures.blocks == spans and figures.reads == [], "the prompt is dense"
+        figures = ask(stream)[2]
+        assert figures.blocks == spans and figures.reads
+
+
 @pytest.mark.parametrize("preset", [p for p in SMALLER if p != "vicostream"])
 def test_video_that_comes_while_an_answer_is_decoded_changes_nothing(preset):
     """Also where later tokens choose anew: the summaries that they see are those of the fork."""

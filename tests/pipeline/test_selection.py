@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from dataclasses import dataclass, field
 from math import inf, nan
 
@@ -168,8 +169,11 @@ def test_of_relevant_blocks_the_newest_are_read(k, force_last, score):
         return [n for n in chosen(**settings).block_index[0].tolist() if n >= 0]
 
     for spread in (0.0, 1.0, 2.5, 4.0, 100.0):
-        middle = scores.sort().values[19]
-        least = middle + spread * (scores - middle).abs().sort().values[19] - 1e-9
+        one_scene = 0.01 * (scores.max() - scores.min())
+        counted = [0] + [n for n in range(1, 40) if abs(scores[n] - scores[n - 1]) > one_scene]
+        middle = statistics.median_low(scores[counted].tolist())
+        spreads = statistics.median_low((scores[counted] - middle).abs().tolist())
+        least = middle + max(spread * spreads, 0.1 * (scores.max() - middle)) - 1e-9
         relevant = [n for n in range(40) if scores[n] >= least]
         others = sorted(set(range(40)) - set(relevant), key=lambda n: -scores[n])
         newest = list(range(40 - force_last, 40))
@@ -193,6 +197,18 @@ def test_the_best_of_many_that_do_not_stand_out_is_read(backend):
         chosen = topk_blocks(None, None, external_score=ranks, k=17, force_last=1, backend=backend)
         found += int(scores.argmax()) in chosen.block_index[0].tolist()
     assert found == 50
+
+
+@pytest.mark.parametrize("noise", [0.0, 1e-3, 2e-2])
+def test_what_stands_out_of_a_scene_without_change_is_read(noise):
+    """Its scores spread by nothing, or by noise that lies far out in its own measure."""
+    random = torch.Generator().manual_seed(1)
+    scores = 0.1 + noise * torch.randn(2000, generator=random)
+    scores[[3, 7, 90]] = torch.tensor([0.9, 0.8, 0.7])
+    ranks = selection._newest_relevant(scores[None], 3.0)[0]
+    assert {3, 7, 90} <= set(ranks.topk(5).indices.tolist())
+    if not noise:
+        assert ranks.argsort(stable=True).tolist()[-3:] == [3, 7, 90], "of those by age"
 
 
 @pytest.mark.parametrize(

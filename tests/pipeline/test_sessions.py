@@ -25,13 +25,16 @@ from vicostream_kernels.pipeline.snapshot import Snapshot, SnapshotError
 
 jsonschema = pytest.importorskip("jsonschema")
 
-#: Each keeps state of another kind: the step before, keys per layer and pages, a scorer's mean and
-#: the ViT's reference, sinks that move, tiers.
+#: Each keeps state of another kind: the step before, keys per layer and pages, bounds of keys, a
+#: running mean, a scorer's mean, the ViT's reference, sinks that move, tiers.
 PRESETS = {
     "vicostream": {"prune__threshold": 0.9, "retrieve__k": 3, "engine__window_chunks": 2},
     "livevlm": {"attention__window": 60, "retrieve__ratio": 0.2},
     "rekv": {"attention__window": 60, "retrieve__k": 2},
+    "quest": {"retrieve__token_budget": 64, "retrieve__dense_layers": 1},
+    "lserve": {"retrieve__token_budget": 64},
     "stc": {"engine__window_chunks": 2},
+    "stc-pruner-as-released": {"engine__window_chunks": 2},
     "streaming-llm": {"attention__window": 50},
     "tiers": {"retrieve__k": 3, "engine__window_chunks": 2, "engine__history_bytes": 3 * 2**19},
 }

@@ -34,7 +34,7 @@ def activate(capability: int, patch: pytest.MonkeyPatch) -> None:
     patch.setattr(backends, "INTERPRET", True)
     patch.setattr(backends, "_triton_missing", lambda *_: None)
     # The tiles of that device, not of a CPU.
-    patch.setattr(attention, "_has_wgmma", lambda device: capability == 90)
+    patch.setattr(attention, "_tensor_cores", lambda device: {80: "mma", 90: "wgmma"}[capability])
     driver.set_active(Driver(capability))
 
 

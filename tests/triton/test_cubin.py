@@ -18,37 +18,10 @@ if interpreter.ACTIVE:
     pytest.skip("in the interpreter nothing is compiled", allow_module_level=True)
 
 import triton.language as tl  # noqa: E402
+from triton_calls import BF16, FP16, FP32, append_call  # noqa: E402
 
 from kit.cubin import SHARED_LIMIT, Cubin, compile_launch, record_launches  # noqa: E402
-from vicostream_kernels.triton_kernels import append  # noqa: E402
 from vicostream_kernels.triton_kernels._sums import product  # noqa: E402
-
-FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
-
-
-def append_call(dtype, d, *, raw=False, sums=False, sub=0, summary_raw=False, gaps=False):
-    """The shapes of a 7B model's layer: 320 tokens, 28 query and 4 key heads, pages of 64."""
-    n, h, g, pages, page_size, blocks = 320, 28, 4, 32, 64, 100
-
-    def make(*shape, dtype=dtype):
-        if gaps:
-            shape = (*shape[:-1], shape[-1] * 3)
-        made = torch.empty(shape, dtype=dtype, device="meta")
-        return made[..., ::3] if gaps else made
-
-    i32 = torch.int32
-    pool = (pages, page_size, g, d)
-    return lambda: append.rope_append(
-        make(n, h, d), make(n, g, d), make(n, g, d), make(3, n, dtype=i32),
-        make(d // 2, dtype=FP32), [d // 8, d // 8, d // 4], make(*pool), make(*pool),
-        make(n, dtype=i32), make(n, h, d), make(*pool) if raw else None,
-        make(blocks, g, d, dtype=FP32) if sums else None,
-        make(blocks, dtype=i32) if sums else None,
-        make(blocks, sub, g, d, dtype=FP32) if sub else None,
-        make(blocks, sub, g, d, dtype=FP32) if sub else None,
-        summary_raw, make(pages, dtype=i32) if sums or sub else None,
-    )  # fmt: skip
-
 
 # Everything at once wherever registers are tightest, the plain call where it is most used; a
 # compilation takes about a second, so not the whole product.

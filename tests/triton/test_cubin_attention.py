@@ -19,58 +19,19 @@ pytest.importorskip("triton")
 if interpreter.ACTIVE:
     pytest.skip("in the interpreter nothing is compiled", allow_module_level=True)
 
-from kit.cubin import Cubin, compile_launch, record_launches  # noqa: E402
+from triton_calls import (  # noqa: E402
+    BF16,
+    FP16,
+    FP32,
+    build_attention,
+    check_attention,
+    empty,
+    paged_call,
+    varlen_call,
+)
+
+from kit.cubin import compile_launch, record_launches  # noqa: E402
 from vicostream_kernels.triton_kernels import attention  # noqa: E402
-
-FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
-
-
-def empty(*shape, dtype=torch.int32):
-    return torch.empty(shape, dtype=dtype, device="meta")
-
-
-def paged_call(
-    dtype, d, *, rows=320, window=False, shift=False, logits=False, per_head=False, page=64,
-    heads=(28, 4),
-):  # fmt: skip
-    """A layer of a 7B model: 28 query heads, 4 key heads, 256 listed pages."""
-    (h, g), pages, listed = heads, 300, 256
-    table = (1, g, listed) if per_head else (1, listed)
-    return lambda: attention.sink_window_attention(
-        empty(rows, h, d, dtype=dtype), empty(pages, page, g, d, dtype=dtype),
-        empty(pages, page, g, d, dtype=dtype), empty(*table), empty(2),
-        empty(rows, h, d, dtype=dtype), empty(rows, h, dtype=FP32), None, empty(pages),
-        4 if window else 0, 4096 if window else None, empty(1) if window else None, None,
-        empty(h, dtype=FP32) if logits else None, empty(*table, 3) if shift else None,
-        empty(d // 2, dtype=FP32) if shift else None, [d // 8, d // 8, d // 4] if shift else None,
-    )  # fmt: skip
-
-
-def varlen_call(dtype, d):
-    """A frame of the ViT in windows of 64 patches."""
-    x = empty(1280, 16, d, dtype=dtype)
-    return lambda: attention.varlen_attention(x, x, x, empty(21), empty(21), 64, 64)
-
-
-def build(monkeypatch, call, capability, only=None) -> dict[str, Cubin]:
-    """What the call would run on such a device, by the kernels' names; all or one of them."""
-    monkeypatch.setattr(attention, "_has_wgmma", lambda device: capability >= 90)
-    return {
-        launch.kernel.__name__: compile_launch(launch, capability)
-        for launch in record_launches(call)
-        if only in (None, launch.kernel.__name__)
-    }
-
-
-def check(built: dict[str, Cubin], dtype, capability) -> None:
-    for name, cubin in built.items():
-        wanted = None
-        if dtype != FP32 and name in ("prefill_kernel", "varlen_kernel"):
-            wanted = "wgmma" if capability >= 90 else "mma"
-        if dtype != FP32 and name == "split_kernel":
-            wanted = "mma"  # 16 rows; wgmma takes 64
-        cubin.check(expect_instruction=wanted)
-
 
 # The plain call is the smallest; a window adds a loop, a shift the angles.
 PAGED = {
@@ -98,49 +59,44 @@ def name_of(value) -> str:
 
 
 @pytest.mark.parametrize(("key", "options"), PAGED.items(), ids=name_of)
-def test_pages(monkeypatch, key, options):
+def test_pages(key, options):
     dtype, d, capability = key
-    built = build(monkeypatch, paged_call(dtype, d, **options), capability)
+    built = build_attention(paged_call(dtype, d, **options), capability)
     assert list(built) == ["index_kernel", "prefill_kernel", "split_kernel", "combine_kernel"]
-    check(built, dtype, capability)
+    check_attention(built, dtype, capability)
 
 
 @pytest.mark.parametrize("capability", (80, 90))
-def test_turned_keys_of_groups_of_eight(monkeypatch, capability):
+def test_turned_keys_of_groups_of_eight(capability):
     """Where ptxas would rather spill than have one program less at a time."""
     call = paged_call(
         BF16, 128, rows=1, window=True, shift=True, per_head=True, heads=(16, 2)
     )  # fmt: skip
-    check(build(monkeypatch, call, capability), BF16, capability)
-
-
-@pytest.mark.parametrize("d", (128, 256))
-def test_smaller_devices_have_shared_memory_enough(monkeypatch, d):
-    check(build(monkeypatch, paged_call(BF16, d), 86), BF16, 86)
-    check(build(monkeypatch, varlen_call(BF16, d), 86), BF16, 86)
+    check_attention(build_attention(call, capability), BF16, capability)
 
 
 @pytest.mark.parametrize(
-    ("capability", "large"), (((8, 9), False), ((9, 0), True), ((10, 0), True), ((12, 0), False))
+    ("capability", "cores"),
+    (((8, 9), "mma"), ((9, 0), "wgmma"), ((10, 0), "tcgen05"), ((12, 0), "mma")),
 )
-def test_large_tiles_are_for_large_shared_memory(monkeypatch, capability, large):
+def test_tiles_follow_the_tensor_cores_of_the_device(monkeypatch, capability, cores):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    assert attention._has_wgmma.__wrapped__(torch.device("cuda")) is large
+    assert attention._tensor_cores.__wrapped__(torch.device("cuda")) == cores
 
 
 @pytest.mark.parametrize("key", VARLEN, ids=name_of)
-def test_packed_windows(monkeypatch, key):
+def test_packed_windows(key):
     dtype, d, capability = key
-    built = build(monkeypatch, varlen_call(dtype, d), capability)
+    built = build_attention(varlen_call(dtype, d), capability)
     assert list(built) == ["varlen_kernel"]
-    check(built, dtype, capability)
+    check_attention(built, dtype, capability)
 
 
-def test_merge(monkeypatch):
+def test_merge():
     out, lse = empty(320, 28, 128, dtype=BF16), empty(320, 28, dtype=FP32)
-    built = build(monkeypatch, lambda: attention.merge_states(out, lse, out, lse), 90)
+    built = build_attention(lambda: attention.merge_states(out, lse, out, lse), 90)
     assert list(built) == ["merge_kernel"]
-    check(built, BF16, 90)
+    check_attention(built, BF16, 90)
     assert "ld.global.v4.b32" in built["merge_kernel"].ptx, "vectors of 16 bytes"
 
 
@@ -150,20 +106,20 @@ PRODUCT = list(itertools.product((FP32, FP16, BF16), (64, 80, 128, 256), (80, 90
 @pytest.mark.slow
 @pytest.mark.parametrize("key", PRODUCT, ids=name_of)
 @pytest.mark.parametrize("turned", (False, True), ids=("plain", "turned"))
-def test_the_whole_product(monkeypatch, key, turned):
+def test_the_whole_product(key, turned):
     dtype, d, capability = key
     call = paged_call(dtype, d, window=True, shift=turned)
-    check(build(monkeypatch, call, capability), dtype, capability)
+    check_attention(build_attention(call, capability), dtype, capability)
     if not turned:
-        check(build(monkeypatch, varlen_call(dtype, d), capability), dtype, capability)
+        check_attention(build_attention(varlen_call(dtype, d), capability), dtype, capability)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", (80, 90))
 @pytest.mark.parametrize("d", (8, 24, 96, 112, 160, 192, 224))
-def test_other_head_dims(monkeypatch, d, capability):
-    check(build(monkeypatch, paged_call(BF16, d, window=True), capability), BF16, capability)
-    check(build(monkeypatch, varlen_call(BF16, d), capability), BF16, capability)
+def test_other_head_dims(d, capability):
+    check_attention(build_attention(paged_call(BF16, d, window=True), capability), BF16, capability)
+    check_attention(build_attention(varlen_call(BF16, d), capability), BF16, capability)
 
 
 # ---- what is launched
@@ -181,7 +137,7 @@ def test_head_dim_80_is_not_padded_to_128():
                 assert (launch.arguments["PART_A"], launch.arguments["PART_B"]) == (64, 16)
 
 
-def test_keys_and_values_are_copied_in_16_bytes_and_asynchronously(monkeypatch):
+def test_keys_and_values_are_copied_in_16_bytes_and_asynchronously():
     (launch,) = [
         launch
         for launch in record_launches(paged_call(BF16, 128, rows=1))
@@ -209,10 +165,10 @@ def test_a_pool_without_gaps_has_pages_of_one_slot():
 
 @pytest.mark.parametrize("rows", [1, 320])
 @pytest.mark.parametrize("capability", [80, 90])
-def test_keys_are_on_their_way_while_the_tile_before_is_worked_on(monkeypatch, rows, capability):
+def test_keys_are_on_their_way_while_the_tile_before_is_worked_on(rows, capability):
     """With too few stages each tile is waited for as soon as it is asked for."""
     name = "prefill_kernel" if rows > 16 else "split_kernel"
-    cubin = build(monkeypatch, paged_call(BF16, 128, rows=rows), capability, name)[name]
+    cubin = build_attention(paged_call(BF16, 128, rows=rows), capability, name)[name]
     waits = [int(left) for left in re.findall(r"cp\.async\.wait_group\s+(\w+);", cubin.ptx)]
     # A tile is three groups (slots, keys, values); all are waited for behind a loop only.
     loops = waits.count(0)

@@ -13,10 +13,9 @@ pytest.importorskip("triton")
 if interpreter.ACTIVE:
     pytest.skip("in the interpreter nothing is compiled", allow_module_level=True)
 
-from kit.cubin import compile_launch, record_launches  # noqa: E402
-from vicostream_kernels.triton_kernels import preprocess  # noqa: E402
+from triton_calls import preprocess_call  # noqa: E402
 
-MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+from kit.cubin import compile_launch, record_launches  # noqa: E402
 
 
 @pytest.mark.parametrize(
@@ -29,7 +28,7 @@ MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.2757
     ids=str,
 )
 def test_a_chunk(source, dtype, capability, names):
-    launches = launched(source, (252, 420), 14, 2, dtype)
+    launches = record_launches(preprocess_call(source, (252, 420), 14, 2, dtype))
     assert [launch.kernel.__name__ for launch in launches] == names
     for launch in launches:
         compile_launch(launch, capability).check()
@@ -38,7 +37,7 @@ def test_a_chunk(source, dtype, capability, names):
 @pytest.mark.parametrize("capability", [80, 90])
 def test_the_rows_of_a_thread_share_a_weight(capability):
     """Lanes along a row, whose loads join; a weight takes ten multiplications, a load one."""
-    across, _ = launched((1080, 1920), (252, 420), 14, 2, torch.bfloat16)
+    across, _ = record_launches(preprocess_call((1080, 1920), (252, 420), 14, 2, torch.bfloat16))
     ptx = compile_launch(across, capability).ptx
     loads = len(re.findall(r"\bld\.global", ptx))
     multiplications = len(re.findall(r"\b(?:fma\.rn|mul)\.f32", ptx))
@@ -57,12 +56,5 @@ def test_the_rows_of_a_thread_share_a_weight(capability):
 )
 def test_sizes_of_one_and_patches_of_many(source, size, patch):
     """An argument that is 1 becomes a constant, which only the compiler sees."""
-    for launch in launched(source, size, patch, 1, torch.float32):
+    for launch in record_launches(preprocess_call(source, size, patch, 1, torch.float32)):
         compile_launch(launch, 80).check()
-
-
-def launched(source, size, patch, merge, dtype):
-    frames = torch.empty(8, *source, 3, dtype=torch.uint8, device="meta")
-    return record_launches(
-        lambda: preprocess.preprocess_frames(frames, *size, MEAN, STD, patch, merge, 2, dtype)
-    )

@@ -11,44 +11,13 @@ pytest.importorskip("triton")
 if interpreter.ACTIVE:
     pytest.skip("in the interpreter nothing is compiled", allow_module_level=True)
 
+from triton_calls import BF16, FP16, FP32, empty, prune_call  # noqa: E402
+
 from kit.cubin import compile_launch, compiled_for, record_launches  # noqa: E402
 from vicostream_kernels import PruneRule  # noqa: E402
 from vicostream_kernels.triton_kernels import prune  # noqa: E402
 
-FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
 CHUNK_INTRA = PruneRule(threshold=0.25, reduce="any", always_keep="first")
-
-
-def empty(*shape, dtype=torch.int32):
-    return torch.empty(shape, dtype=dtype, device="meta")
-
-
-def call(rule, dtype, width, *, state=False, shapes=None, groups=False, masked=False):
-    """A chunk of four steps of 135 tokens, or packed segments."""
-    steps, places = (4, 135) if shapes is None else (shapes[0], max(shapes[1::2]))
-    total = steps * places if shapes is None else sum(
-        t * n for t, n in zip(shapes[::2], shapes[1::2])
-    )  # fmt: skip
-    segments = 1 if shapes is None else len(shapes) // 2
-    flat = (4, 135) if shapes is None else (total,)
-    carried = [None] * 5
-    if state:
-        needs = rule.needs
-        carried = [empty(segments)] + [
-            empty(segments, places, width, dtype=dtype) if name in needs else None
-            for name in ("previous", "last_kept")
-        ]
-        carried += [empty(segments, width, dtype=FP32), empty(segments)] if "mean" in needs else [
-            None, None,
-        ]  # fmt: skip
-    return lambda: prune.prune_tokens(
-        empty(*flat, width, dtype=dtype), empty(3, *flat), rule, shapes,
-        empty(total, width, dtype=dtype), empty(3, total), empty(total), empty(segments + 1),
-        empty(*flat, dtype=torch.bool), *carried,
-        empty(*flat, dtype=FP32) if rule.external else None,
-        empty(*flat, dtype=torch.bool) if masked else None,
-        empty(*flat) if groups else None,
-    )  # fmt: skip
 
 
 def names_of(launches):
@@ -88,16 +57,16 @@ RULES = {
 @pytest.mark.parametrize("name", RULES)
 def test_rules(name):
     rule, dtype, width, capability, options, wanted = RULES[name]
-    launches = record_launches(call(rule, dtype, width, **options))
+    launches = record_launches(prune_call(rule, dtype, width, **options))
     assert names_of(launches) == wanted
     for launch in launches:
         compile_launch(launch, capability).check()
 
 
 def test_one_chunk_has_a_program_for_each_step_and_many_share_what_they_read():
-    score, _, compact = record_launches(call(CHUNK_INTRA, BF16, 2048))
+    score, _, compact = record_launches(prune_call(CHUNK_INTRA, BF16, 2048))
     assert score.grid == (4 * 135,) and compact.grid == (4 * 135,)
-    score, _, compact = record_launches(call(CHUNK_INTRA, BF16, 2048, shapes=(4, 135) * 64))
+    score, _, compact = record_launches(prune_call(CHUNK_INTRA, BF16, 2048, shapes=(4, 135) * 64))
     assert score.grid == (64 * 135,)
     ptx = compile_launch(score, 90).ptx
     assert ptx.count("ld.global.v4.b32") == 2 * 8, "a row and its reference, 16 bytes a thread"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 
 import pytest
-import torch
 
 from kit import interpreter
 
@@ -13,29 +12,16 @@ pytest.importorskip("triton")
 if interpreter.ACTIVE:
     pytest.skip("in the interpreter nothing is compiled", allow_module_level=True)
 
+from triton_calls import BF16, FP16, FP32, empty, topk_call  # noqa: E402
+
 from kit.cubin import compile_launch, record_launches  # noqa: E402
 from vicostream_kernels.triton_kernels import retrieve  # noqa: E402
-
-FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
-
-
-def empty(*shape, dtype=torch.int32):
-    return torch.empty(shape, dtype=dtype, device="meta")
 
 
 def check(call, capability, names):
     launches = record_launches(call)
     assert [launch.kernel.__name__ for launch in launches] == names
     return [(compile_launch(launch, capability)) for launch in launches]
-
-
-def topk(query, summary, kmax=None, count=None, cu=None, *, score="dot", pool="mean",
-         scope="stream", num_blocks=None, sizes=None, **rule):  # fmt: skip
-    rules = dict(k=None, ratio=None, mass=None, token_budget=None, tokens_per_block=None)
-    rules |= dict(min_k=1, group=1, force_first=1, force_last=1, capacity=64) | rule
-    return lambda: retrieve.topk_blocks(
-        query, summary, kmax, count, cu, num_blocks, None, sizes, score, pool, scope, None, **rules
-    )
 
 
 CHOICE = ["keys_kernel", "pick_kernel"]
@@ -47,7 +33,7 @@ WALK = ["keys_kernel", "reach_kernel", "pick_kernel"]
 def test_vectors_of_any_origin(dtype, capability):
     """ViCoStream's question: 4096 blocks of 2048 channels."""
     query, summary = empty(1, 2048, dtype=dtype), empty(1, 4096, 2048, dtype=dtype)
-    call = topk(query, summary, score="cosine", k=64)
+    call = topk_call(query, summary, score="cosine", k=64)
     built = check(call, capability, ["queries_kernel", "score_kernel", *CHOICE])
     for cubin in built:
         cubin.check()
@@ -74,7 +60,7 @@ def test_keys_of_heads(dtype, d, score, pool, scope, capability):
     shape = (1, 8192, 4, 4, d) if score == "bound" else (1, 8192, 4, d)
     kmax = empty(*shape, dtype=FP32) if score == "bound" else None
     count = None if score == "bound" else empty(1, 8192)
-    call = topk(
+    call = topk_call(
         query, empty(*shape, dtype=FP32), kmax, count, cu, score=score, pool=pool, scope=scope,
         num_blocks=empty(1), ratio=0.25, capacity=2048,
     )  # fmt: skip
@@ -95,7 +81,7 @@ def test_keys_of_heads(dtype, d, score, pool, scope, capability):
 )
 def test_rules_that_walk_all_blocks(rule, capability):
     query, summary = empty(1, 256, dtype=FP32), empty(1, 4096, 256, dtype=FP32)
-    call = topk(query, summary, num_blocks=empty(1), **rule)
+    call = topk_call(query, summary, num_blocks=empty(1), **rule)
     for cubin in check(call, capability, ["queries_kernel", "score_kernel", *WALK]):
         cubin.check()
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-import torch
 
 from kit import interpreter
 
@@ -11,14 +10,10 @@ pytest.importorskip("triton")
 if interpreter.ACTIVE:
     pytest.skip("in the interpreter nothing is compiled", allow_module_level=True)
 
+from triton_calls import BF16, FP16, FP32, empty, select_call  # noqa: E402
+
 from kit.cubin import compile_launch, compiled_for, record_launches  # noqa: E402
 from vicostream_kernels.triton_kernels import reuse  # noqa: E402
-
-FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
-
-
-def empty(*shape, dtype=torch.int32):
-    return torch.empty(shape, dtype=dtype, device="meta")
 
 
 @pytest.mark.parametrize(
@@ -33,13 +28,7 @@ def empty(*shape, dtype=torch.int32):
     ids=str,
 )
 def test_select(dtype, width, metric, capability):
-    """Four frames of Qwen2.5-VL's ViT and a shared reference; lists of a quarter of the rows."""
-    x, reference = empty(4, 540, width, dtype=dtype), empty(540, width, dtype=dtype)
-    force = empty(540, dtype=torch.bool) if metric == "l2" else None
-    threshold = None if metric == "cosine" else -0.5
-    launches = record_launches(
-        lambda: reuse.select_changed(x, reference, 135, threshold, 135, metric, force)
-    )
+    launches = record_launches(select_call(dtype, width, metric=metric))
     names = [launch.kernel.__name__ for launch in launches]
     assert names == ["similarity_kernel", "rank_kernel", "list_kernel"]
     for launch in launches:

@@ -123,9 +123,10 @@ class RetrieveRule:
     score, pool, k, ratio, mass, token_budget, min_k, group, force_first, force_last: as
         ``topk_blocks`` has them; exactly one of k, ratio, mass, token_budget.
     relevant: a block is relevant whose score lies this many median absolute deviations above the
-        median: one that stands out. Of relevant blocks the newest are read, then the others by
-        score, so that "last" means last, however much better an older one matches. None: by score
-        alone. Not with ``mass`` or ``group``.
+        median, and at least a tenth as far above it as the best: one that stands out. What a scene
+        scores that stands still counts once. Of relevant blocks the newest are read, then the
+        others by score, so that "last" means last, however much better an older one matches. None:
+        by score alone. Not with ``mass`` or ``group``.
     dense_layers: so many first layers read everything.
     prefill: the prompt reads the ``"selected"`` blocks, or everything (``"dense"``).
     reuse_steps: a choice serves so many tokens, then it is made anew; None: the whole answer.

@@ -181,7 +181,8 @@ class Answer:
             for entry in self._reading.relevance()
         ]
         self.figures.reads = [block for block in seen if block.share and block.tier != "lost"]
-        self.figures.blocks = [(block.start_s, block.end_s) for block in self.figures.reads]
+        read = seen if self._reading.everything else self.figures.reads
+        self.figures.blocks = [(b.start_s, b.end_s) for b in read if b.tier != "lost"]
         if self._recorder.explain:
             self.figures.relevance = seen
 

@@ -162,6 +162,11 @@ class Reading:
             chunks = [entry.block for entry in self.relevance() if entry.share]
         return tuple(dict.fromkeys((*self._always, *chunks)))
 
+    @property
+    def everything(self) -> bool:
+        """Whether some layer has read every block."""
+        return self._everything is not None
+
     def close(self) -> None:
         """Nothing more will be read."""
         self._holding.close()

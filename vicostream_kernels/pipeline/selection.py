@@ -77,6 +77,10 @@ class Selector(Protocol):
         ...
 
 
+# Of what the best lies above the median, how much a relevant block does at least.
+_SHARE_OF_BEST = 0.1
+# Of the range of all scores, by how much two in a row differ at most that are of one scene.
+_STILL = 0.01
 _AMOUNTS = ("k", "ratio", "mass", "token_budget", "block_tokens")
 
 
@@ -136,8 +140,16 @@ def _newest_relevant(scores: torch.Tensor, spread: float) -> torch.Tensor:
     """Ranks [..., NB] for scores [..., NB]: relevant blocks by age and above all others, which keep
     their order; what is not a number stays so."""
     count = scores.shape[-1]
-    middle = _median(scores)
-    limit = middle + spread * _median((scores - middle).abs())
+    known = ~scores.isnan()
+    best = scores.where(known, -torch.inf).amax(dim=-1, keepdim=True)
+    worst = scores.where(known, torch.inf).amin(dim=-1, keepdim=True)
+    # A scene that stands still counts once: an hour of it would be the median, from which all else
+    # stands out.
+    still = scores.diff(dim=-1).abs() <= _STILL * (best - worst)
+    moved = torch.cat((scores[..., :1], scores[..., 1:].masked_fill(still, torch.nan)), dim=-1)
+    middle = _median(moved)
+    limit = middle + spread * _median((moved - middle).abs())
+    limit = torch.maximum(limit, middle + _SHARE_OF_BEST * (best - middle))
     age = torch.arange(count, dtype=torch.float32, device=scores.device)
     # By place, not by size: scores of any scale, and infinite ones.
     rank = scores.argsort(dim=-1, stable=True).argsort(dim=-1).float()
