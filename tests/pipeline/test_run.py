@@ -308,6 +308,21 @@ def test_history_that_goes_is_told_once(tmp_path, video, history, said):
         assert outcome.report["forgotten"]["chunks"] > 1
 
 
+@pytest.mark.parametrize(("k", "said"), [(30, 1), (2, 0)])
+def test_room_for_what_a_question_reads_is_asked_for_before_it_fails(tmp_path, video, k, said):
+    settings = ["engine.history_bytes=1MiB", "engine.window_chunks=1", "prune=none"]
+    settings += [f"retrieve.k={k}", "engine.frames_per_chunk=2"]
+    outcome = Outcome(tmp_path, video, "end What?", settings=settings)
+    told = f"a question that reads {k} chunks (retrieve.k) needs about"
+    assert outcome.err.count(told) == said
+    assert (outcome.code, "OutOfPages: fetch" in outcome.err) == (said, bool(said)), outcome.err
+    if said:
+        (enough,) = re.findall(r"it will fail. (\d+MiB) would do", outcome.err)
+        settings[0] = f"engine.history_bytes={enough}"
+        outcome = Outcome(tmp_path, video, "end What?", settings=settings)
+        assert outcome.code == 0 and told not in outcome.err
+
+
 def test_a_session_that_forgot_before_does_not_say_so_again(tmp_path, video):
     small = ["engine.max_pages=16", "engine.window_chunks=1", "retrieve=none", "prune=none"]
     saved = str(tmp_path / "session")

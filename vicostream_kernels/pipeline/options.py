@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from vicostream_kernels.backends import usable_device
-from vicostream_kernels.methods import Method
+from vicostream_kernels.cache import Block, PagedKVCache
+from vicostream_kernels.methods import Method, RetrieveRule
 from vicostream_kernels.models.sampling import DRAWING, FIELDS, unknown
 from vicostream_kernels.pipeline.errors import InputError
 from vicostream_kernels.pipeline.source import VideoInfo
@@ -183,6 +184,25 @@ def memory_hint(method: Method, info: VideoInfo) -> str | None:
     return (
         "this video states no end and all of its history is kept: memory grows with it, unless "
         "--set engine.history_bytes=2GB (the rest goes to files) or engine.max_pages=N bounds it"
+    )
+
+
+def room_hint(rule: RetrieveRule, cache: PagedKVCache, chunks: Sequence[Block]) -> str | None:
+    """Before a question finds out: what it reads must be in memory all at once."""
+    if rule.k is None or cache.tiers is None:
+        return None
+    pages = rule.k
+    if rule.unit == "chunk":
+        held = sum(cache.pages_for(tokens) for chunk in chunks for tokens in chunk.counts)
+        pages = round(rule.k * held / len(chunks))
+    room = cache.total_pages
+    if pages <= room:
+        return None
+    enough = cache.tiers.memory_bytes * 1.25 * pages / room
+    return (
+        f"a question that reads {rule.k} {rule.unit}s (retrieve.k) needs about {pages} pages at "
+        f"once, and engine.history_bytes has room for {room}: it will fail. "
+        f"{math.ceil(enough / 2**20)}MiB would do, or a smaller retrieve.k"
     )
 
 

@@ -28,6 +28,7 @@ from vicostream_kernels.pipeline.options import (
     parse_sampler,
     parse_settings,
     quiet_transformers,
+    room_hint,
 )
 from vicostream_kernels.pipeline.report import QuestionFigures, Recorder
 from vicostream_kernels.pipeline.screen import Screen
@@ -58,6 +59,7 @@ class _Run:
         self._source: VideoSource | None = None
         self._told = 0  # of its troubles
         self._kept: int | None = 0  # chunks forgotten before; None: the user knows of more
+        self._read: Any = None  # what questions retrieve by, until it is known to find room
         self._stop = Stop(options.save is not None, self._tell_stop)
         self._film: Any = None
         self._sampler: Any = None  # by the checkpoint's generation configuration
@@ -97,6 +99,7 @@ class _Run:
         self._check_paths()
         method = methods.get(options.preset, parse_settings(options.settings))
         device, dtype = parse_device(options.device), parse_dtype(options.dtype)
+        self._read = method.retrieve
         recorder.use_device(device)
         if options.explain is not None:
             if method.retrieve is None:
@@ -332,8 +335,17 @@ class _Run:
         stream.flush()
         self._taken(stream)
 
+    def _tell_room(self, stream: Any) -> None:
+        """Once, when the first chunk has left the memory: whether a question finds room there."""
+        chunks = stream.history.cache.chunks
+        if self._read is not None and chunks and chunks[0].tier in ("host", "disk"):
+            rule, self._read = self._read, None
+            if hint := room_hint(rule, stream.history.cache.cache, chunks):
+                self._screen.say(hint)
+
     def _taken(self, stream: Any) -> None:
         self._draw()
+        self._tell_room(stream)
         self._tell_forgotten(stream)
         self._screen.update(self._recorder, stream.time_s)
 
