@@ -77,7 +77,10 @@ def _prefill_config(width: int, itemsize: int, turned: bool, cores: str) -> dict
         # parts of two widths take more registers
         keys = 16 if width < 256 and not large else 32
         return _config(64, keys, 8, _AHEAD if large and not turned else 2)
-    return _config(128, 64 if large and not turned else 32, 8, _AHEAD if large or not turned else 2)
+    if turned and not large:
+        return _config(128, 32 if width <= 64 else 16, 8, 2) | _ALL
+    config = _config(128, 32 if turned or not large else 64, 8, _AHEAD)
+    return config | _ALL if turned and cores == "tcgen05" else config
 
 
 def _decode_config(
@@ -86,7 +89,7 @@ def _decode_config(
     """``ragged``: a part is wider than its channels."""
     large = cores != "mma"
     if itemsize == 4:
-        return _config(16, 32, 8 if width > 64 else 4, 1) | (_ALL if width == 80 else {})
+        return _config(16, 32, 8 if width > 64 else 4, 1) | _ALL
     keys = 64 if large and width in (16, 32, 64, 128) else 32
     # Angles are twice as large as keys: of more stages, fewer programs fit beside each other.
     ahead = not turned and (width < 128 or (not ragged and (width == 128 or large)))

@@ -33,7 +33,7 @@ SHARED_LIMIT = {
     80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024,
 }  # fmt: skip
 #: Tiles are made for A100 and H100. Elsewhere a few words may be spilled, in bytes.
-SPILL_LIMIT = {80: 0, 86: 16, 89: 16, 90: 0, 100: 16, 120: 16}
+SPILL_LIMIT = {80: 0, 86: 32, 89: 32, 90: 0, 100: 32, 120: 32}
 #: Columns of tensor memory that a block may take, which 10.x has.
 TENSOR_MEMORY = 512
 #: What stands in the PTX when a tensor core is used.

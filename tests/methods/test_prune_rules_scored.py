@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from vicostream_kernels import PruneState, methods, prune_tokens
 from vicostream_kernels.methods import attention_scores, prune_rules
 from vicostream_kernels.methods.pixel import PixelDifference
 from vicostream_kernels.methods.scorer import ScoredChunk
-from vicostream_kernels.methods.spatial import SpatialPool
+from vicostream_kernels.methods.spatial import SpatialEntropy, SpatialPool
 from vicostream_kernels.methods.stc import AsReleased
 from vicostream_kernels.methods.streamingtom import StaticDynamic
 
@@ -85,6 +86,49 @@ def test_streamingtom_keeps_broken_tokens_first(backend):
         group_ids=given.group_ids, group_k=given.group_k,
     )  # fmt: skip
     assert out.mask[1, 7] and out.mask[2, 4] and (out.mask.sum(1) == 10).all()
+
+
+@each_backend
+@pytest.mark.parametrize("budget", [1, 10])
+def test_streamingtom_keeps_broken_tokens_of_a_scene_that_stands_still(backend, budget):
+    """A quota for what moves, in proportion, has no room for two."""
+    x = tensors.randn((1, 40, 16), seed=3).repeat(2, 1, 1) + 0.01 * tensors.randn((2, 40, 16))
+    x[1, 5, 3], x[1, 27, 0] = math.nan, math.inf
+    given = StaticDynamic(budget=budget)(ScoredChunk(x, (2, 5, 8)), {})
+    out = run(
+        backend, x, prune_rules.STREAMINGTOM, external_score=given.score,
+        group_ids=given.group_ids, group_k=given.group_k,
+    )  # fmt: skip
+    assert out.mask[1, 5] and out.mask[1, 27]
+    assert out.mask.sum(1).tolist() == [budget, max(budget, 2)]
+
+
+@each_backend
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_linear_head_keeps_broken_tokens(backend, bad, sign):
+    x, head = moving(3, 40, 16), tensors.randn((16,), seed=8)
+    head[3] = sign * head[3].abs()
+    x[1, 7, 3] = bad
+    score = attention_scores.linear_score(x, head)
+    out = run(backend, x, prune_rules.MIXTURE_OF_DEPTHS, external_score=score)
+    assert out.mask[1, 7] and (out.mask.sum(1) == 8).all()
+
+
+@each_backend
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_attention_keeps_broken_keys_and_the_order_of_the_others(backend, bad):
+    q, k = tensors.randn((2, 3, 16), seed=1), tensors.randn((2, 20, 16), seed=2)
+    k[1, 7, 3] = bad
+    rest = [n for n in range(20) if n != 7]
+    score = attention_scores.attention_received(q, k)
+    torch.testing.assert_close(score[rest], attention_scores.attention_received(q, k[:, rest]))
+    asked = torch.cat((q, torch.full((2, 1, 16), bad)), dim=1)
+    torch.testing.assert_close(attention_scores.attention_received(asked, k), score, equal_nan=True)
+    x = moving(1, 20, 16)
+    out = run(backend, x, prune_rules.most_attended(0.2), external_score=score[None])
+    wanted = [7, *score[rest].topk(3).indices.apply_(lambda n: rest[n]).tolist()]
+    assert out.mask[0].nonzero().flatten().tolist() == sorted(wanted)
 
 
 def test_stc_as_released_leaves_broken_tokens_out_of_its_means():
@@ -161,15 +205,18 @@ def test_quota_per_token_type(backend):
 # -- Streaming -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("scorer", [PixelDifference(), StaticDynamic(budget=9), SpatialPool("max")])
+@pytest.mark.parametrize(
+    "scorer", [PixelDifference(), StaticDynamic(budget=9), SpatialPool("max"), SpatialEntropy()]
+)
 @pytest.mark.parametrize("cut", [[0, 1, 2, 3, 4, 5, 6], [0, 2, 5, 6]])
 def test_causal_scorers_give_the_bits_of_one_call(scorer, cut):
     _, patches, mean, std = video_patches(12, 3, 5, seed=4)
-    x = moving(6, 15, 16, noise=0.2)
+    x, features = moving(6, 15, 16, noise=0.2), tensors.randn((6, 60, 24), seed=5)
 
     def scored(a, b, state):
         part = patches.view(6, -1, patches.shape[-1])[a:b].flatten(0, 1)
-        return scorer(ScoredChunk(x[a:b], (b - a, 3, 5), part, mean, std), state)
+        chunk = ScoredChunk(x[a:b], (b - a, 3, 5), part, mean, std)
+        return scorer(replace(chunk, features=features[a:b].flatten(0, 1)), state)
 
     whole, state = scored(0, 6, {}), {}
     pieces = [scored(a, b, state) for a, b in zip(cut, cut[1:])]

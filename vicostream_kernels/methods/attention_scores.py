@@ -19,19 +19,26 @@ def attention_received(q: torch.Tensor, k: torch.Tensor, sm_scale: float | None 
         q: [H, Q, d] queries. k: [H, N, d] keys; heads are repeated by the caller where they group.
         sm_scale: what products are multiplied with; None is ``d ** -0.5``.
 
-    Returns float32 [N]; the sum is 1.
+    Returns float32 [N]; the sum is 1. A key with NaN or inf (in any head) gets NaN, which rules
+    keep, and takes no attention from others; queries with such are left out.
     """
     scale = q.shape[-1] ** -0.5 if sm_scale is None else sm_scale
-    weights = torch.softmax(q.float() @ k.float().mT * scale, -1)
-    return weights.mean((0, 1))
+    q, k = q.float(), k.float()
+    asks, whole = q.isfinite().all(-1, keepdim=True), k.isfinite().all(-1).all(0)
+    products = q.where(asks, 0.0) @ k.where(whole[:, None], 0.0).mT * scale
+    weights = torch.softmax(products.masked_fill(~whole, -torch.inf), -1)
+    received = weights.where(asks, 0.0).sum((0, 1)) / asks.sum()
+    return received.masked_fill(~whole, torch.nan)
 
 
 def linear_score(x: torch.Tensor, weight: torch.Tensor, bias: float = 0.0) -> torch.Tensor:
     """A trained linear head over tokens [T, N, D] with ``weight`` [D]: float32 [T, N].
 
-    VideoLLM-MoD's layer expert (arXiv 2408.16730) is one for each layer that routes.
+    VideoLLM-MoD's layer expert (arXiv 2408.16730) is one for each layer that routes. A token with
+    NaN or inf gets NaN, which rules keep: an infinite score could be the lowest.
     """
-    return x.float() @ weight.float() + bias
+    score = x.float() @ weight.float() + bias
+    return score.masked_fill(~x.isfinite().all(-1), torch.nan)
 
 
 def type_ids(lengths: tuple[int, ...], device: torch.device | str = "cpu") -> torch.Tensor:

@@ -2,7 +2,9 @@
 
 Rules that weigh an ``external`` score need one: from the scorer that their section names, or from
 whatever the caller computes. ``rule.causal`` says whether steps may be fed one by one with the
-same result; names that end in ``_PER_CALL`` or ``_PER_CHUNK`` say where they may not.
+same result; names that end in ``_PER_CALL`` or ``_PER_CHUNK`` say where they may not, and so do
+the docstrings of functions. Of a rule with a scorer it speaks of the rule alone: the scorer of
+``STC_AS_RELEASED_PER_CHUNK`` looks at the whole chunk.
 ``docs/methods.md`` lists what differs from the publications.
 """
 
@@ -36,7 +38,8 @@ CHUNK_INTRA_EPS = {
 
 
 def chunk_intra(benchmark: str) -> PruneRule:
-    """ViCoStream's rule with the threshold of a benchmark, one of ``CHUNK_INTRA_EPS``."""
+    """ViCoStream's rule with the threshold of a benchmark, one of ``CHUNK_INTRA_EPS``. Not
+    causal: a column is decided by all steps of its chunk."""
     if benchmark not in CHUNK_INTRA_EPS:
         raise ValueError(f"chunk_intra: {benchmark!r} is not one of {', '.join(CHUNK_INTRA_EPS)}")
     return replace(CHUNK_INTRA_PER_CHUNK, threshold=CHUNK_INTRA_EPS[benchmark])
@@ -67,8 +70,8 @@ def dtd_relative(drop: float) -> PruneRule:
 
 def dtd_relative_vicostream(keep: float) -> PruneRule:
     """The same in ViCoStream's copy (its ``feature`` method): ``keep`` is the share that stays, and
-    the number dropped, ``int(N * (1 - keep))``, is rounded down to an even one. Within a call: the
-    first step of every chunk stays whole."""
+    the number dropped, ``int(N * (1 - keep))``, is rounded down to an even one. Not causal: the
+    first step of every chunk stays whole, so a stream is to be fed chunk by chunk."""
     return PruneRule(drop_ratio=1 - keep, drop_multiple=2, always_keep="first")
 
 

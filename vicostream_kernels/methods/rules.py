@@ -20,7 +20,8 @@ class ReuseRule:
     patch with the reference's and computes Q, V, attention output and MLP for the changed ones.
 
     ratio: this share of a step's patches, the least similar, changed (at least one where there is
-        no threshold). 1 is the plain ViT.
+        no threshold). 1 is the plain ViT, bit for bit where no step is skipped (a call with fewer
+        steps is another product of matrices): with ``skip_tolerance=None`` always.
     threshold: patches less similar than this changed, besides the ratio's. Their number is not
         known to the host: see ``max_ratio``.
     metric: of the similarity.

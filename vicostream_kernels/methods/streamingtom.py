@@ -11,7 +11,7 @@ from vicostream_kernels.methods.prune_rules import STREAMINGTOM
 from vicostream_kernels.methods.rules import EngineRule, Method, RetrieveRule
 from vicostream_kernels.methods.scorer import External, ScoredChunk, Scorer
 
-STATIC, DYNAMIC = 0, 1
+STATIC, DYNAMIC, BROKEN = 0, 1, 2
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class StaticDynamic(Scorer):
     is dynamic. Without a step before all are dynamic. The saliency is the attention that a token
     receives from its step's tokens (softmax of their scaled products): the publication takes the
     ViT's own attention, and merges static tokens by clustering where we keep the most salient.
-    Tokens with NaN or inf come first. Causal.
+    Tokens with NaN or inf all stay, of the budget as far as it goes. Causal.
     """
 
     tau: float = 0.9
@@ -47,9 +47,12 @@ class StaticDynamic(Scorer):
             static = torch.zeros(len(step), dtype=torch.bool, device=step.device)
             if before is not None:
                 static = torch.nn.functional.cosine_similarity(before, step, dim=-1) > self.tau
-            of_static = self.budget * static.sum() // len(step)
-            quotas.append(torch.stack((of_static, self.budget - of_static)))
-            groups.append(torch.where(static, STATIC, DYNAMIC))
+            # A quota by numbers would leave some broken ones out.
+            broken = (~whole).sum()
+            left = (self.budget - broken).clamp(min=0)
+            of_static = left * (static & whole).sum() // whole.sum().clamp(min=1)
+            quotas.append(torch.stack((of_static, left - of_static, broken)))
+            groups.append(torch.where(whole, torch.where(static, STATIC, DYNAMIC), BROKEN))
             attention = torch.softmax(step @ step.T * step.shape[-1] ** -0.5, -1)
             scores.append(torch.where(whole, attention.mean(0), torch.nan))
             before = step

@@ -3,7 +3,8 @@
 Prefill and windows run in C++ too, not on torch's SDPA over gathered pages: measured on one thread
 of a Zen 4 (320 queries x 1,600 keys, 16 / 2 heads, d 128), SDPA takes 1.4 times as long in float32
 and 2.5 times in bfloat16; it multiplies masked tiles and reads K and V once per query head. On two
-threads of a Xeon with AMX, which both use, it takes 1.3 and 1.4 times as long.
+threads of a Xeon with AMX, which both use, it takes 1.3 and 1.4 times as long. docs/ops.md has the
+same for the ViT's windows.
 """
 
 from __future__ import annotations
